@@ -1,0 +1,47 @@
+# make quickstart   the main job on a laptop, from nothing to a table (about 6 minutes on 2 cores)
+# make test         all tests      make lint   style, types, import arrows      make bench   benchmarks
+#
+# Each makes .venv when there is none. Variables:
+#   PYTHON=python3.12        interpreter for .venv (default: the first of 3.12, 3.11 found)
+#   TORCH=torch==2.13.0      requirement for PyTorch; one that is already installed in .venv is kept
+#   PIP_TORCH_ARGS="..."     further arguments of that pip install, such as --index-url
+#   JOBS=2                   test processes
+
+PYTHON ?=
+TORCH ?=
+PIP_TORCH_ARGS ?=
+JOBS ?= 2
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+.PHONY: quickstart test lint bench venv
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+venv: .venv/.installed
+
+.venv/.installed: setup.py tools/make_venv.sh
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" PIP_TORCH_ARGS="$(PIP_TORCH_ARGS)" bash tools/make_venv.sh
+	@touch $@
+
+quickstart: venv
+	@$(BIN)/python examples/quickstart/run.py
+
+test: venv
+	@echo "== default tests (on $(JOBS) processes)"
+	@$(PYTEST)
+	@echo "== slow tests: several ranks, whole commands (minutes)"
+	@$(PYTEST) -m slow
+
+lint: venv
+	@echo "== ruff, mypy, import arrows"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: venv
+	@$(BIN)/python tools/bench/run.py

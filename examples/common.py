@@ -1,0 +1,175 @@
+"""What the examples share: running commands one after another or side by side, and reading what they wrote."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOG_TAIL = 15  # lines of a failed command's log that are shown
+PENALTY = ("spo.schedule=penalty", "spo.lambda_unit=relative")
+
+
+class StageFailed(Exception):
+    """A stage's command failed, or the output folder is not ours; the message is for the user."""
+
+
+def parse_arguments(description: str, default_out: str, *files: str) -> argparse.ArgumentParser:
+    """The options that all examples have; `files` are positional paths."""
+    parser = argparse.ArgumentParser(description=description)
+    for file in files:
+        parser.add_argument(file, type=Path)
+    parser.add_argument("--out", type=Path, default=Path(default_out), help="folder to write [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of problems, weights and sampling [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each [%(default)s]")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
+    return parser
+
+
+def variants(losses: Mapping[str, Sequence[str]], spo_lambda: float) -> dict[str, list[str]]:
+    """Run name -> overrides: the control, then every loss alone and with SPO at one `spo.lambda` for all."""
+    found = {"sft_on_chosen": ["spo.schedule=sft"]}
+    for name, parameters in losses.items():
+        chosen = [f"loss.name={name}", *parameters]
+        found[name] = [*chosen, "spo.schedule=none"]
+        found[f"{name}+spo"] = [*chosen, *PENALTY, f"spo.lambda={spo_lambda}"]
+    return found
+
+
+@dataclass
+class Stages:
+    """Runs commands in a folder; what was done before, by its output, is not done again."""
+
+    out: Path
+    jobs: int
+    started: float = field(default_factory=time.perf_counter)
+    _printing: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(cls, out: Path, jobs: int, settings: Mapping[str, Any], *, fresh: bool) -> "Stages":
+        """Makes the folder or goes on in it; StageFailed where it holds something else, or other settings."""
+        record = out / "settings.json"
+        if out.exists() and any(out.iterdir()) and not record.is_file():
+            raise StageFailed(f"{out} exists and was not written by this example; choose another --out")
+        if record.is_file() and fresh:
+            shutil.rmtree(out)
+        if record.is_file() and (there := json.loads(record.read_text())) != dict(settings):
+            raise StageFailed(f"{out} was made with other settings ({there}); use --fresh, or another --out")
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        write_text(record, json.dumps(dict(settings)))
+        return cls(out, jobs)
+
+    def say(self, text: str) -> None:
+        """One line on screen with the time since the start."""
+        with self._printing:
+            print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
+
+    def command(self, name: str, *arguments: str | Path, done: bool, threads: int = 1) -> None:
+        """`python -m megatron_spo ARGUMENTS` unless `done`; its output goes to logs/NAME.log."""
+        if done:
+            self.say(f"{name}: done before")
+            return
+        log = self.out / "logs" / f"{name}.log"
+        command = [sys.executable, "-m", "megatron_spo", *map(str, arguments)]
+        begin = time.perf_counter()
+        with log.open("w") as file:
+            print("$", " ".join(command), file=file, flush=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if code != 0:
+            tail = "\n".join(log.read_text().splitlines()[-LOG_TAIL:])
+            raise StageFailed(f"{name} failed with exit code {code}; the end of {log}:\n{tail}")
+        self.say(f"{name}: {time.perf_counter() - begin:.1f} s")
+
+    def train(self, name: str, config: Path, overrides: Sequence[str], *, threads: int = 1) -> Path:
+        """Trains into OUT/NAME and exports the result; returns the exported folder."""
+        run, model = self.out / name, self.out / f"{name}-hf"
+        options = [f"output={run}", f"training.threads={threads}", *overrides]
+        finished = run_state(run) == "done"
+        self.command(f"train-{name}", "train", config, *options, done=finished, threads=threads)
+        self.command(f"convert-{name}", "convert", run, model, "--to", "hf", done=model.is_dir())
+        return model
+
+    def generate(self, name: str, model: Path, prompts: Path, *options: str) -> Path:
+        """Responses of an exported model in OUT/NAME.jsonl."""
+        written = self.out / f"{name}.jsonl"
+        arguments = ["generate", model, "--prompts", prompts, "--out", written, *options]
+        self.command(f"generate-{name}", *arguments, done=written.is_file())
+        return written
+
+    def side_by_side(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Runs the tasks, `jobs` at a time; after a failure no further one starts."""
+        failed = threading.Event()
+
+        def guarded(task: Callable[[], None]) -> None:
+            if failed.is_set():
+                return
+            try:
+                task()
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for future in [pool.submit(guarded, task) for task in tasks]:
+                future.result()
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs an example's main function; a failed stage ends it with its message and exit code 1."""
+    try:
+        main()
+    except StageFailed as error:
+        sys.exit(f"error: {error}")
+
+
+def run_state(run: Path) -> str | None:
+    """`state` of a run directory; None where there is no run."""
+    status = run / "status.json"
+    return json.loads(status.read_text())["state"] if status.is_file() else None
+
+
+def metrics_lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind (train, eval) of a run's metrics.jsonl."""
+    return [line for line in read_jsonl(run / "metrics.jsonl") if line["kind"] == kind]
+
+
+def training_seconds(run: Path) -> float:
+    """Time spent in optimizer steps."""
+    return float(sum(line["seconds"] for line in metrics_lines(run, "train")))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows, complete or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned for a terminal, the first to the left."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
+        for row in [header, *rows]
+    ]
+    return "\n".join(lines)

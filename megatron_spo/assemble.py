@@ -1,0 +1,134 @@
+"""What `train` and `reference` build alike: data, model and the fingerprint that ties the cache to both."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.config.rules import Facts, broken_rules
+from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.data.dataset import TokenizedSet, build_dataset
+from megatron_spo.data.reference_store import ReferenceFingerprint
+from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
+from megatron_spo.errors import UserError
+from megatron_spo.model.build import PairModel, build_model, fill_randomly, load_hf_weights, transformer_config
+from megatron_spo.model.hf_files import file_digest, locate_model, shard_files
+from megatron_spo.runtime.processes import Runtime, agree
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The inputs of a run, found and checked, before any model is built."""
+
+    folder: Path
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenizedSet
+    evals: dict[str, TokenizedSet]
+
+    def named_sets(self) -> dict[str, TokenizedSet]:
+        """All data sets by name: "train" and the held-out ones."""
+        return {"train": self.train, **self.evals}
+
+
+def read_sources(config: Config, runtime: Runtime) -> Sources:
+    """Find the model folder and tokenise all data.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    error: UserError | None = None
+    for turn in (True, False):  # the main process downloads and tokenises, the others find it on disk
+        if runtime.is_main == turn:
+            try:
+                sources = _read_sources(config, progress=runtime.is_main and config.logging.progress)
+            except UserError as raised:
+                error = raised
+        agree(error)
+    return sources
+
+
+def _read_sources(config: Config, *, progress: bool) -> Sources:
+    folder = locate_model(config.model.path)
+    shape = read_model_shape(folder)
+    if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
+        raise UserError("\n".join(broken))
+    tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)
+    if len(tokenizer) > shape.vocab:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {shape.vocab}; "
+                        "model.tokenizer belongs to another model")  # fmt: skip
+    kind = "any" if config.spo.schedule == "sft" else "preference"
+
+    def build(sources: list[DataSource]) -> TokenizedSet:
+        return build_dataset(sources, config.data, tokenizer, kind=kind, progress=progress)
+
+    names = _eval_names(config.data.eval)
+    evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
+    return Sources(folder, shape, tokenizer, build(config.data.train), evals)
+
+
+def _eval_names(sources: list[DataSource]) -> list[str]:
+    """File stems, numbered where two are the same or one is called train."""
+    names: list[str] = []
+    for source in sources:
+        stem = Path(source.path).stem or source.path
+        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names) + (stem == "train")
+        names.append(f"{stem}-{taken + 1}" if taken else stem)
+    return names
+
+
+def make_model(config: Config, sources: Sources) -> PairModel:
+    """This rank's part of the policy, with its initial weights.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    model = build_model(sources.shape, transformer_config(sources.shape, config.parallel, config.precision))
+    error: UserError | None = None
+    if config.model.init == "random":
+        fill_randomly(model, sources.shape, config.training.seed)
+    else:
+        try:
+            load_hf_weights(model, sources.shape, sources.folder)
+        except UserError as raised:
+            error = raised
+    agree(error)
+    return model
+
+
+def reference_fingerprint(config: Config, sources: Sources, dataset: TokenizedSet, weights: str) -> ReferenceFingerprint:
+    """What a cached log-prob of this data set depends on."""
+    return ReferenceFingerprint(
+        weights=weights,
+        tokenizer=tokenizer_fingerprint(sources.tokenizer),
+        truncation=f"{config.data.truncation} at {config.data.max_length} tokens",
+        precision=config.precision.dtype,
+        dataset=dataset.fingerprint,
+    )
+
+
+def weights_fingerprint(config: Config, sources: Sources) -> str:
+    """SHA-256 over the content of the model's weights and shape; the ranks share the reading.
+
+    Random weights are fixed by shape and seed.
+    """
+    digest = hashlib.sha256(json.dumps(sources.shape.raw, sort_keys=True).encode())
+    if config.model.init == "random":
+        digest.update(f"random, seed {config.training.seed}".encode())
+        return digest.hexdigest()
+    files = shard_files(sources.folder)
+    mine = {file.name: file_digest(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
+    parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    for name, content in sorted((name, content) for part in parts for name, content in part.items()):
+        digest.update(f"{name} {content}".encode())
+    return digest.hexdigest()
+
+
+def row_multiple(config: Config) -> int:
+    """What row lengths must be a multiple of: sequence parallelism cuts a row over the tensor-parallel ranks."""
+    return config.parallel.tensor if config.parallel.sequence else 1

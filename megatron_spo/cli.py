@@ -1,0 +1,142 @@
+"""The commands: parse, call one function, print. What a command needs is imported when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_spo import __version__
+from megatron_spo.errors import UserError
+from megatron_spo.runtime.env import rank, world_size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(with_keys=bool({"-h", "--help"} & set(given[1:]))).parse_args(given)
+    try:
+        options.command(options)
+    except UserError as error:
+        if rank() == 0:  # the others found the same
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser(*, with_keys: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-spo",
+        description="Stable Preference Optimization on Megatron-Core.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        form = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False)
+        sub.set_defaults(command=command)
+        return sub
+
+    for name, command, text in (
+        ("train", _train, "train, or resume where `output` holds a checkpoint; writes the run directory"),
+        ("reference", _reference, "fill reference.cache for every data set of the configuration; resumes"),
+    ):
+        sub = add(name, command, text)
+        sub.epilog = _keys() if with_keys else None
+        sub.add_argument("config", metavar="CONFIG.yaml")
+        sub.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="replaces a key of the file; the value is YAML",
+        )
+    _add_file_commands(add)
+    add("doctor", _doctor, "show what is installed, what is missing, what follows")
+    return parser
+
+
+def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    convert = add("convert", _convert, "convert a checkpoint or a model")
+    convert.add_argument("source", metavar="SRC", type=Path, help="run directory, or a checkpoint in it")
+    convert.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    convert.add_argument("--to", choices=["hf"], required=True, help="format to write")
+
+    generate = add("generate", _generate, "write a model's answers to the prompts of a file")
+    generate.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
+    generate.add_argument(
+        "--prompts", type=Path, required=True, help="JSONL with a field prompt: text or messages"
+    )
+    generate.add_argument(
+        "--out", type=Path, required=True, help="JSONL to write: the rows with a field responses"
+    )
+    generate.add_argument("--samples", type=int, default=1, help="answers per prompt [%(default)s]")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=256, help="tokens per answer [%(default)s]")
+    generate.add_argument("--batch-size", type=int, default=64, help="answers at a time [%(default)s]")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")
+
+    report = add("report", _report, "draw one or several runs into one HTML page")
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directory")
+    report.add_argument("--out", type=Path, required=True, help="HTML file to write")
+
+
+def _keys() -> str:
+    from megatron_spo.config.document import help_text
+
+    return help_text()
+
+
+def _train(options: argparse.Namespace) -> None:
+    from megatron_spo.config.load import load_config
+
+    config = load_config(options.config, options.overrides, world_size=world_size())
+    from megatron_spo.run import train  # after the configuration: torch takes seconds to load
+
+    train(config)
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from megatron_spo.config.load import load_config
+
+    config = load_config(options.config, options.overrides, world_size=world_size())
+    from megatron_spo.reference import fill
+
+    fill(config)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from megatron_spo.convert.export import to_hf
+
+    to_hf(options.source, options.target)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from megatron_spo.evaluate.generate import generate_file
+
+    generate_file(
+        options.model,
+        options.prompts,
+        options.out,
+        samples=options.samples,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_spo.report import write_report
+
+    write_report(options.runs, options.out)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from megatron_spo.doctor import report
+
+    print(report())

@@ -1,0 +1,1 @@
+"""The typed configuration: YAML and overrides in, one frozen `Config` out. Imports no torch."""

@@ -1,0 +1,114 @@
+"""The list of all keys, from the schema: for `--help` and for examples/reference.yaml.
+
+`python -m megatron_spo.config.document > examples/reference.yaml` writes the latter.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.rules import unused_keys
+from megatron_spo.config.schema import Config, Section, keys_of, section_class
+from megatron_spo.config.yaml_text import format_yaml
+
+# what examples/reference.yaml holds where a key has no default that could stand there
+PLACEHOLDERS: dict[str, Any] = {
+    "output": "runs/example",
+    "model.path": "path/to/model",
+    "data.train": ["pairs.jsonl"],
+    "reference.cache": "runs/reference",
+}
+
+
+@dataclass(frozen=True)
+class KeyDoc:
+    """One key: `default` as YAML text ("required" where it has none), `text` with unit and range."""
+
+    name: str
+    default: str
+    text: str
+
+
+def key_docs() -> Iterator[tuple[str, str, list[KeyDoc]]]:
+    """Every section as (name, text, keys); `output` comes first, in a section without a name."""
+    plain = [name for name in Config.model_fields if section_class(name) is None]
+    yield "", "", [_key_doc(name, Config.model_fields[name]) for name in plain]
+    for name in Config.model_fields:
+        section = section_class(name)
+        if section is not None:
+            yield name, section.__doc__ or "", [_key_doc(*entry) for entry in _fields(section)]
+
+
+def help_text(width: int = 100) -> str:
+    """All keys with default and text, for a terminal."""
+    lines = ["keys (section.key=value on the command line, nested in YAML):"]
+    for section, text, docs in key_docs():
+        lines += ["", f"{section}: {text}"] if section else []
+        for doc in docs:
+            head = f"  {section + '.' if section else ''}{doc.name}  [{doc.default}]"
+            lines += [head, textwrap.fill(doc.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    lines += ["", "losses (loss.name) and their parameters:"]
+    for spec in LOSS_SPECS.values():
+        parameters = ", ".join(f"{key}={_yaml(value)}" for key, value in spec.parameters.items())
+        text = f"  {spec.name:<10} {spec.summary} [{parameters}]"
+        lines.append(textwrap.fill(text, width, subsequent_indent=" " * 13))
+    return "\n".join(lines)
+
+
+def reference_yaml() -> str:
+    """A configuration that loads and shows every key; keys without effect in it are commented out."""
+    example = Config.model_validate(_nested(PLACEHOLDERS))
+    unused = unused_keys(example)
+    lines = [
+        "# Every key with its default, unit and range. A key behind `#` has no effect beside these values.",
+        "# Generated: python -m megatron_spo.config.document > examples/reference.yaml",
+    ]
+    for section, text, docs in key_docs():
+        indent = "  " if section else ""
+        lines += ["", f"{section}:  # {text}"] if section else [""]
+        for doc in docs:
+            key = f"{section}.{doc.name}" if section else doc.name
+            value = _yaml(PLACEHOLDERS[key]) if key in PLACEHOLDERS else doc.default
+            mark = "# " if key in unused else ""
+            lines.append(f"{indent}{mark}{doc.name}: {value}  # {doc.text}")
+    return "\n".join(lines) + "\n"
+
+
+def _fields(section: type[Section]) -> list[tuple[str, FieldInfo]]:
+    return [(key, section.model_fields[name]) for key, name in keys_of(section).items()]
+
+
+def _key_doc(name: str, field: FieldInfo) -> KeyDoc:
+    choices = _choices(field.annotation)
+    text = field.description or ""
+    default = "required" if field.default is PydanticUndefined else _yaml(field.default)
+    return KeyDoc(name, default, f"{text}; one of {', '.join(choices)}" if choices else text)
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
+
+
+def _yaml(value: Any) -> str:
+    """`value` on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return format_yaml([plain], flow=True).strip()[1:-1]
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+if __name__ == "__main__":
+    print(reference_yaml(), end="")

@@ -1,0 +1,182 @@
+"""From a YAML file and overrides to a `Config`, or to one clear message per mistake."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.config.rules import Facts, broken_rules, unused_keys
+from megatron_spo.config.schema import Config, DataSource, keys_of, section_class
+from megatron_spo.config.yaml_text import format_yaml, parse_yaml
+from megatron_spo.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
+    """The configuration in `path` with `section.key=value` overrides applied, checked and resolved.
+
+    Resolved means that the loss's parameters, `training.epochs` and `data.max_length` have their effective
+    values. With `world_size` (processes) the layout is checked as well.
+
+    Raises UserError with one line per mistake.
+    """
+    values = _read(Path(path))
+    overridden = [_apply_override(values, override) for override in overrides]
+    given = frozenset(_flat_keys(values))
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(details, str(path), overridden) for details in error.errors(include_url=False)]
+        raise UserError("\n".join(lines)) from None
+    shape = _shape_of(config)
+    config = _resolve(config, given, shape)
+    broken = broken_rules(Facts(config, given, shape, world_size))
+    if broken:
+        raise UserError("\n".join(f"{path}: {message}" for message in broken))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal configuration; keys that have no effect are left out."""
+    unused = unused_keys(config)
+    result: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json", by_alias=True).items():
+        if isinstance(value, dict):
+            value = {key: entry for key, entry in value.items() if f"{name}.{key}" not in unused}
+        result[name] = value
+    return format_yaml(result)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration ({error})") from None
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold sections such as `model:` and `data:`, got {values!r}")
+    for name, value in values.items():
+        if value is None and _is_section(name):  # all its keys are commented out
+            values[name] = {}
+    return values
+
+
+def _is_section(name: Any) -> bool:
+    return name in Config.model_fields and section_class(name) is not None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Sets one `section.key=value` (or `output=value`) in `values`; returns the key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"override {override!r}: must look like section.key=value")
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r}: not valid YAML: {error}") from None
+    section, dot, name = key.partition(".")
+    if not dot:
+        if _is_section(section):
+            raise UserError(f"override {override!r}: {section} is a section; give {section}.key=value")
+        values[key] = value
+        return key
+    if not _is_section(section):
+        raise UserError(f"override {override!r}: unknown section {section!r}{_nearest(section)}")
+    if not isinstance(values.setdefault(section, {}), dict):
+        raise UserError(
+            f"override {override!r}: {section} is not a section in the file, but {values[section]!r}"
+        )
+    values[section][name] = value
+    return key
+
+
+def _flat_keys(values: Mapping[str, Any]) -> list[str]:
+    keys = []
+    for name, value in values.items():
+        keys += [f"{name}.{key}" for key in value] if isinstance(value, dict) else [str(name)]
+    return keys
+
+
+def _shape_of(config: Config) -> ModelShape | None:
+    """The model's shape where `model.path` is a folder; a hub id is checked when it has been fetched."""
+    return read_model_shape(config.model.path) if Path(config.model.path).is_dir() else None
+
+
+def _resolve(config: Config, given: frozenset[str], shape: ModelShape | None) -> Config:
+    updates: dict[str, Any] = {"loss": config.loss.model_copy(update=config.loss.parameters())}
+    if config.training.steps is None and config.training.epochs is None:
+        updates["training"] = config.training.model_copy(update={"epochs": 1.0})
+    if shape is not None and "data.max_length" not in given:
+        limits = [config.data.max_length, shape.max_positions, shape.sliding_window or shape.max_positions]
+        updates["data"] = config.data.model_copy(update={"max_length": min(limits)})
+    return config.model_copy(update=updates)
+
+
+def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str:
+    """One line: where, the key, the value given, what is allowed."""
+    location = details["loc"]
+    key = _key_text(location)
+    origin = "command line" if any(key == name or key.startswith(f"{name}[") for name in overridden) else path
+    described = _description(location)
+    allowed = f" ({described})" if described else ""
+    if details["type"] == "missing":
+        return f"{origin}: {key} is missing{allowed}"
+    if details["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {key!r}{_nearest(key)}"
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{origin}: {key} = {details['input']!r}: must be a section of `key: value` lines"
+    message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
+    return f"{origin}: {key} = {details['input']!r}: {message}{allowed}"
+
+
+def _key_text(location: Sequence[int | str]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _description(location: Sequence[int | str]) -> str | None:
+    """The docstring of the field at `location`."""
+    names = [part for part in location if isinstance(part, str)]
+    section = section_class(names[0]) if names[0] in Config.model_fields else None
+    if len(names) == 3:
+        section = DataSource
+    elif len(names) == 1:
+        section = Config
+    if section is None or names[-1] not in keys_of(section):
+        return None
+    return section.model_fields[keys_of(section)[names[-1]]].description
+
+
+def _nearest(key: str) -> str:
+    """`; did you mean ...?` for an unknown key: near in its own section, or the same key of another one."""
+    sections = {name: section_class(name) for name in Config.model_fields}
+    full = {f"{name}.{entry}" for name, section in sections.items() if section for entry in keys_of(section)}
+    section, _, last = key.rpartition(".")
+    if "[" in section:
+        near = difflib.get_close_matches(last, keys_of(DataSource), 1, 0.5)
+        return (
+            f"; did you mean {near[0]!r}?"
+            if near
+            else f"; a data source has {', '.join(keys_of(DataSource))}"
+        )
+    own = sorted(name for name in full if name.startswith(f"{section}.")) if section else list(sections)
+    elsewhere = sorted(name for name in full if name.split(".")[1] == last)
+    near = (
+        elsewhere
+        or difflib.get_close_matches(key, own, 1, 0.7)
+        or difflib.get_close_matches(key, sorted(full), 1, 0.6)
+    )
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; allowed are {', '.join(name.rpartition('.')[2] for name in own)}"

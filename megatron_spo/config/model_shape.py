@@ -1,0 +1,155 @@
+"""A model's shape, read from its Hugging Face config.json; what is not built is refused here, by name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_spo.errors import UserError
+
+# what transformers assumes where max_position_embeddings is absent
+DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+FAMILIES = tuple(DEFAULT_POSITIONS)
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model.
+
+    `max_positions` and `sliding_window` are tokens; `rope_scaling` is the Hugging Face dict with
+    `rope_type`, or None for plain RoPE; `raw` is config.json.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    qkv_bias: bool
+    qk_norm: bool
+    max_positions: int
+    sliding_window: int | None
+    initializer_range: float
+    raw: dict[str, Any]
+
+
+def read_model_shape(folder: str | Path) -> ModelShape:
+    """The shape of the model in `folder`.
+
+    Raises UserError where config.json is missing, torn or asks for more than is built.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; model.path must be a folder in Hugging Face format, with config.json"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    family = str(raw.get("model_type"))
+    _refuse_unbuilt(path, raw, family)
+    hidden, heads = _count(path, raw, "hidden_size"), _count(path, raw, "num_attention_heads")
+    kv_heads = _count(path, raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+        )
+    theta, scaling = _rope(path, raw)
+    return ModelShape(
+        family=family,
+        layers=_count(path, raw, "num_hidden_layers"),
+        hidden=hidden,
+        ffn=_count(path, raw, "intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_head_dim(path, raw, hidden, heads, family),
+        vocab=_count(path, raw, "vocab_size"),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        max_positions=_count(path, raw, "max_position_embeddings", DEFAULT_POSITIONS[family]),
+        sliding_window=_sliding_window(raw, family),
+        initializer_range=float(raw.get("initializer_range", 0.02)),
+        raw=raw,
+    )
+
+
+def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
+    if family not in FAMILIES:
+        raise UserError(
+            f"{path}: model_type = {raw.get('model_type')!r} is not built; built are {', '.join(FAMILIES)}"
+        )
+    unbuilt = {
+        "attention_bias": raw.get("attention_bias"),
+        "mlp_bias": raw.get("mlp_bias"),
+        "quantization_config": raw.get("quantization_config"),
+    }
+    for key, value in unbuilt.items():
+        if value:
+            raise UserError(
+                f"{path}: {key} = {value!r} is not built for {family} models; only models without it"
+            )
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UserError(f"{path}: hidden_act = {activation!r} is not built; only 'silu' (SwiGLU)")
+
+
+def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key} = {value!r}; must be a positive integer")
+    return value
+
+
+def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, family: str) -> int:
+    if raw.get("head_dim") is not None:
+        return _count(path, raw, "head_dim")
+    if family == "qwen3":  # its class default, whatever the hidden size
+        return 128
+    if hidden % heads:
+        raise UserError(f"{path}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
+    return hidden // heads
+
+
+def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling.
+
+    transformers 5 keeps both in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`.
+    """
+    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    kind = scaling.setdefault("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in scaling.values()):
+        raise UserError(f"{path}: RoPE type {kind!r} is not built; built are {', '.join(ROPE_TYPES)}")
+    partial = scaling.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor = {partial} is not built; only 1.0")
+    return float(theta), None if kind == "default" else scaling
+
+
+def _sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
+    """Tokens that a query sees at most, or None; qwen models carry a window that is mostly switched off."""
+    if family == "llama":
+        return None
+    if family == "mistral":
+        return raw.get("sliding_window", 4096)
+    layers = raw.get("layer_types")
+    used = "sliding_attention" in layers if layers else bool(raw.get("use_sliding_window"))
+    return raw.get("sliding_window") if used else None

@@ -1,0 +1,211 @@
+"""Rules over several keys: a table of predicate and message, checked before anything is built."""
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.schema import Config, LossConfig, keys_of
+from megatron_spo.config.topology import make_topology
+from megatron_spo.errors import UserError
+
+# spo.* keys that only some schedules read; the others are read by all of them
+SCHEDULES_THAT_USE: Mapping[str, tuple[str, ...]] = {
+    "lambda": ("penalty", "dual"),
+    "lambda_unit": ("penalty", "dual"),
+    "constraint": ("penalty",),
+    "epsilon": ("penalty", "dual"),
+    "ramp_steps": ("penalty",),
+    "lambda_max": ("dual",),
+    "dual_lr": ("dual",),
+    "gap_ema": ("dual",),
+    "sft_steps": ("alternating",),
+    "preference_steps": ("alternating",),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules may look at; `given` holds the keys that the user wrote, such as `spo.lambda`."""
+
+    config: Config
+    given: frozenset[str]
+    shape: ModelShape | None
+    world_size: int | None
+
+
+class Rule(NamedTuple):
+    """`message` is shown where `broken` holds; {c.section.key} and {shape.field} in it are filled in."""
+
+    broken: Callable[[Config, ModelShape | None], bool]
+    message: str
+
+
+def installed(module: str) -> bool:
+    """Whether a package is there, without importing it; a mere folder of that name does not count."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def broken_rules(facts: Facts) -> list[str]:
+    """The messages of all broken rules, and of all keys given without effect."""
+    config, shape = facts.config, facts.shape
+    messages = [
+        message for key, message in unused_keys(config).items() if key in facts.given and _is_set(config, key)
+    ]
+    if facts.world_size is not None:
+        try:
+            make_topology(config.parallel, facts.world_size)
+        except UserError as error:
+            messages.append(str(error))
+    broken = [rule.message for rule in RULES if rule.broken(config, shape)]
+    return messages + [message.format(c=config, shape=shape) for message in broken]
+
+
+def unused_keys(config: Config) -> dict[str, str]:
+    """Keys that have no effect in this configuration, each with the message for whoever sets it."""
+    unused = {}
+    for key in keys_of(LossConfig):
+        if key != "name" and key not in config.loss.spec.parameters:
+            accepting = [name for name, spec in LOSS_SPECS.items() if key in spec.parameters]
+            unused[f"loss.{key}"] = _no_effect(f"loss.{key}", f"loss.name: {config.loss.name}", accepting)
+    for key, schedules in SCHEDULES_THAT_USE.items():
+        if config.spo.schedule not in schedules:
+            unused[f"spo.{key}"] = _no_effect(f"spo.{key}", f"spo.schedule: {config.spo.schedule}", schedules)
+    if config.spo.schedule == "penalty" and config.spo.constraint == "none":
+        users = ("spo.constraint: batch", "spo.constraint: pair", "spo.schedule: dual")
+        unused["spo.epsilon"] = _no_effect("spo.epsilon", "spo.constraint: none", users)
+    if config.optimizer.decay == "constant":
+        key = "optimizer.min_lr_ratio"
+        unused[key] = _no_effect(key, "optimizer.decay: constant", ("linear", "cosine"))
+    return unused
+
+
+def _no_effect(key: str, beside: str, users: Iterable[str]) -> str:
+    return f"{key} has no effect with {beside}; it belongs to {', '.join(users)}"
+
+
+def _is_set(config: Config, key: str) -> bool:
+    """Null means not set, where null is allowed at all."""
+    section, name = key.split(".")
+    values = getattr(config, section)
+    return getattr(values, keys_of(type(values))[name]) is not None
+
+
+def _weighs_sft(config: Config) -> bool:
+    return config.spo.schedule in SCHEDULES_THAT_USE["lambda"]
+
+
+def _knows_gap(config: Config) -> bool:
+    return config.reference.cache is not None or config.spo.v is not None
+
+
+def _not_divisible(key: str, attribute: str, what: str) -> Rule:
+    """`attribute` of the model's shape must be a multiple of `parallel.<key>`."""
+    return Rule(
+        lambda c, shape: shape is not None and getattr(shape, attribute) % getattr(c.parallel, key) != 0,
+        f"parallel.{key} = {{c.parallel.{key}}} does not divide the model's {{shape.{attribute}}} {what}",
+    )
+
+
+def _beyond(attribute: str, what: str) -> Rule:
+    """`data.max_length` must not exceed `attribute` of the model's shape, where it has one."""
+    return Rule(
+        lambda c, shape: c.data.max_length > (getattr(shape, attribute, None) or c.data.max_length),
+        f"data.max_length = {{c.data.max_length}} exceeds the model's {what} of {{shape.{attribute}}} tokens",
+    )
+
+
+def _unavailable(key: str, only: int | None) -> Rule:
+    allowed = "null" if only is None else only
+    return Rule(
+        lambda c, shape: getattr(c.parallel, key) != only,
+        f"parallel.{key} = {{c.parallel.{key}}} is not available in this version yet; only {allowed} is",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    # layout
+    _not_divisible("tensor", "heads", "attention heads"),
+    _not_divisible("tensor", "kv_heads", "key-value heads"),
+    _not_divisible("tensor", "ffn", "feed-forward columns"),
+    _not_divisible("pipeline", "layers", "layers"),
+    Rule(
+        lambda c, shape: c.parallel.sequence and c.parallel.tensor == 1,
+        "parallel.sequence: true needs parallel.tensor > 1, got {c.parallel.tensor}",
+    ),
+    _unavailable("virtual_pipeline", None),
+    _unavailable("context", 1),
+    _unavailable("expert", 1),
+    # precision
+    Rule(
+        lambda c, shape: c.precision.fp8 is not None and not installed("transformer_engine"),
+        "precision.fp8 = {c.precision.fp8} needs an NVIDIA GPU and Transformer Engine, which is not "
+        "installed (pip install -e '.[gpu]'); set it to null",
+    ),
+    Rule(
+        lambda c, shape: c.precision.fp8 is not None and installed("transformer_engine"),
+        "precision.fp8 = {c.precision.fp8} is not available in this version yet; only null is",
+    ),
+    # data
+    _beyond("max_positions", "context"),
+    _beyond("sliding_window", "sliding attention window"),
+    # objective
+    Rule(
+        lambda c, shape: c.loss.name == "exo_pair" and c.loss.label_smoothing == 0,
+        "loss.label_smoothing = 0 makes loss.name: exo_pair infinite; it must be > 0",
+    ),
+    Rule(
+        lambda c, shape: _weighs_sft(c) and c.spo.lambda_unit == "relative" and c.loss.spec.statistic is None,
+        "spo.lambda_unit: relative is undefined for loss.name: {c.loss.name}, which has no single scale on "
+        "the chosen log-prob; set spo.lambda_unit=token",
+    ),
+    Rule(
+        lambda c, shape: (
+            c.spo.schedule != "sft" and c.loss.spec.needs_reference and c.reference.cache is None
+        ),
+        "loss.name: {c.loss.name} needs the reference's log-probs; set reference.cache to a folder and fill "
+        "it with `megatron-spo reference CONFIG.yaml`",
+    ),
+    Rule(
+        lambda c, shape: (
+            c.spo.schedule == "penalty" and c.spo.constraint == "pair" and c.reference.cache is None
+        ),
+        "spo.constraint: pair compares each pair with the reference; set reference.cache",
+    ),
+    Rule(
+        lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "batch" and not _knows_gap(c),
+        "spo.constraint: batch needs the gap g - v; set reference.cache, or spo.v to a number",
+    ),
+    Rule(
+        lambda c, shape: c.spo.schedule == "dual" and not _knows_gap(c),
+        "spo.schedule: dual needs the gap g - v; set reference.cache, or spo.v to a number",
+    ),
+    Rule(
+        lambda c, shape: c.spo.schedule == "dual" and c.spo.lambda_ > c.spo.lambda_max,
+        "spo.lambda = {c.spo.lambda_} is above spo.lambda_max = {c.spo.lambda_max}",
+    ),
+    # training
+    Rule(
+        lambda c, shape: c.training.steps is not None and c.training.epochs is not None,
+        "training.steps = {c.training.steps} and training.epochs = {c.training.epochs} are both given; set "
+        "one of them to null",
+    ),
+    Rule(
+        lambda c, shape: c.training.steps is not None and c.optimizer.warmup_steps > c.training.steps,
+        "optimizer.warmup_steps = {c.optimizer.warmup_steps} exceeds training.steps = {c.training.steps}",
+    ),
+    Rule(
+        lambda c, shape: c.training.eval_every > 0 and not c.data.eval,
+        "training.eval_every = {c.training.eval_every} without data.eval; name held-out data, or remove it",
+    ),
+    Rule(
+        lambda c, shape: c.logging.wandb != "off" and not installed("wandb"),
+        "logging.wandb: {c.logging.wandb} needs the package wandb; pip install -e '.[wandb]', or set off",
+    ),
+)

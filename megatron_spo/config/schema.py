@@ -1,0 +1,270 @@
+"""Every key of a configuration: type, default, range and one line of text.
+
+The docstring under a field is what `--help` and `examples/reference.yaml` show. Rules that concern several
+keys are in `rules.py`; files and overrides are read by `load.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from megatron_spo.config.losses import LOSS_SPECS, LossSpec
+
+
+class Section(BaseModel):
+    """Frozen, strict about types, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+
+def _sources(value: Any) -> Any:
+    """A source may be a path, a mapping, or a list of either."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class DataSource(Section):
+    """One data set."""
+
+    path: str = Field(min_length=1)
+    """JSONL or Parquet file, or the id of a data set on the hub"""
+    weight: float = Field(1.0, gt=0)
+    """how often a row is drawn in an epoch, relative to rows of weight 1; > 0"""
+    split: str = "train"
+    """split of a hub data set; files have none"""
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Sources = Annotated[list[DataSource], BeforeValidator(_sources)]
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    path: str = Field(min_length=1)
+    """folder in Hugging Face format (config.json, safetensors, tokenizer), or a hub id"""
+    init: Literal["load", "random"] = "load"
+    """load the weights, or draw them at random from config.json and training.seed"""
+    tokenizer: str | None = None
+    """folder or hub id of the tokenizer; null: model.path"""
+
+
+class DataConfig(Section):
+    """What it is trained on."""
+
+    train: Sources = Field(min_length=1)
+    """training data: path, hub id, {path, weight, split}, or a list of these"""
+    eval: Sources = []
+    """held-out data, each set evaluated by itself; same forms as data.train"""
+    max_length: int = Field(2048, ge=2)
+    """longest prompt + response, tokens; when not given, the model's own limit if that is smaller; >= 2"""
+    truncation: Literal["error", "drop", "left", "right"] = "error"
+    """overlong rows: stop, drop the row, cut the prompt's start (left) or the response's end (right)"""
+    bad_rows: Literal["error", "drop"] = "error"
+    """rows with a missing, empty or equal field: stop, or drop and list them"""
+    row_length: int | None = Field(None, ge=16)
+    """tokens of a packed row, each holding one or more pairs; null: 2 * data.max_length; >= 16"""
+    last_batch: Literal["keep", "drop"] = "keep"
+    """the last, partial batch of an epoch"""
+    shuffle: bool = True
+    """draw the rows of an epoch in random order"""
+    num_proc: int = Field(1, ge=1)
+    """processes that tokenise; >= 1"""
+    chat_template: str | None = None
+    """file with a Jinja chat template; null: the tokenizer's own"""
+
+
+class ReferenceConfig(Section):
+    """The frozen reference's log-probs."""
+
+    cache: str | None = None
+    """folder of the cache that `megatron-spo reference` fills; null: none"""
+
+
+class LossConfig(Section):
+    """The preference loss (upper level). A null parameter takes the loss's own default."""
+
+    name: Literal[tuple(LOSS_SPECS)] = "dpo"  # type: ignore[valid-type]
+    """the preference loss"""
+    beta: float | None = Field(None, gt=0)
+    """inverse temperature of the rewards; > 0"""
+    gamma_beta_ratio: float | None = Field(None, ge=0)
+    """target margin divided by beta, nats per token; >= 0"""
+    alpha: float | None = Field(None, ge=0)
+    """weight of the normalised reference gap in alpha_dpo's margin; >= 0"""
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    """assumed share of swapped labels; >= 0, < 0.5"""
+    average: bool | None = None
+    """mean instead of sum of a response's log-probs"""
+    penalty: float | None = Field(None, ge=0)
+    """weight of dpop's penalty on a falling chosen log-prob; >= 0"""
+    nll_weight: float | None = Field(None, ge=0)
+    """weight of the chosen response's negative log-likelihood inside the loss; >= 0"""
+    discopop_tau: float | None = Field(None, gt=0)
+    """temperature of discopop's blend; > 0"""
+
+    @property
+    def spec(self) -> LossSpec:
+        """The facts of the chosen loss."""
+        return LOSS_SPECS[self.name]
+
+    def parameters(self) -> dict[str, float | bool]:
+        """The parameters that the loss accepts, each as given or at the loss's own default."""
+        given = {key: getattr(self, key) for key in self.spec.parameters}
+        return {key: self.spec.parameters[key] if value is None else value for key, value in given.items()}
+
+
+class SpoConfig(Section):
+    """The bilevel schedule: how the SFT objective (lower level) enters a step."""
+
+    schedule: Literal["none", "sft", "penalty", "dual", "alternating"] = "penalty"
+    """preference loss alone, SFT alone, or both"""
+    lambda_: float = Field(1.0, alias="lambda", ge=0)
+    """weight of the SFT term (dual: its start), in spo.lambda_unit; >= 0"""
+    lambda_unit: Literal["token", "relative"] = "relative"
+    """token: weight on the SFT loss per token; relative: in units of the preference loss's own pull"""
+    constraint: Literal["none", "batch", "pair"] = "none"
+    """penalty only: apply the SFT term always, or only where the batch or the pair left the safe region"""
+    epsilon: float = Field(0.0, ge=0)
+    """width of the safe region g <= v + epsilon, nats per chosen token; >= 0"""
+    ramp_steps: int = Field(0, ge=0)
+    """penalty only: optimizer steps over which lambda rises from 0; >= 0"""
+    lambda_max: float = Field(10.0, gt=0)
+    """dual only: largest lambda; > 0"""
+    dual_lr: float = Field(0.1, gt=0)
+    """dual only: change of lambda per step and nat of gap; > 0"""
+    gap_ema: float = Field(0.9, ge=0, lt=1)
+    """dual only: smoothing of the gap from step to step; >= 0, < 1"""
+    sft_steps: int = Field(1, ge=1)
+    """alternating only: consecutive steps on the SFT objective; >= 1"""
+    preference_steps: int = Field(1, ge=1)
+    """alternating only: consecutive steps on the preference loss; >= 1"""
+    v: float | None = Field(None, ge=0)
+    """best SFT loss, nats per chosen token; null: measured by the reference; >= 0"""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(1e-6, gt=0)
+    """peak learning rate; > 0"""
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_as_tuple)] = (0.9, 0.999)
+    """decay of the first and the second moment, per step; each >= 0, < 1"""
+    eps: float = Field(1e-8, gt=0)
+    """added to the root of the second moment; > 0"""
+    weight_decay: float = Field(0.0, ge=0)
+    """decoupled weight decay, relative to lr; >= 0"""
+    clip_grad: float = Field(1.0, ge=0)
+    """largest gradient norm; 0: no clipping; >= 0"""
+    warmup_steps: int = Field(0, ge=0)
+    """optimizer steps over which lr rises from 0; >= 0"""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """shape of lr after the warm-up"""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """lr at the end of a linear or cosine decay, as a share of optimizer.lr; 0 to 1"""
+
+
+class ParallelConfig(Section):
+    """The layout; data parallelism takes the processes that are left."""
+
+    tensor: int = Field(1, ge=1)
+    """processes that share each layer; >= 1"""
+    pipeline: int = Field(1, ge=1)
+    """stages into which the layers are cut; >= 1"""
+    virtual_pipeline: int | None = Field(None, ge=2)
+    """chunks of layers per pipeline stage; null: one; not available in this version"""
+    context: int = Field(1, ge=1)
+    """processes that share each row's tokens; only 1 in this version"""
+    expert: int = Field(1, ge=1)
+    """processes that share the experts; only 1 in this version"""
+    sequence: bool = False
+    """cut activations along the tokens between tensor-parallel blocks; needs tensor > 1"""
+
+
+class PrecisionConfig(Section):
+    """Number formats; main parameters and reductions are fp32 in any case."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """format of weights and activations"""
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """recipe of Transformer Engine's fp8 matrix products; null: off; not available in this version"""
+
+
+class TrainingConfig(Section):
+    """How long, and what one step is."""
+
+    global_batch_size: int = Field(64, ge=1)
+    """pairs per optimizer step, over all processes; >= 1"""
+    steps: int | None = Field(None, ge=1)
+    """optimizer steps; null: given by training.epochs; >= 1"""
+    epochs: float | None = Field(None, gt=0)
+    """passes over the data; null: 1 unless training.steps is given; > 0"""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """seed of the data order and of random weights; >= 0"""
+    eval_every: int = Field(0, ge=0)
+    """optimizer steps between evaluations of data.eval; 0: only at the end; >= 0"""
+    threads: int = Field(0, ge=0)
+    """CPU threads per process; 0: cores divided by the processes of this machine; >= 0"""
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: int = Field(0, ge=0)
+    """optimizer steps between checkpoints; 0: only at the end; >= 0"""
+    keep: int = Field(2, ge=1)
+    """newest checkpoints kept; >= 1"""
+
+
+class LoggingConfig(Section):
+    """What a run says."""
+
+    every: int = Field(1, ge=1)
+    """optimizer steps between lines of metrics.jsonl; >= 1"""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """log to Weights & Biases as well"""
+    project: str = "megatron-spo"
+    """project name in Weights & Biases"""
+    progress: bool = True
+    """show a progress bar"""
+
+
+class Config(Section):
+    """One run."""
+
+    output: str = Field(min_length=1)
+    """the run directory"""
+    model: ModelConfig
+    data: DataConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    loss: LossConfig = LossConfig()
+    spo: SpoConfig = SpoConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def section_class(name: str) -> type[Section] | None:
+    """The class of a section of `Config`; None for a plain key such as `output`."""
+    annotation = Config.model_fields[name].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def keys_of(section: type[Section]) -> dict[str, str]:
+    """YAML name -> attribute name of every key of a section."""
+    return {field.alias or name: name for name, field in section.model_fields.items()}

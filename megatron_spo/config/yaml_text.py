@@ -1,0 +1,68 @@
+"""YAML as people write it: 1e-4 is a number, `off` is a word, a repeated key is an error."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+# YAML 1.2 scalars. PyYAML follows 1.1, where 1e-4 is a string, off is false and 2024-01-01 is a date.
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, (pattern, starts) in _SCALARS.items():
+        for start in starts:
+            table.setdefault(start, []).append((f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$")))
+    return table
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _resolvers()
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string that YAML 1.1 or 1.2 would take for something else: any reader gets the string."""
+
+    yaml_implicit_resolvers = {
+        start: yaml.SafeDumper.yaml_implicit_resolvers.get(start, []) + _resolvers().get(start, [])
+        for start in {**yaml.SafeDumper.yaml_implicit_resolvers, **_resolvers()}
+    }
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document. Raises ValueError with one line (`line 3, column 1: ...`)."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{place}{error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def format_yaml(value: Any, *, flow: bool = False) -> str:
+    """`value` as YAML that `parse_yaml` reads back, keys in their order; `flow` puts it on one line."""
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
+    )

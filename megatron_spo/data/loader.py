@@ -1,0 +1,115 @@
+"""From step numbers to this rank's packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_spo.data.dataset import TokenizedSet
+from megatron_spo.data.plan import Sampler, plan_rows
+from megatron_spo.data.rows import PackedRow, build_row
+
+if TYPE_CHECKING:
+    from megatron_spo.config.schema import DataConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch as one rank sees it.
+
+    rows: this rank's rows; every rank has the same number.  indices int64 [B]: the whole global batch, as
+    are the counts: pairs, chosen_tokens, rejected_tokens (scored tokens), tokens (packed, without padding),
+    and row_fill, the share of all ranks' rows of full length that these tokens fill.
+    """
+
+    step: int
+    rows: list[PackedRow]
+    indices: NDArray[np.int64]
+    pairs: int
+    chosen_tokens: int
+    rejected_tokens: int
+    tokens: int
+    row_fill: float
+
+
+class Loader:
+    """Global batches of a data set for one of `ranks` data-parallel ranks.
+
+    multiple: row lengths are padded to it (tokens).  pad_id: the token of the padding; its value never
+    matters.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenizedSet,
+        data: DataConfig,
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        multiple: int = 1,
+        pad_id: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.row_length = data.row_length or 2 * data.max_length
+        self._rank, self._ranks, self._multiple, self._pad_id = rank, ranks, multiple, pad_id
+        self._size, self._seed = global_batch_size, seed
+        self._shuffle, self._last_batch = data.shuffle, data.last_batch
+        self._sampler: Sampler | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """The plan of training batches (made when first asked for: an evaluation set has none)."""
+        if self._sampler is None:
+            self._sampler = Sampler(
+                self.dataset.source_sizes,
+                self.dataset.weights,
+                seed=self._seed,
+                global_batch_size=self._size,
+                shuffle=self._shuffle,
+                last_batch=self._last_batch,
+            )
+        return self._sampler
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches in one epoch."""
+        return self.sampler.steps_per_epoch
+
+    def batch(self, step: int) -> Batch:
+        """The training batch of `step`, counted from 0 over all epochs."""
+        return self.batch_of(self.sampler.indices_of_step(step), step=step)
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """The whole set once in file order; the last batch may be smaller."""
+        for step, start in enumerate(range(0, len(self.dataset), self._size)):
+            yield self.batch_of(np.arange(start, min(start + self._size, len(self.dataset))), step=step)
+
+    def batch_of(self, indices: NDArray[np.int64], *, step: int = 0) -> Batch:
+        """A batch of any data set indices, rows spread over the ranks."""
+        data = self.dataset
+        tokens = data.tokens[indices]
+        plan = plan_rows(tokens, row_length=self.row_length, ranks=self._ranks)[self._rank]
+        rows = [
+            build_row(
+                [(int(indices[i]), data.get(int(indices[i]))) for i in row],
+                multiple=self._multiple,
+                pad_id=self._pad_id,
+            )
+            for row in plan
+        ]
+        return Batch(
+            step=step,
+            rows=rows,
+            indices=indices,
+            pairs=len(indices),
+            chosen_tokens=int(data.chosen_tokens[indices].sum()),
+            rejected_tokens=int(data.rejected_tokens[indices].sum()),
+            tokens=int(tokens.sum()),
+            row_fill=float(tokens.sum()) / (len(rows) * self._ranks * self.row_length),
+        )

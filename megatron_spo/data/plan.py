@@ -1,0 +1,165 @@
+"""Which pairs form batch k, and which of them share a row: pure functions of (data, seed, epoch, batch
+size)."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_spo.errors import UserError
+
+Int64 = NDArray[np.int64]
+
+ATTENTION_SCALE = 4e-5
+"""Attention cost per token squared, in units of one token's linear cost: about 1 / (6 * hidden) for hidden
+4096."""
+
+
+def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Rows that one epoch takes from each source: round(weight * size)."""
+    return [round(weight * size) for size, weight in zip(sizes, weights, strict=True)]
+
+
+def batches_per_epoch(
+    sizes: Sequence[int], weights: Sequence[float], *, global_batch_size: int, last_batch: str = "keep"
+) -> int:
+    """Batches in one epoch; UserError when nothing remains."""
+    rows = sum(rows_per_epoch(sizes, weights))
+    if rows == 0:
+        raise UserError(
+            f"data.train: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})"
+        )
+    if last_batch == "keep":
+        return -(-rows // global_batch_size)
+    if rows < global_batch_size:
+        raise UserError(
+            f"data.last_batch=drop leaves no batch: an epoch holds {rows} rows and training.global_batch_size is "
+            f"{global_batch_size}; use data.last_batch=keep or a smaller batch"
+        )
+    return rows // global_batch_size
+
+
+def epoch_order(
+    sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int, shuffle: bool = True
+) -> Int64:
+    """Data set indices [rows of the epoch] in the order in which epoch `epoch` visits them.
+
+    Sources lie one after another in the data set. A weight w takes every row floor(w) times and a random
+    subset, drawn anew in each epoch, for the rest. Without `shuffle` the order is that of the files.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    starts = np.cumsum([0, *sizes])
+    parts = []
+    for size, start, rows in zip(sizes, starts, rows_per_epoch(sizes, weights), strict=False):
+        if size == 0:
+            continue
+        whole, rest = divmod(rows, size)
+        some = np.sort(generator.permutation(size)[:rest]) if rest else np.zeros(0, dtype=np.int64)
+        parts.append(start + np.concatenate([np.tile(np.arange(size), whole), some]))
+    order = np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)
+    return generator.permutation(order) if shuffle else order
+
+
+class Sampler:
+    """The indices of any step, without state that training would have to save: step k is a function of k
+    alone."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        global_batch_size: int,
+        shuffle: bool = True,
+        last_batch: str = "keep",
+    ) -> None:
+        self.steps_per_epoch = batches_per_epoch(
+            sizes, weights, global_batch_size=global_batch_size, last_batch=last_batch
+        )
+        self._sizes, self._weights = tuple(sizes), tuple(weights)
+        self._seed, self._shuffle, self._size = seed, shuffle, global_batch_size
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def indices_of_step(self, step: int) -> Int64:
+        """Data set indices of the global batch of `step` (counted from 0 over all epochs); the order of one
+        epoch is kept, so a walk through the steps sorts once an epoch."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(
+                self._sizes, self._weights, seed=self._seed, epoch=epoch, shuffle=self._shuffle
+            )
+            self._epoch = epoch
+        return self._order[batch * self._size : (batch + 1) * self._size]
+
+
+def batch_indices(sampler: Sampler, *, epoch: int) -> list[Int64]:
+    """All batches of one epoch."""
+    first = epoch * sampler.steps_per_epoch
+    return [sampler.indices_of_step(first + batch) for batch in range(sampler.steps_per_epoch)]
+
+
+def pair_costs(tokens: ArrayLike, *, attention_scale: float = ATTENTION_SCALE) -> NDArray[np.float64]:
+    """Relative cost of a pair of so many packed tokens: linear layers plus attention."""
+    count = np.asarray(tokens, dtype=np.float64)
+    return count * (1.0 + attention_scale * count)
+
+
+def plan_rows(
+    tokens: ArrayLike, costs: ArrayLike | None = None, *, row_length: int, ranks: int
+) -> list[list[list[int]]]:
+    """Spread a batch over ranks and rows: result[rank][row] = positions into the batch.
+
+    Every rank gets the same number of rows, the smallest that best-fit-decreasing packing allows; a row
+    holds at most `row_length` tokens and may be empty; costs (default `pair_costs`) are balanced over the
+    ranks.
+
+    tokens [B]: packed tokens of each pair.  costs [B]: relative time of each pair.
+    """
+    sizes = np.asarray(tokens, dtype=np.int64).tolist()
+    weights = (pair_costs(sizes) if costs is None else np.asarray(costs, dtype=np.float64)).tolist()
+    if sizes and max(sizes) > row_length:
+        raise ValueError(f"a pair of {max(sizes)} tokens does not fit into a row of {row_length}")
+    packed = _best_fit(range(len(sizes)), sizes, row_length)
+    rows = max(-(-len(packed) // ranks), 1)
+    by_cost = _longest_first(range(len(sizes)), weights, ranks)
+    plan = [_best_fit(group, sizes, row_length) for group in by_cost]
+    if max(len(part) for part in plan) > rows:  # balance alone would cost a row more: move whole rows instead
+        totals = [sum(weights[i] for i in row) for row in packed]
+        plan = [
+            [packed[i] for i in group]
+            for group in _longest_first(range(len(packed)), totals, ranks, most=rows)
+        ]
+    return [part + [[] for _ in range(rows - len(part))] for part in plan]
+
+
+def _best_fit(items: Sequence[int] | range, sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: the largest item first, each into the fullest row that still takes it."""
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, row), sorted
+    for item in sorted(items, key=lambda i: (-sizes[i], i)):
+        at = bisect.bisect_left(free, (sizes[item], -1))
+        room, row = free.pop(at) if at < len(free) else (capacity, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(item)
+        bisect.insort(free, (room - sizes[item], row))
+    return rows
+
+
+def _longest_first(
+    items: Sequence[int] | range, costs: Sequence[float], groups: int, *, most: int | None = None
+) -> list[list[int]]:
+    """The dearest item first, each to the group that has the least so far (and fewer than `most` items)."""
+    result: list[list[int]] = [[] for _ in range(groups)]
+    heap = [(0.0, group) for group in range(groups)]
+    for item in sorted(items, key=lambda i: (-costs[i], i)):
+        total, group = heapq.heappop(heap)
+        result[group].append(item)
+        if most is None or len(result[group]) < most:
+            heapq.heappush(heap, (total + costs[item], group))
+    return result

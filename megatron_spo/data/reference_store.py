@@ -1,0 +1,361 @@
+"""The reference's log-probs, computed once, read memory-mapped.
+
+Folder `<cache>/<name>-<first 12 digits of the data set's fingerprint>/`:
+
+    records.npy   one fixed-size record per pair, in data set order
+    index.json    version, what the records depend on, their count and checksum
+    parts/        while filling: chunks of records, each file checked by its own digest, written by any process
+
+Everything appears by rename after fsync, so a kill leaves whole files or none; a part that is torn or
+belongs to something else counts as missing. `finish` replaces a stale cache only when its successor is
+whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_spo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_spo.data.dataset import TokenizedSet
+
+VERSION = 1
+RECORD = np.dtype(
+    [
+        ("chosen", "<f4"),
+        ("rejected", "<f4"),
+        ("chosen_tokens", "<i4"),
+        ("rejected_tokens", "<i4"),
+        ("row_hash", "<u8"),
+    ]
+)
+"""Sums of log-probs (nats) over the scored tokens of each response, their counts, the hash of the row's
+token ids."""
+REMEDY = "run: megatron-spo reference CONFIG.yaml"
+DIGEST = 16
+Records = NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class ReferenceFingerprint:
+    """What a cached log-prob depends on; each part is named when it differs."""
+
+    weights: str
+    tokenizer: str
+    truncation: str
+    precision: str
+    dataset: str
+
+    def differences(self, found: dict[str, Any]) -> list[str]:
+        """One line for each part in which a cache differs from what is wanted now."""
+        return [
+            f"{_PARTS[field.name]}: the cache has {found.get(field.name)!r}, this run has {getattr(self, field.name)!r}"
+            for field in fields(self)
+            if found.get(field.name) != getattr(self, field.name)
+        ]
+
+
+_PARTS = {
+    "weights": "the reference's weights",
+    "tokenizer": "the tokenizer or its chat template",
+    "truncation": "truncation",
+    "precision": "precision",
+    "dataset": "the data set's rows",
+}
+
+
+class ReferenceStore:
+    """Memory-mapped log-probs of the reference, checked when opened."""
+
+    def __init__(self, records: Records, dataset: TokenizedSet, folder: Path) -> None:
+        self._records, self._dataset, self._folder = records, dataset, folder
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, indices: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Sums of log-probs (chosen fp32 [B], rejected fp32 [B]) of the data set rows `indices` [B]."""
+        rows = self._records[np.asarray(indices)]
+        chosen, rejected = rows["chosen"], rows["rejected"]
+        # finite - finite is finite, inf - inf and anything with nan is not
+        if not np.isfinite(chosen + rejected).all():
+            bad = int(np.asarray(indices)[~np.isfinite(chosen + rejected)][0])
+            raise UserError(
+                f"reference cache {self._folder}: the record of {self._dataset.describe(bad)} is not finite; {REMEDY}"
+            )
+        return chosen, rejected
+
+    @property
+    def sft_loss(self) -> float:
+        """The reference's own SFT loss on the chosen responses: - sum(chosen) / sum(chosen_tokens), nats
+        per token."""
+        return -float(
+            self._records["chosen"].sum(dtype=np.float64) / self._records["chosen_tokens"].sum(dtype=np.int64)
+        )
+
+
+def open_reference(
+    cache: str | Path, name: str, fingerprint: ReferenceFingerprint, dataset: TokenizedSet
+) -> ReferenceStore:
+    """Open the finished cache of data set `name`.
+
+    UserError when it is missing, filled in part, stale (naming each part that differs) or damaged, with the
+    remedy.
+    """
+    folder = cache_folder(cache, name, fingerprint)
+    index = _read_index(folder)
+    if index is None:
+        raise UserError(f"{_why_missing(Path(cache), name, fingerprint, dataset)}; {REMEDY}")
+    differences = fingerprint.differences(index["fingerprint"])
+    if differences:
+        raise UserError(
+            f"reference cache {folder} is stale; {REMEDY}\n" + "\n".join(f"  {line}" for line in differences)
+        )
+    records = _map_records(folder, index)
+    if not np.array_equal(records["row_hash"], dataset.row_hashes):
+        raise UserError(
+            f"reference cache {folder} is damaged: its row hashes are not the data set's; {REMEDY}"
+        )
+    return ReferenceStore(records, dataset, folder)
+
+
+class ReferenceWriter:
+    """Fills the cache of one data set, chunk by chunk, from any number of processes.
+
+    Chunks are ranges of data set indices; a chunk is written whole. `finish` is called by one process.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: ReferenceFingerprint, dataset: TokenizedSet, chunk: int
+    ) -> None:
+        self._folder, self._fingerprint, self._dataset, self._chunk = folder, fingerprint, dataset, chunk
+        self._parts = folder / "parts"
+        self.chunks = -(-len(dataset) // chunk)
+        salt = json.dumps([VERSION, asdict(fingerprint), chunk, len(dataset)], sort_keys=True)
+        self._salt = hashlib.blake2b(salt.encode(), digest_size=DIGEST).digest()
+        self.complete = self._is_complete()
+
+    @classmethod
+    def open(
+        cls,
+        cache: str | Path,
+        name: str,
+        fingerprint: ReferenceFingerprint,
+        dataset: TokenizedSet,
+        chunk: int = 256,
+    ) -> Self:
+        """Start or continue filling; `complete` says that nothing is left to do."""
+        folder = cache_folder(cache, name, fingerprint)
+        writer = cls(folder, fingerprint, dataset, chunk)
+        if not writer.complete:
+            with _writing(folder):
+                (folder / "parts").mkdir(parents=True, exist_ok=True)
+        return writer
+
+    def missing_chunks(self) -> list[int]:
+        """Chunks that are not there, or not whole, or not of this model and data."""
+        return [] if self.complete else [k for k in range(self.chunks) if self._read_part(k) is None]
+
+    def chunk_indices(self, k: int) -> NDArray[np.int64]:
+        """Data set indices of chunk `k`."""
+        return np.arange(k * self._chunk, min((k + 1) * self._chunk, len(self._dataset)), dtype=np.int64)
+
+    def write_chunk(self, k: int, chosen: ArrayLike, rejected: ArrayLike) -> None:
+        """Store the log-prob sums of chunk `k` (nats; rejected 0 for SFT rows). UserError when one is not
+        finite."""
+        indices = self.chunk_indices(k)
+        records = np.zeros(len(indices), dtype=RECORD)
+        for field, values in (("chosen", chosen), ("rejected", rejected)):
+            array = np.asarray(values, dtype=np.float32)
+            assert array.shape == indices.shape, (
+                f"chunk {k} has {len(indices)} rows, {field} has shape {array.shape}"
+            )
+            bad = np.flatnonzero(~np.isfinite(array))
+            if len(bad):
+                where = self._dataset.describe(int(indices[bad[0]]))
+                raise UserError(
+                    f"the reference gives a log-prob of {array[bad[0]]} for '{field}' in {where}; "
+                    "check the model's weights and precision.dtype"
+                )
+            records[field] = array
+        records["chosen_tokens"] = self._dataset.chosen_tokens[indices]
+        records["rejected_tokens"] = self._dataset.rejected_tokens[indices]
+        records["row_hash"] = self._dataset.row_hashes[indices]
+        payload = records.tobytes()
+        with _writing(self._folder), _replacing(self._part(k)) as file:
+            file.write(self._digest(k, payload) + payload)
+
+    def finish(self) -> None:
+        """Check and merge all parts; a no-op on a complete cache. UserError when a part is missing."""
+        if self.complete:
+            return
+        missing = self.missing_chunks()
+        if missing:
+            done = len(self._dataset) - sum(len(self.chunk_indices(k)) for k in missing)
+            raise UserError(
+                f"reference cache {self._folder} holds {done} of {len(self._dataset)} pairs; {REMEDY} to go on"
+            )
+        checksum = xxhash.xxh3_128()
+        with _writing(self._folder):
+            with _replacing(self._folder / "records.npy") as file:
+                header = {"descr": RECORD.descr, "fortran_order": False, "shape": (len(self._dataset),)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for k in range(self.chunks):
+                    payload = self._read_part(k)
+                    assert payload is not None, f"chunk {k} vanished while the cache was merged"
+                    checksum.update(payload)
+                    file.write(payload)
+            index = {
+                "version": VERSION,
+                "fingerprint": asdict(self._fingerprint),
+                "count": len(self._dataset),
+                "xxh3_128": checksum.hexdigest(),
+            }
+            with _replacing(self._folder / "index.json") as file:
+                file.write(json.dumps(index, indent=2).encode())
+            shutil.rmtree(self._parts)
+        self.complete = True
+
+    def _is_complete(self) -> bool:
+        index = _read_index(self._folder)
+        if index is None or self._fingerprint.differences(index["fingerprint"]):
+            return False
+        try:
+            records = _map_records(self._folder, index)
+        except UserError:
+            return False  # damaged: filled anew
+        return np.array_equal(records["row_hash"], self._dataset.row_hashes)
+
+    def _part(self, k: int) -> Path:
+        return self._parts / f"{k:08d}.part"
+
+    def _digest(self, k: int, payload: bytes) -> bytes:
+        return hashlib.blake2b(self._salt + k.to_bytes(8, "little") + payload, digest_size=DIGEST).digest()
+
+    def _read_part(self, k: int) -> bytes | None:
+        """The records of chunk `k`, None unless they are whole and of this fingerprint."""
+        try:
+            content = self._part(k).read_bytes()
+        except FileNotFoundError:
+            return None
+        payload = content[DIGEST:]
+        whole = len(payload) == len(self.chunk_indices(k)) * RECORD.itemsize
+        return payload if whole and content[:DIGEST] == self._digest(k, payload) else None
+
+
+def cache_folder(cache: str | Path, name: str, fingerprint: ReferenceFingerprint) -> Path:
+    """Where the cache of data set `name` lies."""
+    return Path(cache) / f"{_slug(name)}-{fingerprint.dataset[:12]}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("._") or "data"
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a finished cache, None where there is none; UserError when it cannot be understood."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if index["version"] == VERSION and isinstance(index["fingerprint"], dict):
+            return {
+                "count": int(index["count"]),
+                "xxh3_128": str(index["xxh3_128"]),
+                "fingerprint": index["fingerprint"],
+            }
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    return {"count": -1, "xxh3_128": "", "fingerprint": {}}
+
+
+def _map_records(folder: Path, index: dict[str, Any]) -> Records:
+    """The records, memory-mapped, their size and checksum verified."""
+    path = folder / "records.npy"
+    try:
+        records: Records = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"reference cache {folder} is damaged: records.npy is missing; {REMEDY}") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(
+            f"reference cache {folder} is damaged: records.npy cannot be read ({error}); {REMEDY}"
+        ) from error
+    if records.dtype != RECORD or records.shape != (index["count"],):
+        raise UserError(
+            f"reference cache {folder} is damaged: records.npy holds {records.size} records, index.json says "
+            f"{index['count']}; {REMEDY}"
+        )
+    if xxhash.xxh3_128(records.view(np.uint8).data).hexdigest() != index["xxh3_128"]:
+        raise UserError(
+            f"reference cache {folder} is damaged: the checksum of records.npy is wrong; {REMEDY}"
+        )
+    return records
+
+
+def _why_missing(cache: Path, name: str, fingerprint: ReferenceFingerprint, dataset: TokenizedSet) -> str:
+    """Tell an unfinished cache, a cache of other rows, and none at all apart."""
+    folder = cache_folder(cache, name, fingerprint)
+    if any((folder / "parts").glob("*.part")):
+        done = sum(
+            max(part.stat().st_size - DIGEST, 0) // RECORD.itemsize
+            for part in (folder / "parts").glob("*.part")
+        )
+        return f"reference cache {folder} is unfinished: it holds {min(done, len(dataset))} of {len(dataset)} pairs"
+    for other in sorted(cache.glob(f"{_slug(name)}-*/index.json")):
+        index = _read_index(other.parent)
+        if index is not None and re.fullmatch(
+            r"[0-9a-f]{12}", other.parent.name.removeprefix(f"{_slug(name)}-")
+        ):
+            lines = "\n".join(f"  {line}" for line in fingerprint.differences(index["fingerprint"]))
+            return (
+                f"reference cache for '{name}' in {cache} is of other rows ({other.parent.name}):\n{lines}\n"
+            )
+    return f"there is no reference cache for '{name}' in {cache}"
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """File system errors as a message about the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"reference cache {folder} cannot be written: {error}; set reference.cache elsewhere"
+        ) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under `path` whole and on disk, or not at all."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

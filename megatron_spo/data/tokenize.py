@@ -1,0 +1,300 @@
+"""Rows to token ids: chat template, end-of-turn, the border between prompt and answer, truncation.
+
+Invariants of every tokenised row: prompt tokens are a prefix of prompt + response (never made so by
+slicing), a begin-of-sequence token stands at most once and only at the start, and a response ends in
+exactly one end-of-turn token (unless `truncation: right` cut it off).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_spo.data.pairs import Message, Pair, RowProblem, Text
+from megatron_spo.data.rows import Example
+from megatron_spo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROBE = "a"
+JOINERS = ("\n", ".", "a", "|")
+
+
+class Overlong(RowProblem):
+    """A row that `data.max_length` or `data.row_length` does not admit and truncation cannot mend."""
+
+
+def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder or hub id; `chat_template` names a file that replaces its template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever its loaders raise
+        first = str(error).strip().splitlines()[:1]
+        raise UserError(f"no tokenizer can be loaded from {path}: {''.join(first)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"the tokenizer of {path} has no fast version (tokenizer.json); convert it first")
+    if chat_template is not None:
+        file = Path(chat_template)
+        if not file.is_file():
+            raise UserError(f"data.chat_template: file {chat_template} does not exist")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hex digest of what decides a row's tokens: the tokenizer's content, special tokens and chat
+    template."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    rest = json.dumps([special, tokenizer.chat_template], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(backend.to_str().encode() + rest.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A row as text: what precedes the answers, and the answers with their end-of-turn token where it is
+    text."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    fields: tuple[str, ...]
+    ends: tuple[int | None, ...]
+    """Token id that must end each answer; None: the answer's own last token is the template's end of turn."""
+    lead: tuple[int, ...]
+    """Token ids before the prompt (begin-of-sequence), which a chat template would have written itself."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a row may be (tokens of prompt + response, each side; tokens of the packed pair), and the
+    side that is cut when it is longer: "left" (the prompt's start), "right" (the response's end) or None
+    (nothing)."""
+
+    max_length: int
+    truncation: str | None
+    row_length: int
+
+
+class RowTokenizer:
+    """Tokenises validated rows. UserError when the tokenizer cannot serve at all; RowProblem for a row."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # a limit stored in tokenizer.json would cut rows silently
+        self._backend.no_padding()
+        self._limits = limits
+        self._lead = self._find_lead()
+        self._joiner = self._find_joiner()
+        specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        specials |= {token for token in (tokenizer.eos_token,) if token}
+        ordered = sorted(specials, key=len, reverse=True)
+        self._special = re.compile("|".join(re.escape(token) for token in ordered) or r"(?!)")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: nothing added before or after."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def tokenize(self, pair: Pair) -> Example:
+        """The token ids of one row within the length limits."""
+        texts = self._texts(pair)
+        bare = self.encode(texts.prompt)
+        prompt = _single_start([*texts.lead, *bare], self._tokenizer.bos_token_id)
+        if not prompt:
+            raise RowProblem(
+                "prompt", "is empty: there is no token from which the first response token is predicted"
+            )
+        sides = []
+        for answer, end, field in zip(texts.answers, texts.ends, texts.fields, strict=True):
+            joint = self.encode(texts.prompt + answer)
+            response = joint[len(bare) :] if joint[: len(bare)] == bare else self._continuation(answer)
+            sides.append(_end_once(response, end, field))
+        return self._fit(prompt, sides, texts.fields)
+
+    def _find_lead(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text by itself (its end-of-sequence, if it adds one, is left
+        off)."""
+        plain, full = self.encode(PROBE), list(self._backend.encode(PROBE).ids)
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return tuple(full[:start])
+        return ()
+
+    def _find_joiner(self) -> str | None:
+        """A text after which an answer is tokenised when alone it would get a space of its own
+        (sentencepiece)."""
+        for joiner in JOINERS:
+            head, both = self.encode(joiner), self.encode(joiner + PROBE)
+            if both[: len(head)] == head:
+                return joiner if both[len(head) :] != self.encode(PROBE) else None
+        return None
+
+    def _continuation(self, text: str) -> list[int]:
+        """Tokens of `text` as the continuation of another text, without merging across the border."""
+        for joiner in JOINERS if self._joiner is not None else ():
+            head, both = self.encode(joiner), self.encode(joiner + text)
+            if both[: len(head)] == head:
+                return both[len(head) :]
+        return self.encode(text)
+
+    def _texts(self, pair: Pair) -> Texts:
+        fields = (pair.answer_field,) if pair.rejected is None else (pair.answer_field, "rejected")
+        answers: tuple[Text, ...] = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
+        strings = [answer for answer in answers if isinstance(answer, str)]
+        if len(strings) == len(answers):
+            return self._plain(pair.prompt, strings, fields)
+        return self._rendered(pair.prompt, answers, fields)
+
+    def _plain(self, prompt: Text | None, answers: list[str], fields: tuple[str, ...]) -> Texts:
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise UserError("the tokenizer has no eos_token, which has to end the responses of string rows")
+        if prompt is None:
+            cut = self._common_text(answers[0], answers[1])
+            prompt, answers = answers[0][:cut], [answer[cut:] for answer in answers]
+            for answer, field in zip(answers, fields, strict=True):
+                if not answer.strip():
+                    raise RowProblem(
+                        field, "is empty after the start that 'chosen' and 'rejected' have in common"
+                    )
+        assert isinstance(prompt, str)
+        return Texts(prompt, tuple(answers), fields, (end,) * len(answers), self._lead)
+
+    def _common_text(self, chosen: str, rejected: str) -> int:
+        """Characters of the implicit prompt: the longest common start that ends at a token border of both
+        texts and not inside a word; a space before the answers belongs to them."""
+        limit = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        limit = min(len(chosen), len(rejected)) if limit is None else limit
+        borders = self._borders(chosen) & self._borders(rejected)
+        for cut in range(limit, 0, -1):
+            inside = chosen[cut - 1].isalnum() and any(
+                text[cut : cut + 1].isalnum() for text in (chosen, rejected)
+            )
+            if cut in borders and not inside and chosen[cut - 1] != " " and chosen[:cut].strip():
+                return cut
+        raise RowProblem(
+            "prompt", "is missing, and 'chosen' and 'rejected' have no common start to be the prompt"
+        )
+
+    def _borders(self, text: str) -> set[int]:
+        spans = self._backend.encode(text, add_special_tokens=False).offsets
+        inside = {position for start, end in spans for position in range(start + 1, end)}
+        return {end for _, end in spans} - inside
+
+    def _rendered(self, prompt: Text | None, answers: tuple[Text, ...], fields: tuple[str, ...]) -> Texts:
+        if self._tokenizer.chat_template is None:
+            raise UserError(
+                "the rows are lists of messages and the tokenizer has no chat template; "
+                "name a template file in data.chat_template"
+            )
+        assert isinstance(prompt, list)
+        start = self._render(prompt, generation=True)
+        rest = []
+        for answer, field in zip(answers, fields, strict=True):
+            assert isinstance(answer, list)
+            full = self._render(prompt + answer, generation=False)
+            if not full.startswith(start):
+                at = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), len(full))
+                raise RowProblem(
+                    field,
+                    f"the chat template renders the prompt differently once an answer follows (from character {at + 1}: "
+                    f"{start[at : at + 20]!r} against {full[at : at + 20]!r}); name a template that does not in "
+                    "data.chat_template",
+                )
+            rest.append(self._end_of_turn(full[len(start) :], answer[-1]))
+        eos = self._tokenizer.eos_token_id
+        if eos is None and not all(ended for _, ended in rest):
+            raise UserError(
+                "the chat template ends a turn without a special token and the tokenizer has no eos_token"
+            )
+        ends = tuple(None if ended else eos for _, ended in rest)
+        return Texts(start, tuple(text for text, _ in rest), fields, ends, ())
+
+    def _end_of_turn(self, rendered: str, last: Message) -> tuple[str, bool]:
+        """The rendered answer up to its end-of-turn token, and whether the template wrote one. What follows
+        the token (a newline, an end-of-text) is not generated by the model and not part of the response."""
+        content = last["content"].strip()
+        found = rendered.rfind(content)
+        if found < 0:
+            raise RowProblem(
+                "chosen", "the chat template drops or rewrites the answer; name another in data.chat_template"
+            )
+        match = self._special.search(rendered, found + len(content))
+        return (rendered[: match.end()], True) if match else (rendered, False)
+
+    def _render(self, messages: list[Message], *, generation: bool) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except Exception as error:  # templates raise jinja2 errors and whatever their own code raises
+            raise RowProblem("messages", f"the chat template refuses the row: {error}") from error
+
+    def _fit(self, prompt: list[int], sides: list[list[int]], fields: tuple[str, ...]) -> Example:
+        """Apply `truncation` and check both length limits."""
+        limit = self._limits.max_length
+        if self._limits.truncation == "left":
+            excess = len(prompt) + max(len(side) for side in sides) - limit
+            prompt = prompt[min(max(excess, 0), len(prompt) - 1) :]
+        elif self._limits.truncation == "right":
+            sides = [side[: max(limit - len(prompt), 1)] for side in sides]
+        for side, field in zip(sides, fields, strict=True):
+            if len(prompt) + len(side) > limit:
+                raise Overlong(
+                    field,
+                    f"has {len(prompt) + len(side)} tokens with the prompt; data.max_length allows {limit}",
+                )
+        if len(sides) == 2 and sides[0] == sides[1]:
+            cut = " and truncation" if self._limits.truncation == "right" else ""
+            raise RowProblem("rejected", f"equals 'chosen' after tokenisation{cut}")
+        return self._example(prompt, sides, fields)
+
+    def _example(self, prompt: list[int], sides: list[list[int]], fields: tuple[str, ...]) -> Example:
+        chosen = np.array(prompt + sides[0], dtype=np.int32)
+        rejected = np.array(prompt + sides[1] if len(sides) == 2 else [], dtype=np.int32)
+        shared = _common_length(chosen, rejected) if len(sides) == 2 else len(chosen)
+        tokens = len(chosen) + max(len(rejected) - shared, 0)
+        if tokens > self._limits.row_length:
+            raise Overlong(
+                fields[-1],
+                f"the pair packs into {tokens} tokens; data.row_length allows {self._limits.row_length}",
+            )
+        return Example(chosen, rejected, len(prompt), shared)
+
+
+def _common_length(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    length = min(len(one), len(other))
+    differs = np.flatnonzero(one[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length
+
+
+def _single_start(ids: list[int], token: int | None) -> list[int]:
+    """`ids` without repetitions of a leading `token`."""
+    while token is not None and ids[:2] == [token, token]:
+        ids = ids[1:]
+    return ids
+
+
+def _end_once(response: list[int], end: int | None, field: str) -> list[int]:
+    """`response` ending in exactly one `end` (None: whatever token it ends in now)."""
+    body = list(response)
+    last = end if end is not None or not body else body[-1]
+    while body and body[-1] == last:
+        body.pop()
+    if not body or last is None:
+        raise RowProblem(field, "is empty once tokenised")
+    return [*body, last]

@@ -1,0 +1,240 @@
+"""The tokenised rows of one source as memory-mapped Arrow streams."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from megatron_spo.data.pairs import RawSource, RowProblem, parse_line, parse_row, read_lines
+from megatron_spo.data.rows import Example
+from megatron_spo.data.tokenize import Limits, Overlong, RowTokenizer, tokenizer_fingerprint
+from megatron_spo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from megatron_spo.config.schema import DataConfig
+
+VERSION = 1
+"""Raise when tokenisation or the files change: older folders are then left alone."""
+BATCH = 512
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("line", pa.int64()),
+        ("field", pa.string()),
+        ("reason", pa.string()),
+        ("overlong", pa.bool_()),
+        ("prompt_length", pa.int32()),
+        ("shared", pa.int32()),
+        ("tokens", pa.int32()),
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("row_hash", pa.uint64()),
+        ("chosen_ids", IDS),
+        ("rejected_ids", IDS),
+    ]
+)
+
+
+class TokenizedSource:
+    """Rows of one source, usable or not, in file order; `row` counts all of them from 0.
+
+    lines int64 [n] (from 1), usable bool [n]; `column` gives any scalar column.
+    """
+
+    def __init__(self, folder: Path, *, label: str, unit: str) -> None:
+        self.label, self.unit = label, unit
+        files = json.loads((folder / "index.json").read_text())["files"]
+        tables = [pa.ipc.open_stream(pa.memory_map(str(folder / file))).read_all() for file in files]
+        self._table = pa.concat_tables(tables)
+        self.lines: NDArray[np.int64] = self.column("line")
+        self.usable: NDArray[np.bool_] = ~self.column("overlong") & (self.column("prompt_length") > 0)
+        self._chosen = _Lists(self._table.column("chosen_ids"))
+        self._rejected = _Lists(self._table.column("rejected_ids"))
+        self._prompt, self._shared = self.column("prompt_length"), self.column("shared")
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A scalar column [n] as a numpy array."""
+        return np.asarray(self._table.column(name).to_numpy())
+
+    def example(self, row: int) -> Example:
+        """Token ids of a usable row (views of the mapped file)."""
+        return Example(self._chosen[row], self._rejected[row], int(self._prompt[row]), int(self._shared[row]))
+
+    def problem(self, row: int) -> tuple[int, str, str]:
+        """(line, field, reason) of an unusable row."""
+        return int(self.lines[row]), self._table["field"][row].as_py(), self._table["reason"][row].as_py()
+
+    def problems(self) -> Iterator[tuple[int, str, str]]:
+        """All unusable rows."""
+        return (self.problem(int(row)) for row in np.flatnonzero(~self.usable))
+
+
+class _Lists:
+    """Random access to a list column without making Arrow scalars."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        self._chunks = [
+            (chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=True)) for chunk in column.chunks
+        ]
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        at = row - int(self._starts[chunk])
+        part: NDArray[np.int32] = values[offsets[at] : offsets[at + 1]]
+        return part
+
+
+def tokenize_source(
+    raw: RawSource,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    preference: bool,
+    progress: bool,
+    cache: Path | None,
+) -> TokenizedSource:
+    """The tokenised rows of a source, from the cache where they are there already."""
+    import datasets
+    from filelock import FileLock
+
+    root = cache if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "megatron_spo"
+    limits = Limits(
+        data.max_length,
+        data.truncation if data.truncation in ("left", "right") else None,
+        data.row_length or 2 * data.max_length,
+    )
+    key = json.dumps(
+        [VERSION, raw.fingerprint, tokenizer_fingerprint(tokenizer), asdict(limits), preference],
+        sort_keys=True,
+    )
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not folder.exists():
+        worker = functools.partial(
+            _tokenize_batch, tokenizer=RowTokenizer(tokenizer, limits), file=raw.file, preference=preference
+        )
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    _build(folder, raw, worker, num_proc=data.num_proc, progress=progress)
+        except OSError as error:
+            raise UserError(
+                f"tokenised rows cannot be written to {root} ({error}); name another place by HF_DATASETS_CACHE"
+            ) from error
+    return TokenizedSource(folder, label=raw.label, unit=raw.unit)
+
+
+def _build(folder: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bool) -> None:
+    """Tokenise into a folder of a unique name, then rename it: a reader sees all or nothing."""
+    import datasets
+
+    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        with _progress(progress):
+            result = raw.rows.with_format("arrow").map(
+                worker,
+                batched=True,
+                batch_size=BATCH,
+                with_indices=True,
+                remove_columns=raw.rows.column_names,
+                features=datasets.Features.from_arrow_schema(SCHEMA),
+                num_proc=min(num_proc, len(raw.rows)) if num_proc > 1 else None,
+                cache_file_name=str(work / "rows.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=folder.name,
+                desc=f"tokenising {raw.label}",
+            )
+        files = [Path(file["filename"]).name for file in result.cache_files]
+        del result
+        (work / "index.json").write_text(json.dumps({"version": VERSION, "files": files}))
+        if not folder.exists():
+            os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _progress(show: bool) -> Iterator[None]:
+    """`datasets`' bars on or off, as they were afterwards."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    disabled = are_progress_bars_disabled()
+    (enable_progress_bars if show else disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (disable_progress_bars if disabled else enable_progress_bars)()
+
+
+def _tokenize_batch(
+    table: pa.Table, indices: list[int], *, tokenizer: RowTokenizer, file: Path | None, preference: bool
+) -> pa.Table:
+    """One batch of raw rows to SCHEMA; blank lines leave no row."""
+    records = []
+    for index, raw in zip(indices, _raw_rows(table, file), strict=True):
+        record: dict[str, Any] = {"line": index + 1, "overlong": False}
+        try:
+            row = parse_line(raw) if isinstance(raw, bytes) else raw
+            if row is None:
+                continue
+            record.update(_record(tokenizer.tokenize(parse_row(row, preference=preference))))
+        except RowProblem as problem:
+            record.update(
+                _EMPTY, field=problem.field, reason=problem.reason, overlong=isinstance(problem, Overlong)
+            )
+        records.append(record)
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def _raw_rows(table: pa.Table, file: Path | None) -> Iterable[bytes | Mapping[str, Any]]:
+    if file is None:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+    return read_lines(file, table["start"].to_numpy(), table["end"].to_numpy())
+
+
+def _record(example: Example) -> dict[str, Any]:
+    chosen, rejected, prompt = example.chosen_ids, example.rejected_ids, example.prompt_length
+    lengths = np.array([prompt, len(chosen), len(rejected)], dtype=np.int64)
+    digest = hashlib.blake2b(
+        lengths.tobytes() + chosen.tobytes() + rejected.tobytes(), digest_size=8
+    ).digest()
+    return {
+        "prompt_length": prompt,
+        "shared": example.shared,
+        "tokens": len(chosen) + max(len(rejected) - example.shared, 0),
+        "chosen_tokens": len(chosen) - prompt,
+        "rejected_tokens": max(len(rejected) - prompt, 0),
+        "row_hash": int.from_bytes(digest, "little"),
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+    }
+
+
+_EMPTY: dict[str, Any] = {
+    "prompt_length": 0,
+    "shared": 0,
+    "tokens": 0,
+    "chosen_tokens": 0,
+    "rejected_tokens": 0,
+    "row_hash": 0,
+    "chosen_ids": np.zeros(0, dtype=np.int32),
+    "rejected_ids": np.zeros(0, dtype=np.int32),
+}

@@ -1,0 +1,1 @@
+"""Answers of an exported model, on files alone: prompts in, responses out."""

@@ -1,0 +1,277 @@
+"""Responses of a Hugging Face model to a JSONL file of prompts.
+
+The noise of a sampled response comes from (seed, row, sample number) alone: neither the batch size nor the
+other prompts of the file change it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from megatron_spo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn: `temperature` 0 is greedy; `max_new_tokens` counts the end-of-text token."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise UserError("generate: samples and max_new_tokens must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"generate: temperature is {self.temperature}, it must be 0 (greedy) or positive")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError("generate: samples of a greedy response are all the same; set a temperature")
+
+
+@dataclass(frozen=True)
+class Response:
+    """`text` without special tokens; `finished` is False where the length limit cut it off."""
+
+    text: str
+    finished: bool
+
+
+def generate_file(
+    model_dir: str | Path,
+    prompts_file: str | Path,
+    out_file: str | Path,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> None:
+    """Writes `out_file`: the rows of `prompts_file` with two fields more, `responses` (`samples` strings) and
+    `finished` (as many booleans: ended by itself within `max_new_tokens`).
+
+    `prompt` is a string, tokenised as training does it, or a list of messages, for which the tokenizer's chat
+    template is used. The output appears complete or not at all. Raises UserError for wrong input.
+    """
+    if batch_size < 1:
+        raise UserError(f"generate: batch_size is {batch_size}, it must be at least 1")
+    sampling = Sampling(samples, temperature, max_new_tokens, seed)
+    rows = read_prompts(Path(prompts_file))
+    model, tokenizer = load_model(Path(model_dir))
+    prompts = [encode(tokenizer, row["prompt"], f"{prompts_file} line {i}") for i, row in enumerate(rows, 1)]
+    responses = generate(model, tokenizer, prompts, sampling, batch_size)
+    for row, answers in zip(rows, responses, strict=True):
+        row["responses"] = [answer.text for answer in answers]
+        row["finished"] = [answer.finished for answer in answers]
+    write_rows(Path(out_file), rows)
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, each checked to have a `prompt`."""
+    if not path.is_file():
+        raise UserError(f"prompts file {path} does not exist")
+    rows = []
+    with path.open("rb") as file:  # bytes: text mode would also split lines at a lone carriage return
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path} line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number}: expected a JSON object with a field `prompt`")
+            if problem := prompt_problem(row.get("prompt")):
+                raise UserError(f"{path} line {number}: field `prompt` {problem}")
+            rows.append(row)
+    if not rows:
+        raise UserError(f"prompts file {path} is empty")
+    return rows
+
+
+def prompt_problem(prompt: object) -> str | None:
+    """What is wrong with a prompt, or None."""
+    if isinstance(prompt, str):
+        return None if prompt else "is empty"
+    if prompt is None:
+        return "is missing or null"
+    if not isinstance(prompt, list) or not prompt:
+        return f"must be a string or a list of messages, not {json.dumps(prompt)[:60]}"
+    for message in prompt:
+        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            return f"has a message without `role` and `content` strings: {json.dumps(message)[:60]}"
+    return None
+
+
+def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Transformers model (on the GPU where there is one) and tokenizer of an HF folder."""
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    if not (folder / "config.json").is_file():
+        reason = "it has no config.json"
+        if (folder / "checkpoints").is_dir():
+            reason = f"convert it first: megatron-spo convert {folder} DST --to hf"
+        raise UserError(f"{folder} is not a Hugging Face model folder; {reason}")
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} does not load as a Hugging Face model: {reason}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], where: str) -> list[int]:
+    """Token ids of a prompt; messages end with the template's start of an answer. `where` is for errors."""
+    if isinstance(prompt, str):
+        ids = encode_text(tokenizer, prompt)
+    elif tokenizer.chat_template is None:
+        raise UserError(f"{where}: `prompt` is a list of messages, but the tokenizer has no chat template")
+    else:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"{where}: field `prompt` has no tokens")
+    return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids as in training: one begin-of-sequence token if the tokenizer puts one, never an end token."""
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer(text)["input_ids"]
+    starts = range(len(full) - len(plain) + 1)
+    before = next((start for start in starts if full[start : start + len(plain)] == plain), 0)
+    ids = full[: before + len(plain)]
+    twice = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
+    return ids[1:] if twice else ids
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch_size: int,
+) -> list[list[Response]]:
+    """`sampling.samples` responses to each prompt (token ids), in the order of the prompts."""
+    stops = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+    # our own: a model's saved generation config may carry penalties and cut-offs that nobody asked for here
+    model.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+    )
+    found: dict[tuple[int, int], Response] = {}
+    total = len(prompts) * sampling.samples
+    with tqdm(total=total, desc="generate", unit="response", disable=None) as progress:
+        for jobs in batches(prompts, sampling.samples, batch_size):
+            ids, mask = pad_left([prompts[row] for row, _ in jobs], pad)
+            tokens = respond(model, ids, mask, jobs, sampling)
+            for job, response in zip(jobs, tokens, strict=True):
+                found[job] = cut(tokenizer, response, stops)
+            progress.update(len(jobs))
+    return [[found[row, sample] for sample in range(sampling.samples)] for row in range(len(prompts))]
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a response: the model's and the tokenizer's."""
+    of_model = model.generation_config.eos_token_id if model.generation_config else None
+    listed = of_model if isinstance(of_model, list) else [of_model]
+    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], samples: int, batch_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(row, sample number) of every response wanted, similar lengths together, the longest first."""
+    rows = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    jobs = [(row, sample) for row in rows for sample in range(samples)]
+    for start in range(0, len(jobs), batch_size):
+        yield jobs[start : start + batch_size]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [batch, longest] and attention mask of the same shape."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+@torch.inference_mode()
+def respond(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    jobs: Sequence[tuple[int, int]],
+    sampling: Sampling,
+) -> list[list[int]]:
+    """New token ids of one batch, padded behind the end token."""
+    choosers = LogitsProcessorList()
+    if sampling.temperature > 0:
+        noise = [np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs]
+        uniform = torch.from_numpy(np.stack(noise))
+        choosers.append(TemperatureSampler(uniform, sampling.temperature, ids.shape[1]))
+    output: torch.Tensor = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=choosers
+    )
+    return output[:, ids.shape[1] :].tolist()
+
+
+class TemperatureSampler(LogitsProcessor):
+    """Leaves one token of each row: the one that its uniform number picks from the distribution."""
+
+    def __init__(self, noise: torch.Tensor, temperature: float, prompt_width: int) -> None:
+        """`noise` [batch, new tokens], uniform in [0, 1)."""
+        self.noise = noise
+        self.temperature = temperature
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        step = input_ids.shape[1] - self.prompt_width
+        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        threshold = self.noise[:, step : step + 1].to(scores.device) * cumulative[:, -1:]
+        # the first token whose cumulative share exceeds the threshold: never one of probability 0
+        token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)  # type: ignore[return-value]
+
+
+def cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: set[int]) -> Response:
+    """The text before the first end token."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    text = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Response(str(text), finished=end is not None)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSONL that appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

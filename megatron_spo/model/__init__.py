@@ -1,0 +1,1 @@
+"""The policy: a Megatron-Core GPTModel that turns packed rows into response log-probabilities."""

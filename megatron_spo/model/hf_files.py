@@ -1,0 +1,141 @@
+"""Hugging Face model folders: find them, read slices of their tensors, fingerprint and write them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_spo.errors import UserError
+from megatron_spo.model.tensors import LazyTensor
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 2**30
+_SIDE_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
+               "chat_template*", "added_tokens.json")  # fmt: skip
+
+
+def locate_model(path: str) -> Path:
+    """The folder of a model: `path` itself, or the local copy of a hub id, downloaded when it is not cached.
+
+    Raises:
+        UserError: neither a folder nor a hub id that can be fetched.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.path {path!r} is neither a folder nor a model that could be fetched from the hub "
+            f"({type(error).__name__}); give the path of a Hugging Face model folder"
+        ) from error
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted.
+
+    Raises:
+        UserError: none there, or one that the index names is missing.
+    """
+    index = folder / INDEX
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if absent := [name for name in names if not (folder / name).exists()]:
+            raise UserError(f"{index} names {absent[0]}, which is not there; copy the whole model folder")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    raise UserError(f"{folder} holds no safetensors weights (model.safetensors or {INDEX}); set model.init=random "
+                    "to start from random weights, or save the model with transformers' save_pretrained")  # fmt: skip
+
+
+class HFWeights:
+    """The tensors of a model folder, opened lazily: only the slices asked for are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handles: list[Any] = []
+        self._where: dict[str, Any] = {}
+        for path in shard_files(folder):
+            try:
+                handle = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
+            self._handles.append(handle)
+            self._where.update(dict.fromkeys(handle.keys(), handle))
+
+    def __enter__(self) -> "HFWeights":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._handles.clear()
+        self._where.clear()
+
+    def names(self) -> set[str]:
+        """Names of all tensors in the folder."""
+        return set(self._where)
+
+    def slice(self, name: str) -> LazyTensor:
+        """One tensor, unread.
+
+        Raises:
+            UserError: the folder does not hold it.
+        """
+        if name not in self._where:
+            raise UserError(f"{self.folder} lacks the tensor {name}, which its config.json calls for")
+        return self._where[name].get_slice(name)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write named tensors as safetensors shards of at most SHARD_BYTES with an index (one file when all fits)."""
+    names: list[list[str]] = []
+    total = 0
+    for i, shard in enumerate(_shards(tensors)):
+        save_file(shard, folder / f"shard-{i}", metadata={"format": "pt"})
+        names.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(names) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    where: dict[str, str] = {}
+    for i, held in enumerate(names):
+        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        where.update(dict.fromkeys(held, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what comes along with the weights: tokenizer, chat template and generation config."""
+    for pattern in _SIDE_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)

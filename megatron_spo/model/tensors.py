@@ -1,0 +1,109 @@
+"""How one Megatron tensor is laid out in Hugging Face tensors: pure transforms, each with its inverse.
+
+A transform never holds a whole model: `read` takes the rows and columns that one rank needs from lazily opened
+sources, `split` undoes it for export.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Index = tuple[slice, ...]
+
+
+class LazyTensor(Protocol):
+    """A tensor on disk, as safetensors' `get_slice` gives it."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index: Index) -> Tensor: ...
+
+
+class Transform(Protocol):
+    """One global Megatron tensor made of some Hugging Face tensors."""
+
+    def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
+        """The part `index` of the Megatron tensor."""
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors of a whole Megatron tensor; inverse of `read` over everything."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor on both sides."""
+
+    def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
+        return sources[0][index]
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
+
+
+@dataclass(frozen=True)
+class Concatenate:
+    """Sources of equal height, one below the other (gate over up in SwiGLU's linear_fc1)."""
+
+    parts: int
+
+    def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
+        height = sources[0].get_shape()[0]
+        rows, rest = index[0], index[1:]
+        pieces = []
+        for i, source in enumerate(sources):
+            start, stop = max(rows.start, i * height), min(rows.stop, (i + 1) * height)
+            if start < stop:
+                pieces.append(source[(slice(start - i * height, stop - i * height), *rest)])
+        return torch.cat(pieces)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return list(full.chunk(self.parts))
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Query, key and value interleaved by query group: [q of group 0 | k | v | q of group 1 | ...]."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def _widths(self) -> list[int]:
+        """Rows of q, k and v in one group."""
+        return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
+
+    def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
+        rows, rest = index[0], index[1:]
+        height = sum(self._widths)
+        assert rows.start % height == 0 and rows.stop % height == 0, "tensor parallelism cuts between query groups"
+        first, last = rows.start // height, rows.stop // height
+        parts = []
+        for source, width in zip(sources, self._widths, strict=True):
+            part = source[(slice(first * width, last * width), *rest)]
+            parts.append(part.reshape(last - first, width, *part.shape[1:]))
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        grouped = full.reshape(self.groups, sum(self._widths), *full.shape[1:])
+        return [part.flatten(0, 1).contiguous() for part in grouped.split(self._widths, dim=1)]
+
+
+@dataclass(frozen=True)
+class PaddedVocabulary:
+    """Vocabulary rows; Megatron's tensor has rows of zeros below them, so that every rank holds equally many."""
+
+    vocab: int
+
+    def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
+        rows, rest = index[0], index[1:]
+        real = sources[0][(slice(min(rows.start, self.vocab), min(rows.stop, self.vocab)), *rest)]
+        padded = real.new_zeros(rows.stop - rows.start, *real.shape[1:])
+        padded[: real.shape[0]] = real
+        return padded
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full[: self.vocab].contiguous()]

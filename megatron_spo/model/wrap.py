@@ -1,0 +1,72 @@
+"""What turns a model into something trainable: Megatron's data parallelism, optimizer and learning rate."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_spo.config.schema import OptimizerConfig
+from megatron_spo.model.adamw import keep_step_in_group
+from megatron_spo.model.build import PairModel
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The wrapped model and its optimizer, on one rank."""
+
+    model: PairModel
+    wrapped: DistributedDataParallel
+    optimizer: Any
+    config: TransformerConfig
+
+
+def lower_precision(model: PairModel, config: TransformerConfig) -> torch.nn.Module:
+    """The model in its training precision, for forward passes alone or before `make_trainable`."""
+    return Float16Module(config, model) if config.bf16 else model
+
+
+def make_trainable(model: PairModel, config: TransformerConfig, optimizer: OptimizerConfig) -> Trainable:
+    """Wrap in Megatron's DDP with gradients reduced in fp32, and make the distributed optimizer."""
+    wrapped = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        lower_precision(model, config),
+    )
+    made = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.betas[0],
+            adam_beta2=optimizer.betas[1],
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            params_dtype=config.params_dtype,
+            bf16=config.bf16,
+            use_distributed_optimizer=True,
+        ),
+        [wrapped],
+    )
+    keep_step_in_group(made)
+    return Trainable(model, wrapped, made, config)
+
+
+def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Learning rate of the step with index `step` (from 0) of `steps`.
+
+    The warm-up is linear and reaches the peak at its last step: lr * (step + 1) / warmup_steps. The decay spans the
+    remaining steps, from the peak to min_lr_ratio * lr at the last.
+    """
+    if step < optimizer.warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+    if optimizer.decay == "constant":
+        return optimizer.lr
+    progress = (step - optimizer.warmup_steps) / max(1, steps - 1 - optimizer.warmup_steps)
+    left = 1 - progress if optimizer.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return optimizer.lr * (optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * left)

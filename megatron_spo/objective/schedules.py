@@ -1,0 +1,130 @@
+"""Bilevel schedules: pure functions from (settings, step, state) to the plan of one optimizer step.
+
+No schedule touches a tensor. What a schedule remembers is `ScheduleState`, part of the checkpoint; whatever
+the step number alone decides (ramp, phase of the alternation) is computed from it and not stored, so a
+resumed run agrees.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Protocol
+
+from megatron_spo.objective.plan import Pass, StepPlan
+
+
+class SpoSettings(Protocol):
+    """The `spo` section of the configuration, as far as the objective reads it."""
+
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def lambda_(self) -> float: ...
+    @property
+    def lambda_unit(self) -> str: ...
+    @property
+    def constraint(self) -> str: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def ramp_steps(self) -> int: ...
+    @property
+    def lambda_max(self) -> float: ...
+    @property
+    def dual_lr(self) -> float: ...
+    @property
+    def gap_ema(self) -> float: ...
+    @property
+    def sft_steps(self) -> int: ...
+    @property
+    def preference_steps(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ScheduleState:
+    """What a schedule carries from step to step.
+
+    Attributes:
+        lambda_: the current multiplier of `dual`; for the other schedules the configured one, unchanged.
+        gap: g - v of the last global batch, nats per chosen token; None before the first.
+        gap_ema: its exponential moving average, started at the first gap.
+    """
+
+    lambda_: float
+    gap: float | None = None
+    gap_ema: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain numbers for the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, float | None]) -> "ScheduleState":
+        """The inverse of `to_dict`."""
+        lambda_ = state["lambda_"]
+        assert lambda_ is not None
+        return cls(lambda_, state["gap"], state["gap_ema"])
+
+
+def _none(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    return StepPlan((Pass(preference=1.0, sft=0.0),), lambda_=0.0)
+
+
+def _sft(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    return StepPlan((Pass(preference=0.0, sft=1.0),), lambda_=0.0)
+
+
+def _with_lambda(lambda_: float) -> StepPlan:
+    return StepPlan((Pass(preference=1.0, sft=lambda_),), lambda_=lambda_)
+
+
+def _penalty(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    """Constant lambda, or a linear ramp that reaches it at step `ramp_steps` - 1, like a learning rate's
+    warm-up.
+
+    The batch constraint switches the term off unless the last measured gap lies above epsilon; before the
+    first measurement the policy is still the reference, whose gap is 0.
+    """
+    if spo.constraint == "batch" and (state.gap is None or state.gap <= spo.epsilon):
+        return _with_lambda(0.0)
+    ramp = min(1.0, (step + 1) / spo.ramp_steps) if spo.ramp_steps else 1.0
+    return _with_lambda(spo.lambda_ * ramp)
+
+
+def _dual(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    return _with_lambda(state.lambda_)
+
+
+def _alternating(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    """`sft_steps` steps on g, then `preference_steps` on f, and again."""
+    on_sft = step % (spo.sft_steps + spo.preference_steps) < spo.sft_steps
+    return _sft(spo, step, state) if on_sft else _none(spo, step, state)
+
+
+SCHEDULES: Mapping[str, Callable[[SpoSettings, int, ScheduleState], StepPlan]] = MappingProxyType(
+    {"none": _none, "sft": _sft, "penalty": _penalty, "dual": _dual, "alternating": _alternating}
+)
+
+
+def initial_state(spo: SpoSettings) -> ScheduleState:
+    """The state before step 0."""
+    return ScheduleState(lambda_=spo.lambda_)
+
+
+def plan_step(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    """The plan of optimizer step `step`, counted from 0 over the whole run."""
+    return SCHEDULES[spo.schedule](spo, step, state)
+
+
+def observe(spo: SpoSettings, state: ScheduleState, gap: float) -> ScheduleState:
+    """The state after a step whose global batch had the gap g - v = `gap` (nats per chosen token).
+
+    `dual` moves its multiplier along the smoothed gap: clip(lambda + dual_lr * (gap - epsilon), 0,
+    lambda_max).
+    """
+    smoothed = gap if state.gap_ema is None else spo.gap_ema * state.gap_ema + (1 - spo.gap_ema) * gap
+    state = replace(state, gap=gap, gap_ema=smoothed)
+    if spo.schedule != "dual":
+        return state
+    moved = state.lambda_ + spo.dual_lr * (smoothed - spo.epsilon)
+    return replace(state, lambda_=min(max(moved, 0.0), spo.lambda_max))

@@ -1,0 +1,95 @@
+"""Fills the reference cache: the forward-only sibling of run.py."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_spo.assemble import (
+    Sources,
+    make_model,
+    read_sources,
+    reference_fingerprint,
+    row_multiple,
+    weights_fingerprint,
+)
+from megatron_spo.config.schema import Config
+from megatron_spo.config.topology import make_topology
+from megatron_spo.data.dataset import TokenizedSet
+from megatron_spo.data.loader import Loader
+from megatron_spo.data.reference_store import ReferenceWriter
+from megatron_spo.data.rows import PackedRow
+from megatron_spo.errors import UserError
+from megatron_spo.model.wrap import lower_precision
+from megatron_spo.runtime import env, processes
+from megatron_spo.runtime.processes import Runtime, agree
+from megatron_spo.train.forward import run_rows
+
+
+def fill(config: Config) -> None:
+    """Score every pair of every data set under the model of `config.model` and store the sums in `reference.cache`.
+
+    Chunks of pairs are dealt out to the data-parallel ranks; each is written by the rank that scored it. What an
+    earlier call has stored is kept; a complete cache is left alone.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    if config.reference.cache is None:
+        raise UserError("reference.cache is not set: name the folder that shall hold the reference's log-probs")
+    runtime = processes.start(
+        make_topology(config.parallel, env.world_size()), seed=config.training.seed, threads=config.training.threads
+    )
+    sources = read_sources(config, runtime)
+    weights = weights_fingerprint(config, sources)
+    writers = {
+        name: ReferenceWriter.open(
+            config.reference.cache, name, reference_fingerprint(config, sources, dataset, weights), dataset
+        )
+        for name, dataset in sources.named_sets().items()
+    }
+    open_ones = {name: writer for name, writer in writers.items() if not writer.complete}
+    if open_ones:
+        _fill(config, sources, open_ones, runtime)
+    if runtime.is_main:
+        for name, dataset in sources.named_sets().items():
+            known = "" if name in open_ones else ", complete before this call"
+            print(f"reference {name}: {len(dataset)} pairs in {config.reference.cache}{known}")
+    processes.stop()
+
+
+def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
+    model = make_model(config, sources)
+    model.eval()
+    module = lower_precision(model, model.config)
+    for name, writer in writers.items():
+        _score(module, writer, sources.named_sets()[name], config, runtime)
+        torch.distributed.barrier()
+        error: UserError | None = None
+        if runtime.is_main:
+            try:
+                writer.finish()
+            except UserError as raised:
+                error = raised
+        agree(error)
+
+
+def _score(
+    module: torch.nn.Module, writer: ReferenceWriter, dataset: TokenizedSet, config: Config, runtime: Runtime
+) -> None:
+    """Score this data-parallel rank's share of the missing chunks."""
+    loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiple=row_multiple(config))
+    missing = writer.missing_chunks()
+    torch.distributed.barrier()  # nobody writes before everybody has looked
+    mine = missing[runtime.data_rank :: runtime.topology.data]
+    for chunk in tqdm(mine, unit="chunk", desc="reference", disable=not (runtime.is_main and config.logging.progress)):
+        indices = writer.chunk_indices(chunk)
+        batch = loader.batch_of(indices)
+        scored = run_rows(module, batch.rows, _collect, runtime=runtime, backward=False)
+        if runtime.holds_results:
+            order = torch.cat([torch.from_numpy(row.pairs) for row in batch.rows])
+            sums = torch.cat(scored).cpu()[torch.argsort(order)].numpy()
+            writer.write_chunk(chunk, sums[:, 0], sums[:, 1])
+
+
+def _collect(row: PackedRow, sums: Tensor) -> tuple[Tensor, Tensor]:
+    return sums.sum(), sums

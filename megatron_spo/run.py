@@ -1,0 +1,174 @@
+"""The composition root of training: the one file that knows every floor."""
+
+import math
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_spo.assemble import (
+    Sources,
+    make_model,
+    read_sources,
+    reference_fingerprint,
+    row_multiple,
+    weights_fingerprint,
+)
+from megatron_spo.config.load import dump_config
+from megatron_spo.config.schema import Config
+from megatron_spo.config.topology import make_topology
+from megatron_spo.data.loader import Loader
+from megatron_spo.data.reference_store import ReferenceStore, open_reference
+from megatron_spo.errors import UserError
+from megatron_spo.model.wrap import Trainable, make_trainable
+from megatron_spo.objective.schedules import initial_state
+from megatron_spo.objective.statistics import LossStatistics
+from megatron_spo.report import write_report
+from megatron_spo.runtime import env, processes
+from megatron_spo.runtime.processes import Runtime, agree
+from megatron_spo.train import checkpoint, loop
+from megatron_spo.train.resume import check_resumable
+from megatron_spo.train.run_directory import RunDirectory
+from megatron_spo.train.state import TrainState
+from megatron_spo.train.step import DataInUse, Engine
+
+
+def train(config: Config) -> None:
+    """Train as configured, from the newest checkpoint of the run directory where there is one.
+
+    Raises:
+        UserError: on every rank alike; status.json then says "failed" and why.
+    """
+    runtime = processes.start(
+        make_topology(config.parallel, env.world_size()), seed=config.training.seed, threads=config.training.threads
+    )
+    found = checkpoint.latest(Path(config.output) / "checkpoints")
+    check_resumable(config, Path(config.output), found)
+    directory = RunDirectory(Path(config.output), is_main=runtime.is_main)
+    try:
+        _train(config, runtime, directory, found)
+    except BaseException as error:
+        directory.status("failed", _last_step(found), reason=str(error) or type(error).__name__)
+        raise
+    finally:
+        directory.close()
+    processes.stop()
+
+
+def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Path | None) -> None:
+    sources = read_sources(config, runtime)
+    references = _open_references(config, sources)
+    _write_provenance(config, directory, sources)
+    model = make_model(config, sources)
+    trainable = make_trainable(model, model.config, config.optimizer)
+    loaders = _loaders(config, sources, runtime)
+    data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
+    job = loop.Job(
+        config=config,
+        engine=Engine(trainable, runtime, loss=config.loss, spo=config.spo),
+        trainable=trainable,
+        train=data.pop("train"),
+        evals=list(data.values()),
+        directory=directory,
+        listeners=_listeners(config, runtime),
+        steps=_steps(config, loaders["train"]),
+    )
+    state = _start(config, trainable, found, runtime)
+    directory.open_metrics(after_step=state.step)
+    directory.status("running", state.step, steps=job.steps)
+    state = loop.run(job, state)
+    directory.status("done", state.step, checkpoint=checkpoint.step_name(state.step), steps=job.steps)
+    if runtime.is_main:
+        write_report([directory.path], directory.path / "report.html")
+        print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / checkpoint.LATEST}")
+
+
+def _open_references(config: Config, sources: Sources) -> dict[str, ReferenceStore]:
+    """The cache of every data set, or {} where the config names none."""
+    if config.reference.cache is None:
+        return {}
+    weights = weights_fingerprint(config, sources)
+    stores: dict[str, ReferenceStore] = {}
+    error: UserError | None = None
+    try:
+        for name, dataset in sources.named_sets().items():
+            fingerprint = reference_fingerprint(config, sources, dataset, weights)
+            stores[name] = open_reference(config.reference.cache, name, fingerprint, dataset)
+    except UserError as raised:
+        error = raised
+    agree(error)
+    return stores
+
+
+def _loaders(config: Config, sources: Sources, runtime: Runtime) -> dict[str, Loader]:
+    return {
+        name: Loader(
+            dataset,
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            seed=config.training.seed,
+            rank=runtime.data_rank,
+            ranks=runtime.topology.data,
+            multiple=row_multiple(config),
+        )
+        for name, dataset in sources.named_sets().items()
+    }
+
+
+def _steps(config: Config, loader: Loader) -> int:
+    if config.training.steps is not None:
+        return config.training.steps
+    return max(1, math.ceil((config.training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
+
+
+def _start(config: Config, trainable: Trainable, found: Path | None, runtime: Runtime) -> TrainState:
+    """The state to go on from: that of the checkpoint, or a fresh one."""
+    if found is None:
+        return TrainState(0, initial_state(config.spo), LossStatistics())
+    state = checkpoint.load(found, trainable)
+    if runtime.is_main:
+        print(f"{config.output}: going on from {found.name}", file=sys.stderr)
+    return state
+
+
+def _write_provenance(config: Config, directory: RunDirectory, sources: Sources) -> None:
+    """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
+    directory.write("config.yaml", dump_config(config))
+    directory.write_json(
+        "provenance.json",
+        {
+            "versions": {name: _version(name) for name in ("megatron-spo", "megatron-core", "torch", "transformers")},
+            "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
+            "model": str(sources.folder),
+        },
+    )
+    dropped = [(name, row) for name, dataset in sources.named_sets().items() for row in dataset.dropped]
+    directory.write_rows("dropped_rows.jsonl", [{"set": name, **vars(row)} for name, row in dropped])
+    if dropped and directory.is_main:
+        print(f"{len(dropped)} rows dropped; listed in {directory.path / 'dropped_rows.jsonl'}", file=sys.stderr)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _listeners(config: Config, runtime: Runtime) -> list[loop.Listener]:
+    """Weights & Biases, where the config asks for it."""
+    if config.logging.wandb == "off" or not runtime.is_main:
+        return []
+    import wandb
+
+    run = wandb.init(
+        project=config.logging.project,
+        name=Path(config.output).name,
+        mode=config.logging.wandb,
+        dir=config.output,
+        config=config.model_dump(mode="json", by_alias=True),
+    )
+    return [lambda kind, step, metrics: run.log({f"{kind}/{name}": v for name, v in metrics.items()}, step=step)]
+
+
+def _last_step(found: Path | None) -> int:
+    return int(found.name.removeprefix("step_")) if found is not None else 0

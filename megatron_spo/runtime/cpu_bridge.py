@@ -1,0 +1,114 @@
+"""Lets Megatron-Core run where there is no GPU.
+
+Megatron-Core asks for CUDA by name in many places, though all of its arithmetic and communication works on CPU
+tensors with gloo. `install()` answers those requests with the CPU. It changes only names listed in `BRIDGED`,
+does nothing where a GPU is present, and fails loudly when a listed name is gone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites a CUDA `device` argument of any torch function to the CPU.
+
+    Megatron-Core 0.16.1 has device="cuda" in its schedules, gradient clipping and optimizer, and compares
+    `Tensor.type()` with "torch.cuda.FloatTensor" in the distributed optimizer.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """Stands for the current CUDA stream: there is one order of work on a CPU."""
+
+    def wait_stream(self, other: Any) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Bridged:
+    """One replaced name: where it is, what answers for it, and why (all seen in megatron-core 0.16.1)."""
+
+    module: str
+    name: str
+    answer: Any
+    why: str
+
+
+BRIDGED = (
+    Bridged("torch.cuda", "current_device", lambda: CPU, "device of buffers in p2p, optimizer, rotary embedding"),
+    Bridged("torch.cuda", "synchronize", lambda *a, **k: None, "called after batched p2p and in timers"),
+    Bridged("torch.cuda", "current_stream", lambda *a, **k: _NoStream(), "asked for by overlap and checkpoint code"),
+    Bridged("torch.cuda", "FloatTensor", torch.FloatTensor, "optimizer/clip_grads.py makes one-element tensors with it"),
+    Bridged("torch.cuda", "get_rng_state", lambda *a, **k: torch.get_rng_state(), "random-number tracker"),
+    Bridged("torch.cuda", "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state), "random-number tracker"),
+    Bridged(
+        "torch.cuda",
+        "manual_seed",
+        lambda seed: torch.random.default_generator.manual_seed(seed),
+        "random-number tracker",
+    ),
+    Bridged(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        lambda state, *a, **k: torch.set_rng_state(state),
+        "random-number tracker",
+    ),
+    Bridged(
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        lambda *a, **k: torch.get_rng_state(),
+        "random-number tracker",
+    ),
+)
+
+_mode: _CudaMeansCpu | None = None
+
+
+def install() -> bool:
+    """Install the bridge, once, where torch sees no GPU; returns whether it is in place."""
+    global _mode
+    if torch.cuda.is_available():
+        return False
+    if _mode is None:
+        for entry in BRIDGED:
+            module = import_module(entry.module)
+            if not hasattr(module, entry.name):
+                raise RuntimeError(
+                    f"{entry.module}.{entry.name} is gone, so the CPU bridge must be revised ({entry.why})"
+                )
+            setattr(module, entry.name, entry.answer)
+        _mode = _CudaMeansCpu()
+        _mode.__enter__()
+    return True

@@ -1,0 +1,1 @@
+"""One optimizer step after another: runs what a schedule plans on whatever layout the processes form."""

@@ -1,0 +1,92 @@
+"""Per-pair values -> sums on the device -> one all-reduce -> the named metrics of a step or an evaluation."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_spo.objective.losses import PairLogprobs
+from megatron_spo.objective.terms import GlobalCounts
+
+SUMS = (
+    "objective", "preference", "chosen", "rejected", "reward_chosen", "reward_rejected", "accuracy",
+    "chosen_shift", "rejected_shift", "both_down", "reference_chosen", "statistic", "statistic_squared",
+)  # fmt: skip
+"""What is summed over the pairs of a batch, in this order."""
+
+
+@dataclass(frozen=True)
+class PairValues:
+    """Detached [pairs] values of one row, as the objective gives them; None where the data or the loss has none."""
+
+    pairs: PairLogprobs
+    preference: Tensor | None
+    rewards: tuple[Tensor, Tensor] | None
+    statistic: Tensor | None
+
+
+def row_sums(objective: Tensor, values: PairValues) -> Tensor:
+    """fp64 [len(SUMS)] sums of one row."""
+    pairs = values.pairs
+    zero = torch.zeros_like(pairs.chosen)
+    out: dict[str, Tensor] = {"chosen": pairs.chosen, "rejected": pairs.rejected}
+    if values.preference is not None:
+        out["preference"] = values.preference
+    if values.rewards is not None:
+        chosen, rejected = values.rewards
+        out["reward_chosen"], out["reward_rejected"] = chosen, rejected
+        out["accuracy"] = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
+    if pairs.reference_chosen is not None and pairs.reference_rejected is not None:
+        out["chosen_shift"] = pairs.chosen - pairs.reference_chosen
+        out["rejected_shift"] = pairs.rejected - pairs.reference_rejected
+        out["both_down"] = ((out["chosen_shift"] < 0) & (out["rejected_shift"] < 0)).float()
+        out["reference_chosen"] = pairs.reference_chosen
+    if values.statistic is not None:
+        out["statistic"], out["statistic_squared"] = values.statistic, values.statistic**2
+    sums = [out.get(name, zero).detach().double().sum() for name in SUMS[1:]]
+    return torch.stack([objective.detach().double(), *sums])
+
+
+def reduce_sums(per_row: list[Tensor], *, device: torch.device, contributes: bool) -> dict[str, float]:
+    """Sums over all rows of all ranks, by one all-reduce; only ranks that hold results contribute."""
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    if contributes and per_row:
+        total += torch.stack(per_row).sum(0)
+    dist.all_reduce(total)
+    return dict(zip(SUMS, total.tolist(), strict=True))
+
+
+def named_metrics(
+    sums: dict[str, float], *, counts: GlobalCounts, v: float | None, reference: bool, rejected: bool, rewarded: bool
+) -> dict[str, float]:
+    """The metrics of a batch or a data set from its global sums, under their fixed names.
+
+    Args:
+        v: the lower level's optimal value in nats per chosen token; None measures it by the reference, where there
+            is one.
+        reference: whether shifts and the gap can be measured by a reference.
+        rejected: whether the rows have rejected responses.
+        rewarded: whether the preference loss can be computed.
+    """
+    mean = {name: total / counts.pairs for name, total in sums.items()}
+    sft = -sums["chosen"] / counts.chosen_tokens
+    metrics = {"loss": sums["objective"], "loss/sft": sft, "logps/chosen": mean["chosen"]}
+    if rejected:
+        metrics["logps/rejected"] = mean["rejected"]
+    if rejected and rewarded:
+        metrics |= {
+            "loss/preference": mean["preference"],
+            "rewards/chosen": mean["reward_chosen"],
+            "rewards/rejected": mean["reward_rejected"],
+            "rewards/accuracies": mean["accuracy"],
+            "rewards/margins": mean["reward_chosen"] - mean["reward_rejected"],
+        }
+    if reference:
+        metrics["spo/chosen_shift"] = mean["chosen_shift"]
+        if rejected:
+            metrics |= {"spo/rejected_shift": mean["rejected_shift"], "spo/both_down": mean["both_down"]}
+        v = -sums["reference_chosen"] / counts.chosen_tokens if v is None else v
+    if v is not None:
+        metrics["spo/gap"] = sft - v
+    return {**metrics, "pairs": counts.pairs}

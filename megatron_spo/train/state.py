@@ -1,0 +1,27 @@
+"""Everything that changes with training, besides weights and optimizer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_spo.objective.schedules import ScheduleState
+from megatron_spo.objective.statistics import LossStatistics
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Steps done, and what the schedule and the loss remember of them; the position in the data follows from `step`."""
+
+    step: int
+    schedule: ScheduleState
+    statistics: LossStatistics
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the checkpoint."""
+        return {"step": self.step, "schedule": self.schedule.to_dict(), "statistics": self.statistics.to_dict()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "TrainState":
+        """The inverse of `to_dict`."""
+        return cls(
+            state["step"], ScheduleState.from_dict(state["schedule"]), LossStatistics.from_dict(state["statistics"])
+        )

@@ -1,0 +1,56 @@
+"""Package metadata.
+
+NVIDIA's apex is not an extra: the package of that name on the index is another one (`megatron-spo doctor`).
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_spo/__init__.py").read_text())[1]
+README = HERE / "README.md"
+
+setup(
+    name="megatron-spo",
+    version=VERSION,
+    description="Stable Preference Optimization on Megatron-Core",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_spo", "megatron_spo.*"]),
+    entry_points={"console_scripts": ["megatron-spo = megatron_spo.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=5,<6",
+        "tokenizers>=0.21",
+        "datasets>=4,<6",
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "pydantic>=2.11,<3",
+        "pyyaml>=6",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2"],
+        "nemo": ["nemo-toolkit>=2"],
+        "wandb": ["wandb>=0.18"],
+        "eval": ["lm-eval>=0.4.5"],
+        "dev": [
+            "accelerate>=1",
+            "hypothesis>=6",
+            "import-linter>=2",
+            "mypy>=1.13",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+            "trl==1.16.0",
+            "types-PyYAML",
+        ],
+    },
+)

@@ -1,0 +1,48 @@
+"""What is documented is what the schema holds."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_spo.config.document import help_text, key_docs, reference_yaml
+from megatron_spo.config.load import load_config
+from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.schema import LossConfig
+from megatron_spo.config.topology import make_topology
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_every_key_has_one_line() -> None:
+    for section, text, docs in key_docs():
+        assert text or not section
+        for doc in docs:
+            assert doc.text and "\n" not in doc.text, f"{section}.{doc.name}"
+            assert f"{section + '.' if section else ''}{doc.name}  [{doc.default}]" in help_text()
+
+
+def test_reference_yaml_is_up_to_date() -> None:
+    assert (EXAMPLES / "reference.yaml").read_text() == reference_yaml(), (
+        "run: python -m megatron_spo.config.document > examples/reference.yaml"
+    )
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_every_example_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_every_loss_parameter_has_a_key() -> None:
+    accepted = {key for spec in LOSS_SPECS.values() for key in spec.parameters}
+    assert accepted == set(LossConfig.model_fields) - {"name"}
+    for name, spec in LOSS_SPECS.items():
+        assert LossConfig(name=name).spec is spec
+        assert LossConfig(name=name).parameters() == dict(spec.parameters)
+        LossConfig(name=name, **spec.parameters)  # its defaults are in range
+
+
+def test_topology() -> None:
+    from megatron_spo.config.schema import ParallelConfig
+
+    topology = make_topology(ParallelConfig(tensor=2, pipeline=2), 16)
+    assert (topology.data, topology.virtual, topology.world) == (4, 1, 16)

@@ -1,0 +1,98 @@
+"""config.json of both generations of transformers; what is not built is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.errors import UserError
+
+Write = Callable[..., Path]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def test_llama(write_model: Write) -> None:
+    shape = read_model_shape(write_model())
+    assert (shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim) == (4, 32, 64, 4, 2, 8)
+    assert (shape.family, shape.vocab, shape.tied, shape.max_positions) == ("llama", 300, False, 512)
+    assert (shape.rope_theta, shape.rope_scaling, shape.sliding_window) == (10000.0, None, None)
+    assert not shape.qkv_bias and not shape.qk_norm
+
+
+def test_rope_of_both_generations(write_model: Write) -> None:
+    older = read_model_shape(write_model(rope_theta=5e5, rope_scaling=LLAMA3))
+    newer = read_model_shape(write_model(rope_parameters={**LLAMA3, "rope_theta": 5e5}))
+    assert older.rope_theta == newer.rope_theta == 5e5
+    assert older.rope_scaling == newer.rope_scaling == LLAMA3
+    oldest = read_model_shape(write_model(rope_scaling={"type": "linear", "factor": 2.0}))
+    assert oldest.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_absent_keys_mean_what_transformers_means(
+    write_model: Write, config_class: type[PretrainedConfig]
+) -> None:
+    optional = ("max_position_embeddings", "rms_norm_eps", "num_key_value_heads")
+    family = config_class.model_type
+    folder = write_model(model_type=family, **dict.fromkeys(optional), num_key_value_heads=4)
+    shape, theirs = read_model_shape(folder), config_class.from_pretrained(folder)
+    assert shape.max_positions == theirs.max_position_embeddings
+    assert shape.norm_eps == theirs.rms_norm_eps
+    assert shape.tied == theirs.tie_word_embeddings
+    assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert shape.initializer_range == theirs.initializer_range
+    assert shape.sliding_window == getattr(theirs, "sliding_window", None)
+    assert shape.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+
+
+def test_families(write_model: Write) -> None:
+    qwen2 = read_model_shape(write_model(model_type="qwen2", sliding_window=64, use_sliding_window=False))
+    assert qwen2.qkv_bias and not qwen2.qk_norm and qwen2.sliding_window is None
+    qwen3 = read_model_shape(write_model(model_type="qwen3", tie_word_embeddings=True, head_dim=16))
+    assert qwen3.qk_norm and not qwen3.qkv_bias and qwen3.tied and qwen3.head_dim == 16
+    layers = ["full_attention", "sliding_attention"] * 2
+    mixed = read_model_shape(write_model(model_type="qwen3", sliding_window=64, layer_types=layers))
+    assert mixed.sliding_window == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not built; built are llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type = None"),
+        ({"attention_bias": True}, "attention_bias = True is not built for llama"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not built"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE type 'longrope'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = None; must be a positive integer"),
+        ({"vocab_size": "many"}, "vocab_size = 'many'"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads = 3"),
+        ({"hidden_size": 33}, "hidden_size = 33 is not a multiple"),
+    ],
+)
+def test_refused(write_model: Write, changes: dict[str, object], part: str) -> None:
+    with pytest.raises(UserError, match="config.json") as raised:
+        read_model_shape(write_model(**changes))
+    assert part in str(raised.value)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_model_shape(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_model_shape(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="must be a JSON object"):
+        read_model_shape(tmp_path)

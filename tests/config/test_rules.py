@@ -1,0 +1,116 @@
+"""Combinations that are refused at load, each by its own message."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_spo.config import rules
+from megatron_spo.config.schema import Config
+from megatron_spo.errors import UserError
+
+Load = Callable[..., Config]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ("parallel.tensor=3", "parallel.tensor = 3 does not divide the model's 4 attention heads"),
+        ("parallel.tensor=4", "parallel.tensor = 4 does not divide the model's 2 key-value heads"),
+        ("parallel.pipeline=3", "parallel.pipeline = 3 does not divide the model's 4 layers"),
+        ("parallel.sequence=true", "parallel.sequence: true needs parallel.tensor > 1"),
+        ("parallel.context=2", "parallel.context = 2 is not available in this version yet; only 1"),
+        ("parallel.expert=2", "parallel.expert = 2 is not available"),
+        ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline = 2 is not available in this version yet; only null"),
+        ("data.max_length=513", "data.max_length = 513 exceeds the model's context of 512 tokens"),
+        ("loss.gamma_beta_ratio=0.3", "loss.gamma_beta_ratio has no effect with loss.name: dpo; it belongs to simpo, alpha_dpo"),
+        ("loss.name=simpo loss.alpha=0.3", "loss.alpha has no effect with loss.name: simpo"),
+        ("loss.name=exo_pair loss.label_smoothing=0", "must be > 0"),
+        ("spo.schedule=none spo.lambda=2", "spo.lambda has no effect with spo.schedule: none; it belongs to penalty, dual"),
+        ("spo.schedule=none spo.lambda=1.0", "spo.lambda has no effect"),
+        ("spo.schedule=sft spo.lambda_unit=token", "spo.lambda_unit has no effect with spo.schedule: sft"),
+        ("spo.schedule=dual spo.constraint=pair", "spo.constraint has no effect with spo.schedule: dual"),
+        ("spo.schedule=dual spo.ramp_steps=5", "spo.ramp_steps has no effect with spo.schedule: dual"),
+        ("spo.dual_lr=0.2", "spo.dual_lr has no effect with spo.schedule: penalty; it belongs to dual"),
+        ("spo.sft_steps=2", "spo.sft_steps has no effect with spo.schedule: penalty; it belongs to alternating"),
+        ("spo.preference_steps=2", "it belongs to alternating"),
+        ("spo.epsilon=0.1", "spo.epsilon has no effect with spo.constraint: none"),
+        ("optimizer.min_lr_ratio=0.1", "optimizer.min_lr_ratio has no effect with optimizer.decay: constant"),
+        ("loss.name=ipo", "spo.lambda_unit: relative is undefined for loss.name: ipo"),
+        ("loss.name=orpo spo.schedule=dual", "set spo.lambda_unit=token"),
+        ("reference.cache=null", "loss.name: dpo needs the reference's log-probs; set reference.cache"),
+        ("loss.name=simpo reference.cache=null spo.constraint=pair", "spo.constraint: pair compares each pair"),
+        ("loss.name=simpo reference.cache=null spo.constraint=batch", "spo.constraint: batch needs the gap"),
+        ("loss.name=simpo reference.cache=null spo.schedule=dual", "spo.schedule: dual needs the gap"),
+        ("spo.schedule=dual spo.lambda=11", "spo.lambda = 11.0 is above spo.lambda_max = 10.0"),
+        ("training.steps=5 training.epochs=2", "training.steps = 5 and training.epochs = 2.0 are both given"),
+        ("training.steps=5 optimizer.warmup_steps=6", "optimizer.warmup_steps = 6 exceeds training.steps = 5"),
+        ("training.eval_every=5", "training.eval_every = 5 without data.eval"),
+    ],
+)
+def test_refused(load: Load, overrides: str, part: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load(*overrides.split())
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "parallel.tensor=2 parallel.sequence=true parallel.pipeline=2",
+        "loss.name=ipo spo.lambda_unit=token",
+        "loss.name=ipo spo.schedule=none",
+        "loss.name=ipo spo.schedule=alternating",
+        "loss.gamma_beta_ratio=null",
+        "loss.name=simpo reference.cache=null",
+        "loss.name=simpo reference.cache=null spo.constraint=batch spo.v=0.7 spo.epsilon=0.1",
+        "loss.name=simpo reference.cache=null spo.schedule=dual spo.v=0.7 spo.epsilon=0.1",
+        "spo.schedule=sft reference.cache=null",
+        "optimizer.decay=cosine optimizer.min_lr_ratio=0.1",
+        "training.steps=5 optimizer.warmup_steps=5",
+        "data.eval=held_out.jsonl training.eval_every=5",
+    ],
+)
+def test_accepted(load: Load, overrides: str) -> None:
+    load(*overrides.split())
+
+
+def test_world_size(load: Load) -> None:
+    with pytest.raises(UserError) as raised:
+        load("parallel.tensor=2", "parallel.pipeline=2", world_size=6)
+    assert "6 processes" in str(raised.value)
+    assert "2 * 2 * 1 = 4" in str(raised.value)
+    with pytest.raises(UserError, match="1 process cannot"):
+        load("parallel.tensor=2", world_size=1)
+    load("parallel.tensor=2", "parallel.pipeline=2", world_size=8)
+
+
+def test_sliding_window(load: Load, write_model: Callable[..., Path]) -> None:
+    write_model(model_type="mistral", sliding_window=64)
+    with pytest.raises(UserError, match="exceeds the model's sliding attention window of 64 tokens"):
+        load("data.max_length=65")
+    assert load().data.max_length == 64
+
+
+def test_optional_packages(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "installed", lambda module: False)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU and Transformer Engine"):
+        load("precision.fp8=delayed")
+    with pytest.raises(UserError, match=r"needs the package wandb; pip install -e '.\[wandb\]'"):
+        load("logging.wandb=online")
+    monkeypatch.setattr(rules, "installed", lambda module: True)
+    load("logging.wandb=offline")
+    with pytest.raises(UserError, match="not available in this version yet"):
+        load("precision.fp8=delayed")
+
+
+def test_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_run_folder").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert rules.installed("pydantic")
+    assert not rules.installed("a_run_folder")
+    assert not rules.installed("no_such_package.part")
+
+
+def test_a_hub_id_is_not_looked_up(load: Load) -> None:
+    assert load("model.path=someone/some-model", "parallel.tensor=3").data.max_length == 2048

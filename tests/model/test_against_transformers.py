@@ -1,0 +1,61 @@
+"""Import, log-probs and gradients against transformers, per family."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.megatron import example, load_model, megatron_sums, row_of, transformers_sums
+from tests.support.tiny import tiny_model
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"rope_parameters": LLAMA3_SCALING}),
+    ("llama", {"num_key_value_heads": 4, "vocab_size": 384}),
+    ("mistral", {"head_dim": 16}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 16}),
+]
+
+
+def pairs(seed: int = 0, count: int = 5):
+    rng = np.random.default_rng(seed)
+    draw = lambda low, high: rng.integers(6, 262, rng.integers(low, high)).tolist()  # noqa: E731
+    made = [example(draw(1, 12), draw(1, 9), draw(1, 9)) for _ in range(count - 2)]
+    common = draw(3, 4)  # both answers begin alike
+    made.append(example(draw(2, 5), [*common, 7, 1], [*common, 8, 9, 1]))
+    made.append(example(draw(2, 5), draw(2, 6)))  # no rejected answer
+    return made
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_sums_and_gradients_equal_those_of_transformers(tmp_path, family, overrides):
+    theirs = tiny_model(tmp_path, family, **overrides)
+    ours = load_model(tmp_path)
+    examples = pairs()
+    mine, expected = megatron_sums(ours, row_of(examples, multiple=8)), transformers_sums(theirs, examples)
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-4)
+    weights = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
+    (mine * weights).sum().backward()
+    (expected * weights).sum().backward()
+    embedding = ours.embedding.word_embeddings.weight.grad[: theirs.config.vocab_size]
+    torch.testing.assert_close(embedding, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-4)
+    last = theirs.model.layers[-1].mlp.down_proj.weight.grad
+    torch.testing.assert_close(ours.decoder.layers[-1].mlp.linear_fc2.weight.grad, last, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_equals_one_by_one(tmp_path):
+    tiny_model(tmp_path)
+    model = load_model(tmp_path)
+    examples = pairs(count=8)
+    packed = megatron_sums(model, row_of(examples))
+    single = torch.cat([megatron_sums(model, row_of([one])) for one in examples])
+    torch.testing.assert_close(packed, single, rtol=1e-6, atol=1e-5)

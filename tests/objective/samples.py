@@ -1,0 +1,60 @@
+"""Pairs and settings shared by the tests of the objective."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.objective.losses import PairLogprobs
+from megatron_spo.objective.statistics import LossStatistics
+
+STATISTICS = LossStatistics().update(total=2.0, total_of_squares=3.0, count=4)
+
+
+@dataclass(frozen=True)
+class Spo:
+    """The attributes of the configuration's `spo` section, with its defaults."""
+
+    schedule: str = "penalty"
+    lambda_: float = 1.0
+    lambda_unit: str = "relative"
+    constraint: str = "none"
+    epsilon: float = 0.0
+    ramp_steps: int = 0
+    lambda_max: float = 10.0
+    dual_lr: float = 0.1
+    gap_ema: float = 0.9
+    sft_steps: int = 1
+    preference_steps: int = 1
+
+
+def make_pairs(
+    chosen: list[float] | Tensor,
+    rejected: list[float] | Tensor,
+    tokens: tuple[list[int], list[int]],
+    reference: tuple[list[float], list[float]] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> PairLogprobs:
+    """Pairs with leaf tensors for the policy."""
+    policy = [torch.as_tensor(x, dtype=dtype).clone().requires_grad_() for x in (chosen, rejected)]
+    counts = [torch.tensor(n, dtype=dtype) for n in tokens]
+    frozen = [torch.tensor(x, dtype=dtype) for x in reference] if reference else [None, None]
+    return PairLogprobs(policy[0], policy[1], counts[0], counts[1], frozen[0], frozen[1])
+
+
+def random_pairs(count: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> PairLogprobs:
+    """Pairs with 1 to 12 tokens, log-probs of some nats a token and a reference some tenths of a nat away."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 13, (2, count), generator=generator).double()
+    reference = -tokens * (0.1 + 2 * torch.rand(2, count, generator=generator, dtype=torch.float64))
+    moved = tokens.sqrt() * torch.randn(2, count, generator=generator, dtype=torch.float64)
+    policy = torch.minimum(reference + moved, -0.05 * tokens)
+    lists = (reference[0].tolist(), reference[1].tolist())
+    sizes = (tokens[0].int().tolist(), tokens[1].int().tolist())
+    return make_pairs(policy[0], policy[1], sizes, lists, dtype)
+
+
+def defaults(name: str, **changes: float | bool) -> dict[str, float | bool]:
+    """The loss's own parameters."""
+    return {**LOSS_SPECS[name].parameters, **changes}

@@ -1,0 +1,82 @@
+"""One plan test per schedule, and the state that a checkpoint carries."""
+
+import json
+
+import pytest
+
+from megatron_spo.objective.plan import Pass, StepPlan
+from megatron_spo.objective.schedules import (
+    SCHEDULES,
+    ScheduleState,
+    initial_state,
+    observe,
+    plan_step,
+)
+from tests.objective.samples import Spo
+
+ON_F = StepPlan((Pass(preference=1.0, sft=0.0),), lambda_=0.0)
+ON_G = StepPlan((Pass(preference=0.0, sft=1.0),), lambda_=0.0)
+
+
+def both(lambda_: float) -> StepPlan:
+    return StepPlan((Pass(preference=1.0, sft=lambda_),), lambda_=lambda_)
+
+
+def plans(spo: Spo, steps: int) -> list[StepPlan]:
+    return [plan_step(spo, step, initial_state(spo)) for step in range(steps)]
+
+
+def test_none_and_sft() -> None:
+    assert plans(Spo(schedule="none"), 2) == [ON_F, ON_F]
+    assert plans(Spo(schedule="sft"), 2) == [ON_G, ON_G]
+
+
+def test_penalty_is_constant_or_ramped() -> None:
+    assert plans(Spo(lambda_=2.0), 2) == [both(2.0)] * 2
+    assert plans(Spo(lambda_=2.0, ramp_steps=4), 6) == [both(x) for x in (0.5, 1.0, 1.5, 2.0, 2.0, 2.0)]
+
+
+def test_batch_constraint_follows_the_last_gap() -> None:
+    spo = Spo(lambda_=2.0, constraint="batch", epsilon=0.1)
+    state = initial_state(spo)
+    assert plan_step(spo, 0, state) == both(0.0)
+    for gap, expected in [(0.05, 0.0), (0.1, 0.0), (0.11, 2.0), (-1.0, 0.0)]:
+        state = observe(spo, state, gap)
+        assert plan_step(spo, 1, state) == both(expected)
+
+
+def test_pair_constraint_is_a_matter_of_the_terms() -> None:
+    assert plans(Spo(constraint="pair"), 1) == [both(1.0)]
+
+
+def test_dual_climbs_the_smoothed_gap_and_stays_in_its_box() -> None:
+    spo = Spo(schedule="dual", lambda_=0.5, dual_lr=2.0, gap_ema=0.5, epsilon=0.1, lambda_max=1.0)
+    state = initial_state(spo)
+    assert plan_step(spo, 0, state) == both(0.5)
+    state = observe(spo, state, 0.2)  # smoothed .2: .5 + 2 (.2 - .1)
+    assert state.lambda_ == pytest.approx(0.7)
+    state = observe(spo, state, 0.0)  # smoothed .1: unchanged
+    assert state.lambda_ == pytest.approx(0.7)
+    assert state.gap == 0.0
+    assert state.gap_ema == pytest.approx(0.1)
+    assert plan_step(spo, 2, state).lambda_ == state.lambda_
+    assert observe(spo, state, 5.0).lambda_ == 1.0
+    assert observe(spo, state, -5.0).lambda_ == 0.0
+
+
+def test_alternating_counts_from_the_first_step() -> None:
+    spo = Spo(schedule="alternating", sft_steps=2, preference_steps=1)
+    assert plans(spo, 7) == [ON_G, ON_G, ON_F, ON_G, ON_G, ON_F, ON_G]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_state_survives_json_and_goes_on_alike(schedule: str) -> None:
+    spo = Spo(schedule=schedule)
+    state = initial_state(spo)
+    for gap in (0.3, -0.1, 1 / 3):
+        reloaded = ScheduleState.from_dict(json.loads(json.dumps(state.to_dict())))
+        assert reloaded == state
+        assert observe(spo, reloaded, gap) == observe(spo, state, gap)
+        state = observe(spo, state, gap)
+        assert state.gap == gap  # kept under every schedule, for the log
+        assert (state.lambda_ != spo.lambda_) == (schedule == "dual")

@@ -1,0 +1,68 @@
+"""A Megatron model in this process, for tests that need no layout."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
+from megatron_spo.config.topology import make_topology
+from megatron_spo.data.rows import Example, PackedRow, build_row
+from megatron_spo.runtime import processes
+from megatron_spo.runtime.processes import Runtime
+
+
+@cache
+def one_process() -> Runtime:
+    """The single-process runtime, started once per test process."""
+    return processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=1)
+
+
+def load_model(folder: Path):  # type: ignore[no-untyped-def]
+    """The fp32 Megatron model of a Hugging Face folder."""
+    one_process()
+    from megatron_spo.model.build import build_model, load_hf_weights, transformer_config
+
+    shape = read_model_shape(folder)
+    model = build_model(shape, transformer_config(shape, ParallelConfig(), PrecisionConfig(dtype="fp32")))
+    load_hf_weights(model, shape, folder)
+    return model
+
+
+def example(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int] = ()) -> Example:
+    """A tokenised pair (or SFT row) from plain lists."""
+    left, right = [*prompt, *chosen], [*prompt, *rejected] if len(rejected) else []
+    shared = len(left)
+    if right:
+        shared = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return Example(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32), len(prompt), shared)
+
+
+def row_of(examples: Sequence[Example], *, multiple: int = 1) -> PackedRow:
+    return build_row(list(enumerate(examples)), multiple=multiple)
+
+
+def megatron_sums(model, row: PackedRow) -> Tensor:  # type: ignore[no-untyped-def]
+    """[pairs, 2] response sums under the Megatron model, with gradient."""
+    from megatron_spo.model.attention import row_to_device
+    from megatron_spo.train.forward import response_sums
+
+    return response_sums(row, model(row_to_device(row, torch.device("cpu"))))
+
+
+def transformers_sums(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
+    """[pairs, 2] response sums, one sequence at a time through transformers."""
+    sums = []
+    for one in examples:
+        for ids in (one.chosen_ids, one.rejected_ids):
+            if len(ids) == 0:
+                sums.append(torch.zeros(()))
+                continue
+            tokens = torch.from_numpy(ids.astype(np.int64))
+            logprobs = model(tokens[None]).logits[0, :-1].float().log_softmax(-1)
+            sums.append(logprobs.gather(1, tokens[1:, None])[one.prompt_length - 1 :].sum())
+    return torch.stack(sums).view(-1, 2)

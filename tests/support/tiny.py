@@ -1,0 +1,101 @@
+"""Tiny Hugging Face models and tokenizers, made on the spot: no network, no weights in the repository."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(folder: Path, *, chat: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer without merges (256 bytes + special tokens), saved in `folder`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    vocab = {token: i for i, token in enumerate(special + alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<|end|>" if chat else "<eos>",
+        extra_special_tokens=special[1:],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, scale: float = 0.1, **overrides) -> PreTrainedModel:
+    """A random model with a tokenizer, saved in `folder`; `scale` is the deviation of its weights, large enough
+    that logits differ visibly between tokens."""
+    config_class, model_class = FAMILIES[family]
+    shape = dict(
+        vocab_size=262,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=scale,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    if family == "qwen3":
+        shape["head_dim"] = 8
+    if family == "mistral":
+        shape["sliding_window"] = None
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**shape, **overrides}))
+    with torch.no_grad():  # norms and biases at their neutral values would hide a mapping error
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return model
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arithmetic_pairs(count: int, *, seed: int = 0) -> list[dict]:
+    """Short preference pairs of varying length."""
+    import random
+
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        a, b = rng.randint(0, 999), rng.randint(0, 999)
+        wrong = a + b + rng.choice([-10, -1, 1, 10])
+        rows.append({"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"about {wrong}" if rng.random() < 0.5 else f"{wrong}"})
+    return rows
