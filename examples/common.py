@@ -1,4 +1,4 @@
-"""What the examples share: running commands one after another or side by side, and reading what they wrote."""
+"""What the examples share: running commands, in turn or side by side, and reading what they wrote."""
 
 import argparse
 import json
@@ -30,7 +30,9 @@ def parse_arguments(description: str, default_out: str, *files: str) -> argparse
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder to write [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and sampling [%(default)s]")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each [%(default)s]")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over instead of going on where it stopped"
+    )
     return parser
 
 
@@ -101,8 +103,8 @@ class Stages:
     def generate(self, name: str, model: Path, prompts: Path, *options: str) -> Path:
         """Responses of an exported model in OUT/NAME.jsonl."""
         written = self.out / f"{name}.jsonl"
-        arguments = ["generate", model, "--prompts", prompts, "--out", written, *options]
-        self.command(f"generate-{name}", *arguments, done=written.is_file())
+        files = ("--prompts", prompts, "--out", written)
+        self.command(f"generate-{name}", "generate", model, *files, *options, done=written.is_file())
         return written
 
     def side_by_side(self, tasks: Sequence[Callable[[], None]]) -> None:

@@ -159,24 +159,17 @@ def _description(location: Sequence[int | str]) -> str | None:
 
 
 def _nearest(key: str) -> str:
-    """`; did you mean ...?` for an unknown key: near in its own section, or the same key of another one."""
-    sections = {name: section_class(name) for name in Config.model_fields}
-    full = {f"{name}.{entry}" for name, section in sections.items() if section for entry in keys_of(section)}
+    """`; did you mean ...?` for an unknown key, with its own section's keys before those of the others."""
     section, _, last = key.rpartition(".")
     if "[" in section:
-        near = difflib.get_close_matches(last, keys_of(DataSource), 1, 0.5)
-        return (
-            f"; did you mean {near[0]!r}?"
-            if near
-            else f"; a data source has {', '.join(keys_of(DataSource))}"
-        )
-    own = sorted(name for name in full if name.startswith(f"{section}.")) if section else list(sections)
-    elsewhere = sorted(name for name in full if name.split(".")[1] == last)
-    near = (
-        elsewhere
-        or difflib.get_close_matches(key, own, 1, 0.7)
-        or difflib.get_close_matches(key, sorted(full), 1, 0.6)
-    )
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; allowed are {', '.join(name.rpartition('.')[2] for name in own)}"
+        near = difflib.get_close_matches(last, keys_of(DataSource), 1)
+        return f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(keys_of(DataSource))}"
+    sections = {name: section_class(name) for name in Config.model_fields}
+    every = [(name, entry) for name, members in sections.items() if members for entry in keys_of(members)]
+    own = [entry for name, entry in every if name == section] if section else list(sections)
+    same = [f"{name}.{entry}" for name, entry in every if entry == last]
+    near = same or [f"{section}.{entry}".lstrip(".") for entry in difflib.get_close_matches(last, own, 1)]
+    near = near or [
+        f"{name}.{entry}" for name, entry in every if difflib.get_close_matches(last, [entry], 1, 0.8)
+    ]
+    return f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(own)}"

@@ -83,21 +83,21 @@ class ReferenceStore:
     """Memory-mapped log-probs of the reference, checked when opened."""
 
     def __init__(self, records: Records, dataset: TokenizedSet, folder: Path) -> None:
-        self._records, self._dataset, self._folder = records, dataset, folder
+        self._records, self._hashes = records, dataset.row_hashes
+        self._dataset, self._folder = dataset, folder
 
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, indices: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Sums of log-probs (chosen fp32 [B], rejected fp32 [B]) of the data set rows `indices` [B]."""
-        rows = self._records[np.asarray(indices)]
+        wanted = np.asarray(indices)
+        rows = self._records[wanted]
         chosen, rejected = rows["chosen"], rows["rejected"]
-        # finite - finite is finite, inf - inf and anything with nan is not
-        if not np.isfinite(chosen + rejected).all():
-            bad = int(np.asarray(indices)[~np.isfinite(chosen + rejected)][0])
-            raise UserError(
-                f"reference cache {self._folder}: the record of {self._dataset.describe(bad)} is not finite; {REMEDY}"
-            )
+        fine = np.isfinite(chosen) & np.isfinite(rejected) & (rows["row_hash"] == self._hashes[wanted])
+        if not fine.all():
+            where = self._dataset.describe(int(wanted[~fine][0]))
+            raise UserError(f"reference cache {self._folder} is damaged: the record of {where} is bad; {REMEDY}")
         return chosen, rejected
 
     @property
@@ -126,12 +126,7 @@ def open_reference(
         raise UserError(
             f"reference cache {folder} is stale; {REMEDY}\n" + "\n".join(f"  {line}" for line in differences)
         )
-    records = _map_records(folder, index)
-    if not np.array_equal(records["row_hash"], dataset.row_hashes):
-        raise UserError(
-            f"reference cache {folder} is damaged: its row hashes are not the data set's; {REMEDY}"
-        )
-    return ReferenceStore(records, dataset, folder)
+    return ReferenceStore(_map_records(folder, index), dataset, folder)
 
 
 class ReferenceWriter:
@@ -236,10 +231,10 @@ class ReferenceWriter:
         if index is None or self._fingerprint.differences(index["fingerprint"]):
             return False
         try:
-            records = _map_records(self._folder, index)
+            _map_records(self._folder, index)
         except UserError:
             return False  # damaged: filled anew
-        return np.array_equal(records["row_hash"], self._dataset.row_hashes)
+        return True
 
     def _part(self, k: int) -> Path:
         return self._parts / f"{k:08d}.part"
@@ -288,7 +283,7 @@ def _map_records(folder: Path, index: dict[str, Any]) -> Records:
     """The records, memory-mapped, their size and checksum verified."""
     path = folder / "records.npy"
     try:
-        records: Records = np.load(path, mmap_mode="r")
+        records: Records = np.asarray(np.load(path, mmap_mode="r"))
     except FileNotFoundError:
         raise UserError(f"reference cache {folder} is damaged: records.npy is missing; {REMEDY}") from None
     except (ValueError, OSError, EOFError) as error:

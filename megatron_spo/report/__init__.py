@@ -17,7 +17,7 @@ METRICS = {
     "spo/gap": "Gap g - v, nats a chosen token",
     "spo/lambda": "Lambda",
 }
-"""What is drawn and tabulated: name in metrics.jsonl -> title."""
+"""What is drawn and tabulated: name in metrics.jsonl -> title of the picture."""
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
@@ -56,7 +56,7 @@ def metric_curves(runs: dict[str, Run], metric: str, colours: dict[str, str]) ->
 
 def final_numbers(runs: dict[str, Run]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the last line of every run on its training batch and on each held-out set."""
-    header = ["run", "data", "step", *METRICS.values(), "state"]
+    header = ["run", "data", "step", *METRICS, "state"]
     rows = []
     for name, run in runs.items():
         for data in (None, *run.eval_sets):

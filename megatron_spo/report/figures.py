@@ -58,61 +58,68 @@ def run_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def draw_curves(curves: Sequence[Curve], title: str, *, labelled: bool = False) -> str:
-    """SVG of curves over optimizer steps; `labelled` writes the names into the picture."""
+def draw_curves(curves: Sequence[Curve], title: str) -> str:
+    """SVG of curves over optimizer steps."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(title)
-        for curve in curves:
-            steps, values = zip(*curve.points, strict=True)
-            axes.plot(
-                steps,
-                values,
-                color=curve.colour,
-                label=None if curve.faint else curve.label,
-                alpha=0.25 if curve.faint else 1,
-                linewidth=1 if curve.faint else 1.8,
-                linestyle="--" if curve.dashed else "-",
-                marker="o" if len(steps) == 1 else None,
-            )
-        axes.set_xlabel("step")
-        if labelled:
-            axes.legend(fontsize=8, frameon=False)
-        return to_svg(figure)
+        figure, (axes,) = new_figure()
+        plot_curves(axes, curves, title)
+        return page_svg(figure)
 
 
 def draw_bars(values: Mapping[str, float], colours: Mapping[str, str], title: str) -> str:
-    """SVG of one horizontal bar a run, from 0 to 1, with its value."""
+    """SVG of one horizontal bar a run, shares from 0 to 1."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(title)
-        names = list(values)[::-1]
-        axes.barh(names, [values[name] for name in names], color=[colours[name] for name in names])
-        for place, name in enumerate(names):
-            axes.text(values[name] + 0.01, place, f"{values[name]:.3f}", va="center", fontsize=9)
-        axes.set_xlim(0, 1.12)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        return to_svg(figure)
+        figure, (axes,) = new_figure()
+        plot_bars(axes, values, colours, title)
+        return page_svg(figure)
 
 
-def new_figure(title: str) -> tuple[Figure, Axes]:
-    """A figure with one titled pair of axes."""
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
+def new_figure(panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels side by side."""
+    figure = Figure(figsize=(SIZE[0] * panels, SIZE[1]), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def plot_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
+    """Lines over the step; a curve of one point is a dot."""
+    for curve in curves:
+        steps, values = zip(*curve.points, strict=True)
+        axes.plot(
+            steps,
+            values,
+            color=curve.colour,
+            label=None if curve.faint else curve.label,
+            alpha=0.25 if curve.faint else 1,
+            linewidth=1 if curve.faint else 1.8,
+            linestyle="--" if curve.dashed else "-",
+            marker="o" if len(steps) == 1 else None,
+        )
+    axes.set(title=title, xlabel="step")
     axes.grid(alpha=0.2)
-    axes.set_axisbelow(True)
-    return figure, axes
 
 
-def to_svg(figure: Figure) -> str:
+def plot_bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str], title: str) -> None:
+    """Horizontal bars from 0 to 1, the first on top, each with its value."""
+    names = list(values)[::-1]
+    axes.barh(names, [values[name] for name in names], color=[colours[name] for name in names])
+    for place, name in enumerate(names):
+        axes.text(values[name] + 0.01, place, f"{values[name]:.3f}", va="center", fontsize=9)
+    axes.set(title=title, xlim=(0, 1.12), xticks=[0, 0.25, 0.5, 0.75, 1])
+
+
+def page_svg(figure: Figure) -> str:
     """SVG element for a page: as wide as its place, transparent, lettering in the page's colour."""
+    svg = _svg(figure, transparent=True).replace(TEXT, "currentColor")
+    return re.sub(r"^<svg[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg)
+
+
+def file_svg(figure: Figure) -> str:
+    """SVG for a file of its own: dark lettering on white, whatever surrounds it."""
+    return _svg(figure, transparent=False).replace(TEXT, "#222222")
+
+
+def _svg(figure: Figure, *, transparent: bool) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(TEXT, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -15,6 +15,10 @@ SUMS = (
 )  # fmt: skip
 """What is summed over the pairs of a batch, in this order."""
 
+ROUNDING = 4e-6
+"""Relative rounding of an fp32 sum of log-probs: a smaller difference to the reference, made in another layout or with
+other neighbours in the row, counts as none where its sign is counted (accuracy, both_down)."""
+
 
 @dataclass(frozen=True)
 class PairValues:
@@ -31,16 +35,17 @@ def row_sums(objective: Tensor, values: PairValues) -> Tensor:
     pairs = values.pairs
     zero = torch.zeros_like(pairs.chosen)
     out: dict[str, Tensor] = {"chosen": pairs.chosen, "rejected": pairs.rejected}
+    noise = None if pairs.reference_chosen is None else (ROUNDING * pairs.chosen.abs(), ROUNDING * pairs.rejected.abs())
     if values.preference is not None:
         out["preference"] = values.preference
     if values.rewards is not None:
         chosen, rejected = values.rewards
         out["reward_chosen"], out["reward_rejected"] = chosen, rejected
-        out["accuracy"] = torch.where(chosen == rejected, 0.5, (chosen > rejected).float())
-    if pairs.reference_chosen is not None and pairs.reference_rejected is not None:
-        out["chosen_shift"] = pairs.chosen - pairs.reference_chosen
-        out["rejected_shift"] = pairs.rejected - pairs.reference_rejected
-        out["both_down"] = ((out["chosen_shift"] < 0) & (out["rejected_shift"] < 0)).float()
+        tie = chosen == rejected if noise is None else (pairs.gap.abs() <= noise[0] + noise[1])
+        out["accuracy"] = torch.where(tie, 0.5, (chosen > rejected).float())
+    if noise is not None and pairs.reference_chosen is not None:
+        out["chosen_shift"], out["rejected_shift"] = pairs.chosen_ratio, pairs.rejected_ratio
+        out["both_down"] = ((pairs.chosen_ratio < -noise[0]) & (pairs.rejected_ratio < -noise[1])).float()
         out["reference_chosen"] = pairs.reference_chosen
     if values.statistic is not None:
         out["statistic"], out["statistic_squared"] = values.statistic, values.statistic**2

@@ -36,7 +36,10 @@ def test_overrides_are_yaml(load: Load) -> None:
         "reference.cache=2024-01-01",
         "model.tokenizer=null",
     )
-    assert [(source.path, source.weight) for source in config.data.train] == [("a.jsonl", 1.0), ("b.jsonl", 2.0)]
+    assert [(source.path, source.weight) for source in config.data.train] == [
+        ("a.jsonl", 1.0),
+        ("b.jsonl", 2.0),
+    ]
     assert config.optimizer.lr == 1e-4
     assert config.optimizer.betas == (0.9, 0.95)
     assert config.spo.lambda_ == 2.0
@@ -62,7 +65,9 @@ def test_dump_reloads_to_the_same(load: Load, tmp_path: Path, name: str, schedul
     assert "lambda_:" not in again.read_text()
 
 
-@pytest.mark.parametrize("text", ["off", "1e5", "null", "1.5", "2024-01-01", "yes", "~", "a: b", "", "0x10", "ü"])
+@pytest.mark.parametrize(
+    "text", ["off", "1e5", "null", "1.5", "2024-01-01", "yes", "~", "a: b", "", "0x10", "ü"]
+)
 def test_strings_stay_strings(text: str) -> None:
     import yaml
 
@@ -128,7 +133,8 @@ def test_every_mistake_gets_its_line(load: Load) -> None:
         ("model: {path: a}\ndata: {train: b}\n", "output is missing"),
         ("model:\ndata: {train: b}\noutput: c\n", "model.path is missing"),
         ("model: 3\ndata: {train: b}\noutput: c\n", "model = 3"),
-        ("3: 4\nmodel: {path: a}\ndata: {train: b}\noutput: c\n", "3"),
+        ("3: 4\nmodel: {path: a}\ndata: {train: b}\noutput: c\n", "unknown key '3'"),
+        ("[a]: b\n", "a key must be a word"),
     ],
 )
 def test_wrong_file(tmp_path: Path, text: str, part: str) -> None:
@@ -151,7 +157,8 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import time, sys; start = time.process_time(); import megatron_spo.config.load, megatron_spo.config.document;"
+        "import time, sys; start = time.process_time();"
+        "import megatron_spo.config.load, megatron_spo.config.document;"
         "taken = time.process_time() - start;"
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'megatron'} & set(sys.modules);"
         "assert not heavy, heavy; print(taken)"

@@ -21,7 +21,14 @@ LLAMA3 = {
 
 def test_llama(write_model: Write) -> None:
     shape = read_model_shape(write_model())
-    assert (shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim) == (4, 32, 64, 4, 2, 8)
+    assert (shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim) == (
+        4,
+        32,
+        64,
+        4,
+        2,
+        8,
+    )
     assert (shape.family, shape.vocab, shape.tied, shape.max_positions) == ("llama", 300, False, 512)
     assert (shape.rope_theta, shape.rope_scaling, shape.sliding_window) == (10000.0, None, None)
     assert not shape.qkv_bias and not shape.qk_norm
@@ -40,7 +47,7 @@ def test_rope_of_both_generations(write_model: Write) -> None:
 def test_absent_keys_mean_what_transformers_means(
     write_model: Write, config_class: type[PretrainedConfig]
 ) -> None:
-    optional = ("max_position_embeddings", "rms_norm_eps", "num_key_value_heads")
+    optional = ("max_position_embeddings", "rms_norm_eps")
     family = config_class.model_type
     folder = write_model(model_type=family, **dict.fromkeys(optional), num_key_value_heads=4)
     shape, theirs = read_model_shape(folder), config_class.from_pretrained(folder)
@@ -50,7 +57,9 @@ def test_absent_keys_mean_what_transformers_means(
     assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
     assert shape.initializer_range == theirs.initializer_range
     assert shape.sliding_window == getattr(theirs, "sliding_window", None)
-    assert shape.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert shape.head_dim == (
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    )
 
 
 def test_families(write_model: Write) -> None:

@@ -1,0 +1,190 @@
+"""The quickstart: from an untrained model to SPO against its base losses, through the commands that a user has.
+
+Random small Llama -> SFT on worked additions -> pairs sampled from that model -> reference cache -> seven runs ->
+export -> responses to new problems -> scores. Run it with `make quickstart`; README.md says what to expect.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # a script's own path is its folder; the examples import each other
+
+from examples import common  # noqa: E402
+from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
+from examples.quickstart import task  # noqa: E402
+from examples.quickstart.page import write_page, write_picture  # noqa: E402
+
+LOSSES = {
+    "dpo": ("loss.beta=0.1",),
+    "simpo": ("loss.beta=2.5", "loss.gamma_beta_ratio=0.3"),
+    "alpha_dpo": ("loss.beta=2.5", "loss.gamma_beta_ratio=0.3", "loss.alpha=0.1"),
+}
+SPO_LAMBDA = 1.5  # one setting, in the unit `relative`, for all three losses
+VARIANTS = common.variants(LOSSES, SPO_LAMBDA)
+JUDGE_AGREEMENT = 0.75  # how often the judge takes the preferred style
+COLUMNS = ("accuracy", "accuracy_t1", "malformed", "preferred", "win", "chosen_shift", "rejected_shift", "seconds")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything; `samples` are responses a problem."""
+
+    sft_problems: int = 300
+    sft_steps: int = 1000
+    sft_warmup: int = 50
+    pair_problems: int = 700
+    held_out_problems: int = 200
+    samples: int = 6
+    pairs: int = 400
+    held_out_pairs: int = 100
+    steps: int = 100
+    warmup: int = 20
+    eval_every: int = 10
+    test_problems: int = 1000
+
+
+MINI = Scale(20, 4, 1, 3, 2, 2, 3, 2, 2, 1, 1, 8)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What the stages hand to one another in the output folder."""
+
+    out: Path
+
+    def __getattr__(self, name: str) -> Path:
+        return self.out / f"{name}.jsonl"
+
+
+def main() -> None:
+    parser = common.parse_arguments("SPO against its base losses on three-digit addition.", "runs/quickstart")
+    parser.add_argument("--mini", action="store_true", help="a few steps of everything: tests the plumbing only")
+    options = parser.parse_args()
+    scale = MINI if options.mini else Scale()
+    settings = {"seed": options.seed, "scale": asdict(scale), "variants": VARIANTS}
+    stages = Stages.open(options.out, options.jobs, settings, fresh=options.fresh)
+    files = Files(options.out)
+    write_data(files, scale, options.seed)
+    sft_model = train_sft(stages, files, scale, options.seed)
+    make_pairs(stages, files, scale, options.seed, sft_model, mini=options.mini)
+    train_and_answer(stages, files, scale, options.seed, sft_model)
+    rows = [measure(files, name) for name in ("sft", *VARIANTS)]
+    write_text(options.out / "results.json", json.dumps({"rows": rows}, indent=1))
+    print("\n" + results_table(rows) + "\n")
+    write_picture(options.out, rows)
+    sentences = write_page(options.out, rows)
+    print("\n".join(sentences))
+    stages.say(f"done: {options.out / 'index.html'}")
+
+
+def write_data(files: Files, scale: Scale, seed: int) -> None:
+    """The untrained model, and problems for each purpose; no problem serves two."""
+    counts = (scale.sft_problems, scale.pair_problems + scale.held_out_problems, scale.test_problems)
+    for_sft, for_pairs, for_test = task.draw_problems(counts, seed)
+    task.write_model(files.out / "model")
+    write_jsonl(files.sft, task.sft_rows(for_sft))
+    write_jsonl(files.pair_problems, [{"prompt": problem.prompt} for problem in for_pairs])
+    write_jsonl(files.test_problems, [{"prompt": problem.prompt} for problem in for_test])
+
+
+def train_sft(stages: Stages, files: Files, scale: Scale, seed: int) -> Path:
+    """The model that all runs start from."""
+    overrides = [
+        f"model.path={files.out / 'model'}",
+        f"data.train={files.sft}",
+        f"training.steps={scale.sft_steps}",
+        f"optimizer.warmup_steps={scale.sft_warmup}",
+        f"training.seed={seed}",
+    ]
+    return stages.train("sft", HERE / "sft.yaml", overrides, threads=stages.jobs)
+
+
+def make_pairs(stages: Stages, files: Files, scale: Scale, seed: int, model: Path, *, mini: bool) -> None:
+    """Samples from the SFT model, judged into training and held-out pairs of different problems."""
+    options = sampling(scale.samples, seed)
+    sampled = read_jsonl(stages.generate("samples", model, files.pair_problems, *options))
+    parts = {"pairs": sampled[: scale.pair_problems], "pairs_heldout": sampled[scale.pair_problems :]}
+    wanted = {"pairs": scale.pairs, "pairs_heldout": scale.held_out_pairs}
+    for name, rows in parts.items():
+        pairs = task.preference_pairs(rows, wanted[name], JUDGE_AGREEMENT, seed)
+        if mini:  # the untrained model of the miniature never answers right: take the worked answers instead
+            pairs = task.preference_pairs(task.worked_samples(rows), wanted[name], JUDGE_AGREEMENT, seed)
+        if len(pairs) < wanted[name]:
+            raise common.StageFailed(
+                f"the SFT model gave {len(pairs)} {name}, {wanted[name]} are needed: it is too weak; try another --seed"
+            )
+        write_jsonl(getattr(files, name), pairs)
+    stages.say(f"pairs: {scale.pairs}, and {scale.held_out_pairs} held out")
+
+
+def train_and_answer(stages: Stages, files: Files, scale: Scale, seed: int, sft_model: Path) -> None:
+    """The reference cache, then every run with its responses to the test problems, several at a time."""
+    config = HERE / "preference.yaml"
+    shared = [
+        f"model.path={sft_model}",
+        f"data.train={files.pairs}",
+        f"data.eval={files.pairs_heldout}",
+        f"reference.cache={files.out / 'reference'}",
+        f"training.steps={scale.steps}",
+        f"optimizer.warmup_steps={scale.warmup}",
+        f"training.eval_every={scale.eval_every}",
+        f"training.seed={seed}",
+    ]
+    output = f"output={files.out / 'reference-run'}"
+    stages.command("reference", "reference", config, output, *shared, done=False, threads=stages.jobs)
+
+    def answer(name: str, model: Path) -> None:
+        stages.generate(f"{name}-greedy", model, files.test_problems, *sampling(1, seed, temperature=0))
+        stages.generate(f"{name}-t1", model, files.test_problems, *sampling(1, seed + 1))
+
+    def run(name: str) -> None:
+        answer(name, stages.train(name, config, [*shared, *VARIANTS[name]]))
+
+    tasks: list[Callable[[], None]] = [lambda name=name: run(name) for name in VARIANTS]  # type: ignore[misc]
+    stages.side_by_side([lambda: answer("sft", sft_model), *tasks])
+
+
+def sampling(samples: int, seed: int, *, temperature: float = 1) -> list[str]:
+    """Options of `generate`."""
+    options = {
+        "temperature": temperature,
+        "samples": samples,
+        "seed": seed,
+        "max-new-tokens": task.MAX_NEW_TOKENS,
+        "batch-size": 1000,
+    }
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def measure(files: Files, name: str) -> dict[str, str | float]:
+    """One row of results.json: shares over the test problems, and the last shifts on the held-out pairs in nats."""
+    greedy = task.score(read_jsonl(getattr(files, f"{name}-greedy")))
+    sampled = task.score(read_jsonl(getattr(files, f"{name}-t1")))
+    evaluations = common.metrics_lines(files.out / name, "eval")
+    last = evaluations[-1] if evaluations else {}
+    return {
+        "name": name,
+        "accuracy": greedy.accuracy,
+        "accuracy_t1": sampled.accuracy,
+        "malformed": sampled.malformed,
+        "preferred": sampled.preferred,
+        "win": sampled.win,
+        "chosen_shift": last.get("spo/chosen_shift", 0.0),
+        "rejected_shift": last.get("spo/rejected_shift", 0.0),
+        "seconds": round(common.training_seconds(files.out / name), 1),
+    }
+
+
+def results_table(rows: list[dict[str, str | float]]) -> str:
+    """The rows for a terminal."""
+    digits = {"chosen_shift": "+.1f", "rejected_shift": "+.1f", "seconds": ".0f"}
+    cells = [[str(row["name"]), *(format(row[c], digits.get(c, ".3f")) for c in COLUMNS)] for row in rows]
+    return common.text_table(["run", *COLUMNS], cells)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

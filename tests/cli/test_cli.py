@@ -1,0 +1,157 @@
+"""The commands as a user calls them: help, exit codes, messages."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_spo import cli
+from megatron_spo.config.schema import Config
+from megatron_spo.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "reference", "convert", "generate", "report", "doctor")
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "megatron_spo", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: a/model}\ndata: {train: a.jsonl}\nreference: {cache: b}\noutput: c\n")
+    return path
+
+
+def test_help_is_quick_and_lists_the_commands() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = call("--help")
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0
+    assert all(f"\n    {command}" in result.stdout for command in COMMANDS)
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from megatron_spo.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip() == "set()"
+
+
+def test_train_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in (
+        "optimizer.lr  [1.0e-06]",
+        "spo.lambda  [1.0]",
+        "output  [required]",
+        "alpha_dpo",
+        "nats per",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: no such configuration file"),
+        (["reference", "missing.yaml"], "missing.yaml: no such configuration file"),
+    ],
+)
+def test_wrong_input_is_one_message(arguments: list[str], part: str) -> None:
+    result = call(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and part in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train"], ["convert", "a", "b"], ["generate", "a"], ["report"]]
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_configuration_is_checked_before_torch_is_loaded(run_file: Path) -> None:
+    code = (
+        "import sys; from megatron_spo.cli import main\n"
+        f"code = main(['train', {str(run_file)!r}, 'spo.schedule=none', 'spo.lambda=2'])\n"
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "spo.lambda has no effect with spo.schedule: none" in result.stderr
+
+
+def test_world_size_comes_from_the_launcher(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["train", str(run_file), "parallel.tensor=2"]) == 2
+    assert "3 processes cannot be cut into" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # the same message from every rank would be noise
+    assert cli.main(["train", str(run_file), "parallel.tensor=2"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_train_gets_the_configuration(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr("megatron_spo.run.train", seen.append)
+    assert cli.main(["train", str(run_file), "training.seed=5"]) == 0
+    assert seen[0].training.seed == 5
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (KeyboardInterrupt(), 130)])
+def test_exit_codes(run_file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def fail(config: Config) -> None:
+        raise error
+
+    monkeypatch.setattr("megatron_spo.reference.fill", fail)
+    assert cli.main(["reference", str(run_file)]) == code
+
+
+def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    def record(*arguments: object, **options: object) -> None:
+        calls.append((arguments, options))
+
+    monkeypatch.setattr("megatron_spo.convert.export.to_hf", record)
+    monkeypatch.setattr("megatron_spo.evaluate.generate.generate_file", record)
+    monkeypatch.setattr("megatron_spo.report.write_report", record)
+    assert cli.main(["convert", "run", "out", "--to", "hf"]) == 0
+    generate = "generate model --prompts p.jsonl --out o.jsonl --samples 4 --temperature 0.7 --seed 3".split()
+    assert cli.main(generate) == 0
+    assert cli.main(["report", "a", "b", "--out", "r.html"]) == 0
+    sampling = dict(samples=4, temperature=0.7, max_new_tokens=256, batch_size=64, seed=3)
+    assert calls == [
+        ((Path("run"), Path("out")), {}),
+        ((Path("model"), Path("p.jsonl"), Path("o.jsonl")), sampling),
+        (([Path("a"), Path("b")], Path("r.html")), {}),
+    ]
+
+
+@pytest.mark.parametrize("tool", ["precompute_reference", "convert_checkpoint"])
+def test_tools(tool: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / f"tools/{tool}.py"), "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout

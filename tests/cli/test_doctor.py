@@ -1,0 +1,62 @@
+"""The doctor sees what is there and what merely bears the name."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_spo import cli, doctor
+
+
+def state_of(name: str) -> str:
+    lines = [line for line in doctor.report().splitlines() if line.startswith(f"{name} ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_exits_0_and_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "python",
+        "torch",
+        "CUDA",
+        "megatron-core",
+        "transformer-engine",
+        "apex",
+        "nemo-toolkit",
+        "wandb",
+    ):
+        assert f"\n{name} " in f"\n{text}"
+    assert "SLURM" in text
+    assert text.endswith("Everything that is needed is there.\n")
+
+
+def test_apex_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(doctor, "installed", lambda module: module != "amp_C")
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    assert "not NVIDIA's: pip uninstall apex" in state_of("apex")
+    assert "To be mended: apex." in doctor.report()
+    (package / "optimizers").mkdir()
+    assert "without its CUDA kernels" in state_of("apex")
+    monkeypatch.setattr(doctor, "installed", lambda module: True)
+    assert state_of("apex").split()[1] == "ok"
+    assert "apex" not in sys.modules
+
+
+def test_what_is_missing_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda module: False)
+    assert "nothing runs without it" in state_of("torch")
+    assert "optional; without it" in state_of("wandb")
+    assert "To be mended: torch, megatron-core, transformers, datasets." in doctor.report()
+
+
+def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sinfo", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state_of("SLURM").split(maxsplit=2)[1:] == ["ok", "sinfo, srun"]
