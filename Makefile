@@ -3,7 +3,7 @@
 #
 # Each makes .venv when there is none. Variables:
 #   PYTHON=python3.12        interpreter for .venv (default: the first of 3.12, 3.11 found)
-#   TORCH=torch==2.13.0      requirement for PyTorch; one that is already installed in .venv is kept
+#   TORCH=torch==2.13.0      PyTorch to install (default: the CPU build, one with CUDA beside a GPU; kept if there)
 #   PIP_TORCH_ARGS="..."     further arguments of that pip install, such as --index-url
 #   JOBS=2                   test processes
 

@@ -69,6 +69,10 @@ class Stages:
         write_text(record, json.dumps(dict(settings)))
         return cls(out, jobs)
 
+    def file(self, name: str) -> Path:
+        """OUT/NAME.jsonl, which one stage writes and another reads."""
+        return self.out / f"{name}.jsonl"
+
     def say(self, text: str) -> None:
         """One line on screen with the time since the start."""
         with self._printing:
@@ -102,7 +106,7 @@ class Stages:
 
     def generate(self, name: str, model: Path, prompts: Path, *options: str) -> Path:
         """Responses of an exported model in OUT/NAME.jsonl."""
-        written = self.out / f"{name}.jsonl"
+        written = self.file(name)
         files = ("--prompts", prompts, "--out", written)
         self.command(f"generate-{name}", "generate", model, *files, *options, done=written.is_file())
         return written

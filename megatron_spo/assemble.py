@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
@@ -26,7 +26,7 @@ class Sources:
 
     folder: Path
     shape: ModelShape
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     train: TokenizedSet
     evals: dict[str, TokenizedSet]
 
@@ -58,9 +58,6 @@ def _read_sources(config: Config, *, progress: bool) -> Sources:
     if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
         raise UserError("\n".join(broken))
     tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)
-    if len(tokenizer) > shape.vocab:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {shape.vocab}; "
-                        "model.tokenizer belongs to another model")  # fmt: skip
     kind = "any" if config.spo.schedule == "sft" else "preference"
 
     def build(sources: list[DataSource]) -> TokenizedSet:
@@ -68,7 +65,20 @@ def _read_sources(config: Config, *, progress: bool) -> Sources:
 
     names = _eval_names(config.data.eval)
     evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
-    return Sources(folder, shape, tokenizer, build(config.data.train), evals)
+    sources = Sources(folder, shape, tokenizer, build(config.data.train), evals)
+    if len(tokenizer) > shape.vocab:  # common and harmless, unless the data has the tokens beyond
+        for dataset in sources.named_sets().values():
+            _check_token_ids(dataset, shape.vocab)
+    return sources
+
+
+def _check_token_ids(dataset: TokenizedSet, vocab: int) -> None:
+    for index in range(len(dataset)):
+        example = dataset.get(index)
+        highest = max(example.chosen_ids.max(), example.rejected_ids.max(initial=0))
+        if highest >= vocab:
+            raise UserError(f"{dataset.describe(index)}: token {highest} is beyond the model's vocabulary of {vocab}; "
+                            "the tokenizer belongs to another model (model.tokenizer)")  # fmt: skip
 
 
 def _eval_names(sources: list[DataSource]) -> list[str]:

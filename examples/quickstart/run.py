@@ -1,14 +1,15 @@
-"""The quickstart: from an untrained model to SPO against its base losses, through the commands that a user has.
+"""The quickstart: from an untrained model to SPO against its base losses, through the user's commands alone.
 
-Random small Llama -> SFT on worked additions -> pairs sampled from that model -> reference cache -> seven runs ->
-export -> responses to new problems -> scores. Run it with `make quickstart`; README.md says what to expect.
+Random small Llama -> SFT on worked additions -> pairs sampled from that model -> reference cache -> seven
+runs -> export -> responses to new problems -> scores. Run it with `make quickstart`; see README.md.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # a script's own path is its folder; the examples import each other
@@ -26,7 +27,16 @@ LOSSES = {
 SPO_LAMBDA = 1.5  # one setting, in the unit `relative`, for all three losses
 VARIANTS = common.variants(LOSSES, SPO_LAMBDA)
 JUDGE_AGREEMENT = 0.75  # how often the judge takes the preferred style
-COLUMNS = ("accuracy", "accuracy_t1", "malformed", "preferred", "win", "chosen_shift", "rejected_shift", "seconds")
+COLUMNS = (
+    "accuracy",
+    "accuracy_t1",
+    "malformed",
+    "preferred",
+    "win",
+    "chosen_shift",
+    "rejected_shift",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -47,32 +57,16 @@ class Scale:
     test_problems: int = 1000
 
 
-MINI = Scale(20, 4, 1, 3, 2, 2, 3, 2, 2, 1, 1, 8)
-
-
-@dataclass(frozen=True)
-class Files:
-    """What the stages hand to one another in the output folder."""
-
-    out: Path
-
-    def __getattr__(self, name: str) -> Path:
-        return self.out / f"{name}.jsonl"
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None:
     parser = common.parse_arguments("SPO against its base losses on three-digit addition.", "runs/quickstart")
-    parser.add_argument("--mini", action="store_true", help="a few steps of everything: tests the plumbing only")
-    options = parser.parse_args()
-    scale = MINI if options.mini else Scale()
+    options = parser.parse_args(arguments)
     settings = {"seed": options.seed, "scale": asdict(scale), "variants": VARIANTS}
     stages = Stages.open(options.out, options.jobs, settings, fresh=options.fresh)
-    files = Files(options.out)
-    write_data(files, scale, options.seed)
-    sft_model = train_sft(stages, files, scale, options.seed)
-    make_pairs(stages, files, scale, options.seed, sft_model, mini=options.mini)
-    train_and_answer(stages, files, scale, options.seed, sft_model)
-    rows = [measure(files, name) for name in ("sft", *VARIANTS)]
+    write_data(stages, scale, options.seed)
+    sft_model = train_sft(stages, scale, options.seed)
+    make_pairs(stages, scale, options.seed, sft_model)
+    train_and_answer(stages, scale, options.seed, sft_model)
+    rows = [measure(stages, name) for name in ("sft", *VARIANTS)]
     write_text(options.out / "results.json", json.dumps({"rows": rows}, indent=1))
     print("\n" + results_table(rows) + "\n")
     write_picture(options.out, rows)
@@ -81,21 +75,21 @@ def main() -> None:
     stages.say(f"done: {options.out / 'index.html'}")
 
 
-def write_data(files: Files, scale: Scale, seed: int) -> None:
+def write_data(stages: Stages, scale: Scale, seed: int) -> None:
     """The untrained model, and problems for each purpose; no problem serves two."""
     counts = (scale.sft_problems, scale.pair_problems + scale.held_out_problems, scale.test_problems)
     for_sft, for_pairs, for_test = task.draw_problems(counts, seed)
-    task.write_model(files.out / "model")
-    write_jsonl(files.sft, task.sft_rows(for_sft))
-    write_jsonl(files.pair_problems, [{"prompt": problem.prompt} for problem in for_pairs])
-    write_jsonl(files.test_problems, [{"prompt": problem.prompt} for problem in for_test])
+    task.write_model(stages.out / "model")
+    write_jsonl(stages.file("sft"), task.sft_rows(for_sft))
+    write_jsonl(stages.file("pair_problems"), [{"prompt": problem.prompt} for problem in for_pairs])
+    write_jsonl(stages.file("test_problems"), [{"prompt": problem.prompt} for problem in for_test])
 
 
-def train_sft(stages: Stages, files: Files, scale: Scale, seed: int) -> Path:
+def train_sft(stages: Stages, scale: Scale, seed: int) -> Path:
     """The model that all runs start from."""
     overrides = [
-        f"model.path={files.out / 'model'}",
-        f"data.train={files.sft}",
+        f"model.path={stages.out / 'model'}",
+        f"data.train={stages.file('sft')}",
         f"training.steps={scale.sft_steps}",
         f"optimizer.warmup_steps={scale.sft_warmup}",
         f"training.seed={seed}",
@@ -103,43 +97,44 @@ def train_sft(stages: Stages, files: Files, scale: Scale, seed: int) -> Path:
     return stages.train("sft", HERE / "sft.yaml", overrides, threads=stages.jobs)
 
 
-def make_pairs(stages: Stages, files: Files, scale: Scale, seed: int, model: Path, *, mini: bool) -> None:
+def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path) -> None:
     """Samples from the SFT model, judged into training and held-out pairs of different problems."""
     options = sampling(scale.samples, seed)
-    sampled = read_jsonl(stages.generate("samples", model, files.pair_problems, *options))
+    sampled = read_jsonl(stages.generate("samples", model, stages.file("pair_problems"), *options))
     parts = {"pairs": sampled[: scale.pair_problems], "pairs_heldout": sampled[scale.pair_problems :]}
     wanted = {"pairs": scale.pairs, "pairs_heldout": scale.held_out_pairs}
     for name, rows in parts.items():
         pairs = task.preference_pairs(rows, wanted[name], JUDGE_AGREEMENT, seed)
-        if mini:  # the untrained model of the miniature never answers right: take the worked answers instead
-            pairs = task.preference_pairs(task.worked_samples(rows), wanted[name], JUDGE_AGREEMENT, seed)
         if len(pairs) < wanted[name]:
             raise common.StageFailed(
-                f"the SFT model gave {len(pairs)} {name}, {wanted[name]} are needed: it is too weak; try another --seed"
+                f"{len(pairs)} {name} from the samples, {wanted[name]} are needed: the SFT model is too "
+                "weak; try another --seed"
             )
-        write_jsonl(getattr(files, name), pairs)
+        write_jsonl(stages.file(name), pairs)
     stages.say(f"pairs: {scale.pairs}, and {scale.held_out_pairs} held out")
 
 
-def train_and_answer(stages: Stages, files: Files, scale: Scale, seed: int, sft_model: Path) -> None:
+def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -> None:
     """The reference cache, then every run with its responses to the test problems, several at a time."""
     config = HERE / "preference.yaml"
     shared = [
         f"model.path={sft_model}",
-        f"data.train={files.pairs}",
-        f"data.eval={files.pairs_heldout}",
-        f"reference.cache={files.out / 'reference'}",
+        f"data.train={stages.file('pairs')}",
+        f"data.eval={stages.file('pairs_heldout')}",
+        f"reference.cache={stages.out / 'reference'}",
         f"training.steps={scale.steps}",
         f"optimizer.warmup_steps={scale.warmup}",
         f"training.eval_every={scale.eval_every}",
         f"training.seed={seed}",
     ]
-    output = f"output={files.out / 'reference-run'}"
+    output = f"output={stages.out / 'reference-run'}"
     stages.command("reference", "reference", config, output, *shared, done=False, threads=stages.jobs)
 
     def answer(name: str, model: Path) -> None:
-        stages.generate(f"{name}-greedy", model, files.test_problems, *sampling(1, seed, temperature=0))
-        stages.generate(f"{name}-t1", model, files.test_problems, *sampling(1, seed + 1))
+        stages.generate(
+            f"{name}-greedy", model, stages.file("test_problems"), *sampling(1, seed, temperature=0)
+        )
+        stages.generate(f"{name}-t1", model, stages.file("test_problems"), *sampling(1, seed + 1))
 
     def run(name: str) -> None:
         answer(name, stages.train(name, config, [*shared, *VARIANTS[name]]))
@@ -160,11 +155,11 @@ def sampling(samples: int, seed: int, *, temperature: float = 1) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def measure(files: Files, name: str) -> dict[str, str | float]:
-    """One row of results.json: shares over the test problems, and the last shifts on the held-out pairs in nats."""
-    greedy = task.score(read_jsonl(getattr(files, f"{name}-greedy")))
-    sampled = task.score(read_jsonl(getattr(files, f"{name}-t1")))
-    evaluations = common.metrics_lines(files.out / name, "eval")
+def measure(stages: Stages, name: str) -> dict[str, Any]:
+    """One row of results.json: shares over the test problems; the last shifts on the held-out pairs, nats."""
+    greedy = task.score(read_jsonl(stages.file(f"{name}-greedy")))
+    sampled = task.score(read_jsonl(stages.file(f"{name}-t1")))
+    evaluations = common.metrics_lines(stages.out / name, "eval")
     last = evaluations[-1] if evaluations else {}
     return {
         "name": name,
@@ -175,14 +170,14 @@ def measure(files: Files, name: str) -> dict[str, str | float]:
         "win": sampled.win,
         "chosen_shift": last.get("spo/chosen_shift", 0.0),
         "rejected_shift": last.get("spo/rejected_shift", 0.0),
-        "seconds": round(common.training_seconds(files.out / name), 1),
+        "seconds": round(common.training_seconds(stages.out / name), 1),
     }
 
 
-def results_table(rows: list[dict[str, str | float]]) -> str:
+def results_table(rows: list[dict[str, Any]]) -> str:
     """The rows for a terminal."""
     digits = {"chosen_shift": "+.1f", "rejected_shift": "+.1f", "seconds": ".0f"}
-    cells = [[str(row["name"]), *(format(row[c], digits.get(c, ".3f")) for c in COLUMNS)] for row in rows]
+    cells = [[row["name"], *(format(row[c], digits.get(c, ".3f")) for c in COLUMNS)] for row in rows]
     return common.text_table(["run", *COLUMNS], cells)
 
 

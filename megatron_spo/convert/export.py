@@ -66,8 +66,9 @@ def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path
     if absent:
         raise UserError(f"{checkpoint} lacks {absent[0]}, which the run's model has; it is damaged or of another model")
     write_shards(folder, _tensors(reader, stored, rows))
-    dtype: torch.dtype = stored[rows[0].key].properties.dtype
-    return dtype
+    first = stored[rows[0].key]
+    assert isinstance(first, TensorStorageMetadata)
+    return first.properties.dtype
 
 
 def _tensors(

@@ -42,9 +42,10 @@ class Dropped:
 class TokenizedSet:
     """Usable rows of one or several sources, one source after another.
 
-    tokens, chosen_tokens, rejected_tokens   int64 [n]: packed tokens of the pair (prefix counted once); scored tokens
+    tokens, chosen_tokens, rejected_tokens   int64 [n]: packed tokens (prefix counted once); scored tokens
     row_hashes                               uint64 [n]: of token ids and prompt length
-    source                                   int32 [n]: index of the source; source_sizes: rows of each, weights: theirs
+    source                                   int32 [n]: index of the source
+    source_sizes, weights                    of each source: usable rows, weight in an epoch
     has_rejected                             False for a set of SFT rows
     fingerprint                              hex digest of every row's token ids and their order
     dropped                                  the rows left out
@@ -63,9 +64,7 @@ class TokenizedSet:
         self.row_hashes = self._column("row_hash")
         self.has_rejected = self._one_kind()
         self.fingerprint = hashlib.sha256(self.row_hashes.tobytes()).hexdigest()[:32]
-        self.dropped = [
-            Dropped(source.label, *problem) for source in sources for problem in source.problems()
-        ]
+        self.dropped = [Dropped(source.label, *problem) for source in sources for problem in source.problems()]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -94,10 +93,8 @@ class TokenizedSet:
         paired = np.flatnonzero(self.rejected_tokens > 0)
         single = np.flatnonzero(self.rejected_tokens == 0)
         if len(paired) and len(single):
-            raise UserError(
-                f"data: {self.describe(int(paired[0]))} is a preference pair and {self.describe(int(single[0]))} is an "
-                "SFT row; a data set must be all of one kind"
-            )
+            pair, row = self.describe(int(paired[0])), self.describe(int(single[0]))
+            raise UserError(f"data: {pair} is a preference pair, {row} an SFT row; a data set must be all of one kind")
         return len(paired) > 0
 
 
@@ -128,12 +125,17 @@ def build_dataset(
         built.append(tokenized)
     result = TokenizedSet(built, [source.weight for source in sources])
     if len(result) == 0:
-        first = result.dropped[0]
-        raise UserError(
-            f"data: none of the {len(result.dropped)} rows of {', '.join(source.label for source in built)} can be used; "
-            f"the first: {first.file} {built[0].unit} {first.line}, field '{first.field}' {first.reason}"
-        )
+        raise UserError(_nothing_left(built, result.dropped))
     return result
+
+
+def _nothing_left(sources: Sequence[TokenizedSource], dropped: Sequence[Dropped]) -> str:
+    names = ", ".join(source.label for source in sources)
+    if not dropped:
+        return f"data: {names}: empty, there is not one row"
+    where = f"{dropped[0].file} {sources[0].unit} {dropped[0].line}"
+    reason = f"field '{dropped[0].field}' {dropped[0].reason}"
+    return f"data: none of the {len(dropped)} rows of {names} can be used; the first: {where}: {reason}"
 
 
 def _refuse_bad_rows(source: TokenizedSource, data: DataConfig) -> None:

@@ -101,9 +101,7 @@ def _open_lines(path: Path) -> RawSource:
     starts = np.concatenate([[0], ends[:-1]])
     with path.open("rb") as file:
         if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            raise UserError(
-                f"data: {path} is a JSON array; write one JSON object a line instead (JSON lines)"
-            )
+            raise UserError(f"data: {path} is a JSON array; write one JSON object a line instead (JSON lines)")
     rows = datasets.Dataset.from_dict({"start": starts, "end": ends})
     return RawSource(str(path), "line", digest.hexdigest(), rows, path)
 
@@ -227,12 +225,12 @@ def _common_start(chosen: list[Message], rejected: list[Message]) -> list[Messag
 
 
 def _check_same_kind(one: Text, other: Text, field: str) -> None:
-    if isinstance(one, str) != isinstance(other, str):
-        kinds = "a string", "a list of messages"
-        raise RowProblem(
-            field,
-            f"is {kinds[not isinstance(other, str)]} while the rest of the row is {kinds[isinstance(other, str)]}",
-        )
+    if isinstance(one, str) == isinstance(other, str):
+        return
+    kinds = ["a string", "a list of messages"]
+    if not isinstance(other, str):
+        kinds.reverse()
+    raise RowProblem(field, f"is {kinds[0]} while the rest of the row is {kinds[1]}")
 
 
 def _check_turns(prompt: Text, answer: Text, prompt_field: str, field: str) -> None:
@@ -277,9 +275,7 @@ def _message(message: Any, field: str) -> Message:
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             what = _name(message[key]) if key in message else "missing"
-            raise RowProblem(
-                f"{field}.{key}", f"is {what}" + (", must be a string" if key in message else "")
-            )
+            raise RowProblem(f"{field}.{key}", f"is {what}" + (", must be a string" if key in message else ""))
     if message["role"] == "assistant" and not message["content"].strip():
         raise RowProblem(f"{field}.content", "is empty")
     # Arrow gives every message the union of all keys: those without a value were not in the file.

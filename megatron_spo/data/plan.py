@@ -30,14 +30,12 @@ def batches_per_epoch(
     """Batches in one epoch; UserError when nothing remains."""
     rows = sum(rows_per_epoch(sizes, weights))
     if rows == 0:
-        raise UserError(
-            f"data.train: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})"
-        )
+        raise UserError(f"data.train: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})")
     if last_batch == "keep":
         return -(-rows // global_batch_size)
     if rows < global_batch_size:
         raise UserError(
-            f"data.last_batch=drop leaves no batch: an epoch holds {rows} rows and training.global_batch_size is "
+            f"data.last_batch=drop leaves no batch: an epoch has {rows} rows, training.global_batch_size is "
             f"{global_batch_size}; use data.last_batch=keep or a smaller batch"
         )
     return rows // global_batch_size
@@ -90,17 +88,9 @@ class Sampler:
         epoch is kept, so a walk through the steps sorts once an epoch."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = epoch_order(
-                self._sizes, self._weights, seed=self._seed, epoch=epoch, shuffle=self._shuffle
-            )
+            self._order = epoch_order(self._sizes, self._weights, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
             self._epoch = epoch
         return self._order[batch * self._size : (batch + 1) * self._size]
-
-
-def batch_indices(sampler: Sampler, *, epoch: int) -> list[Int64]:
-    """All batches of one epoch."""
-    first = epoch * sampler.steps_per_epoch
-    return [sampler.indices_of_step(first + batch) for batch in range(sampler.steps_per_epoch)]
 
 
 def pair_costs(tokens: ArrayLike, *, attention_scale: float = ATTENTION_SCALE) -> NDArray[np.float64]:
@@ -130,10 +120,7 @@ def plan_rows(
     plan = [_best_fit(group, sizes, row_length) for group in by_cost]
     if max(len(part) for part in plan) > rows:  # balance alone would cost a row more: move whole rows instead
         totals = [sum(weights[i] for i in row) for row in packed]
-        plan = [
-            [packed[i] for i in group]
-            for group in _longest_first(range(len(packed)), totals, ranks, most=rows)
-        ]
+        plan = [[packed[i] for i in group] for group in _longest_first(range(len(packed)), totals, ranks, most=rows)]
     return [part + [[] for _ in range(rows - len(part))] for part in plan]
 
 

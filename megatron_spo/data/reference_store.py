@@ -4,7 +4,7 @@ Folder `<cache>/<name>-<first 12 digits of the data set's fingerprint>/`:
 
     records.npy   one fixed-size record per pair, in data set order
     index.json    version, what the records depend on, their count and checksum
-    parts/        while filling: chunks of records, each file checked by its own digest, written by any process
+    parts/        while filling: chunks of records, each with its own digest, written by any process
 
 Everything appears by rename after fsync, so a kill leaves whole files or none; a part that is torn or
 belongs to something else counts as missing. `finish` replaces a stale cache only when its successor is
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -64,9 +65,9 @@ class ReferenceFingerprint:
     def differences(self, found: dict[str, Any]) -> list[str]:
         """One line for each part in which a cache differs from what is wanted now."""
         return [
-            f"{_PARTS[field.name]}: the cache has {found.get(field.name)!r}, this run has {getattr(self, field.name)!r}"
-            for field in fields(self)
-            if found.get(field.name) != getattr(self, field.name)
+            f"{_PARTS[part]}: the cache has {found.get(part)!r}, this run has {wanted!r}"
+            for part, wanted in asdict(self).items()
+            if found.get(part) != wanted
         ]
 
 
@@ -120,13 +121,18 @@ def open_reference(
     folder = cache_folder(cache, name, fingerprint)
     index = _read_index(folder)
     if index is None:
-        raise UserError(f"{_why_missing(Path(cache), name, fingerprint, dataset)}; {REMEDY}")
+        raise UserError(_why_missing(Path(cache), name, fingerprint, dataset))
     differences = fingerprint.differences(index["fingerprint"])
     if differences:
         raise UserError(
             f"reference cache {folder} is stale; {REMEDY}\n" + "\n".join(f"  {line}" for line in differences)
         )
-    return ReferenceStore(_map_records(folder, index), dataset, folder)
+    records = _map_records(folder, index)
+    if len(records) != len(dataset):
+        raise UserError(
+            f"reference cache {folder} is damaged: it is of {len(records)}, not of the {len(dataset)} pairs; {REMEDY}"
+        )
+    return ReferenceStore(records, dataset, folder)
 
 
 class ReferenceWriter:
@@ -135,9 +141,7 @@ class ReferenceWriter:
     Chunks are ranges of data set indices; a chunk is written whole. `finish` is called by one process.
     """
 
-    def __init__(
-        self, folder: Path, fingerprint: ReferenceFingerprint, dataset: TokenizedSet, chunk: int
-    ) -> None:
+    def __init__(self, folder: Path, fingerprint: ReferenceFingerprint, dataset: TokenizedSet, chunk: int) -> None:
         self._folder, self._fingerprint, self._dataset, self._chunk = folder, fingerprint, dataset, chunk
         self._parts = folder / "parts"
         self.chunks = -(-len(dataset) // chunk)
@@ -177,9 +181,7 @@ class ReferenceWriter:
         records = np.zeros(len(indices), dtype=RECORD)
         for field, values in (("chosen", chosen), ("rejected", rejected)):
             array = np.asarray(values, dtype=np.float32)
-            assert array.shape == indices.shape, (
-                f"chunk {k} has {len(indices)} rows, {field} has shape {array.shape}"
-            )
+            assert array.shape == indices.shape, f"chunk {k} has {len(indices)} rows, {field} has shape {array.shape}"
             bad = np.flatnonzero(~np.isfinite(array))
             if len(bad):
                 where = self._dataset.describe(int(indices[bad[0]]))
@@ -201,15 +203,16 @@ class ReferenceWriter:
             return
         missing = self.missing_chunks()
         if missing:
-            done = len(self._dataset) - sum(len(self.chunk_indices(k)) for k in missing)
-            raise UserError(
-                f"reference cache {self._folder} holds {done} of {len(self._dataset)} pairs; {REMEDY} to go on"
-            )
-        checksum = xxhash.xxh3_128()
+            count = len(self._dataset)
+            done = count - sum(len(self.chunk_indices(k)) for k in missing)
+            raise UserError(f"reference cache {self._folder} is unfinished: it holds {done} of {count} pairs; {REMEDY}")
+        header = io.BytesIO()
+        form = {"descr": RECORD.descr, "fortran_order": False, "shape": (len(self._dataset),)}
+        np.lib.format.write_array_header_1_0(header, form)
+        checksum = xxhash.xxh3_128(header.getvalue())
         with _writing(self._folder):
             with _replacing(self._folder / "records.npy") as file:
-                header = {"descr": RECORD.descr, "fortran_order": False, "shape": (len(self._dataset),)}
-                np.lib.format.write_array_header_1_0(file, header)
+                file.write(header.getvalue())
                 for k in range(self.chunks):
                     payload = self._read_part(k)
                     assert payload is not None, f"chunk {k} vanished while the cache was merged"
@@ -227,14 +230,13 @@ class ReferenceWriter:
         self.complete = True
 
     def _is_complete(self) -> bool:
-        index = _read_index(self._folder)
-        if index is None or self._fingerprint.differences(index["fingerprint"]):
-            return False
         try:
-            _map_records(self._folder, index)
+            index = _read_index(self._folder)
+            if index is None or self._fingerprint.differences(index["fingerprint"]):
+                return False
+            return len(_map_records(self._folder, index)) == len(self._dataset)
         except UserError:
             return False  # damaged: filled anew
-        return True
 
     def _part(self, k: int) -> Path:
         return self._parts / f"{k:08d}.part"
@@ -265,40 +267,32 @@ def _slug(name: str) -> str:
 def _read_index(folder: Path) -> dict[str, Any] | None:
     """The index of a finished cache, None where there is none; UserError when it cannot be understood."""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["version"] == VERSION and isinstance(index["fingerprint"], dict):
-            return {
-                "count": int(index["count"]),
-                "xxh3_128": str(index["xxh3_128"]),
-                "fingerprint": index["fingerprint"],
-            }
-    except FileNotFoundError:
+        text = (folder / "index.json").read_text(encoding="utf-8")
+        index = json.loads(text)
+        known = {"count": int(index["count"]), "xxh3_128": str(index["xxh3_128"])}
+        version, fingerprint = index["version"], dict(index["fingerprint"])
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
-        pass
-    return {"count": -1, "xxh3_128": "", "fingerprint": {}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"reference cache {folder} is damaged: index.json is not readable; {REMEDY}") from error
+    if version != VERSION:
+        raise UserError(f"reference cache {folder} has format {version}, this version reads format {VERSION}; {REMEDY}")
+    return {**known, "fingerprint": fingerprint}
 
 
 def _map_records(folder: Path, index: dict[str, Any]) -> Records:
     """The records, memory-mapped, their size and checksum verified."""
-    path = folder / "records.npy"
+    damaged = f"reference cache {folder} is damaged: records.npy"
     try:
-        records: Records = np.asarray(np.load(path, mmap_mode="r"))
-    except FileNotFoundError:
-        raise UserError(f"reference cache {folder} is damaged: records.npy is missing; {REMEDY}") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"reference cache {folder} is damaged: records.npy cannot be read ({error}); {REMEDY}"
-        ) from error
-    if records.dtype != RECORD or records.shape != (index["count"],):
-        raise UserError(
-            f"reference cache {folder} is damaged: records.npy holds {records.size} records, index.json says "
-            f"{index['count']}; {REMEDY}"
-        )
-    if xxhash.xxh3_128(records.view(np.uint8).data).hexdigest() != index["xxh3_128"]:
-        raise UserError(
-            f"reference cache {folder} is damaged: the checksum of records.npy is wrong; {REMEDY}"
-        )
+        content = np.memmap(folder / "records.npy", np.uint8, mode="r")
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise UserError(f"{damaged} cannot be read ({error}); {REMEDY}") from error
+    header = len(content) - index["count"] * RECORD.itemsize
+    if header <= 0:
+        raise UserError(f"{damaged} is too short for the {index['count']} pairs in index.json; {REMEDY}")
+    if xxhash.xxh3_128(content.data).hexdigest() != index["xxh3_128"]:
+        raise UserError(f"{damaged} has a wrong checksum; {REMEDY}")
+    records: Records = np.asarray(content)[header:].view(RECORD)
     return records
 
 
@@ -307,20 +301,17 @@ def _why_missing(cache: Path, name: str, fingerprint: ReferenceFingerprint, data
     folder = cache_folder(cache, name, fingerprint)
     if any((folder / "parts").glob("*.part")):
         done = sum(
-            max(part.stat().st_size - DIGEST, 0) // RECORD.itemsize
-            for part in (folder / "parts").glob("*.part")
+            max(part.stat().st_size - DIGEST, 0) // RECORD.itemsize for part in (folder / "parts").glob("*.part")
         )
-        return f"reference cache {folder} is unfinished: it holds {min(done, len(dataset))} of {len(dataset)} pairs"
-    for other in sorted(cache.glob(f"{_slug(name)}-*/index.json")):
-        index = _read_index(other.parent)
-        if index is not None and re.fullmatch(
-            r"[0-9a-f]{12}", other.parent.name.removeprefix(f"{_slug(name)}-")
-        ):
-            lines = "\n".join(f"  {line}" for line in fingerprint.differences(index["fingerprint"]))
-            return (
-                f"reference cache for '{name}' in {cache} is of other rows ({other.parent.name}):\n{lines}\n"
-            )
-    return f"there is no reference cache for '{name}' in {cache}"
+        count = len(dataset)
+        return f"reference cache {folder} is unfinished: it holds {min(done, count)} of {count} pairs; {REMEDY}"
+    for other in sorted(cache.glob(f"{_slug(name)}-" + "[0-9a-f]" * 12)):
+        with contextlib.suppress(UserError):
+            index = _read_index(other)
+            if index is not None:
+                lines = "".join(f"\n  {line}" for line in fingerprint.differences(index["fingerprint"]))
+                return f"the reference cache for '{name}' in {cache} is of other rows ({other.name}):{lines}\n{REMEDY}"
+    return f"there is no reference cache for '{name}' in {cache}; {REMEDY}"
 
 
 @contextlib.contextmanager

@@ -35,15 +35,14 @@ class Example:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of prefix-shared pairs as numpy arrays; T tokens, n pairs, E scored entries, K score
-    references.
+    """One row of prefix-shared pairs as numpy arrays: T tokens, n pairs, E scored entries, K uses of them.
 
-    tokens, positions       int64 [T]    token ids and rotary positions; the padding tail counts its positions from 0
-    segments                int64 [n, 4] (start, shared, chosen_tail, rejected_tail): where a pair begins, its lengths
-    predict_at, targets     int64 [E]    the logits at row position predict_at[e] score token targets[e]; a response
-                                         token that both answers share is one entry
+    tokens, positions       int64 [T]    token ids, rotary positions (those of the padding count from 0)
+    segments                int64 [n, 4] (start, shared, chosen_tail, rejected_tail) of each pair
+    predict_at, targets     int64 [E]    the logits at row position predict_at[e] score token targets[e];
+                                         a response token that both answers share is one entry
     score_index             int64 [K]    entries in the order chosen_0, rejected_0, chosen_1, ...
-    score_lengths           int64 [2n]   how many of score_index belong to each of those (0: no rejected answer)
+    score_lengths           int64 [2n]   how many of score_index belong to each of those (0: no rejected)
     pairs                   int64 [n]    data set indices
     chosen_tokens,
     rejected_tokens         int64 [n]    scored tokens, equal to score_lengths[0::2] and [1::2]

@@ -35,20 +35,23 @@ class Overlong(RowProblem):
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder or hub id; `chat_template` names a file that replaces its template."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises whatever its loaders raise
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"no tokenizer can be loaded from {path}: {''.join(first)}") from error
-    if not getattr(tokenizer, "is_fast", False):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer of {path} has no fast version (tokenizer.json); convert it first")
     if chat_template is not None:
         file = Path(chat_template)
         if not file.is_file():
             raise UserError(f"data.chat_template: file {chat_template} does not exist")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.chat_template: {chat_template} is not a text file in UTF-8") from error
     return tokenizer
 
 
@@ -100,8 +103,8 @@ class RowTokenizer:
         self._joiner = self._find_joiner()
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {token for token in (tokenizer.eos_token,) if token}
-        ordered = sorted(specials, key=len, reverse=True)
-        self._special = re.compile("|".join(re.escape(token) for token in ordered) or r"(?!)")
+        self._specials = sorted(specials, key=lambda token: (-len(token), token))
+        self._special = re.compile("|".join(re.escape(token) for token in self._specials) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone: nothing added before or after."""
@@ -113,9 +116,7 @@ class RowTokenizer:
         bare = self.encode(texts.prompt)
         prompt = _single_start([*texts.lead, *bare], self._tokenizer.bos_token_id)
         if not prompt:
-            raise RowProblem(
-                "prompt", "is empty: there is no token from which the first response token is predicted"
-            )
+            raise RowProblem("prompt", "is empty: there is no token from which the first response token is predicted")
         sides = []
         for answer, end, field in zip(texts.answers, texts.ends, texts.fields, strict=True):
             joint = self.encode(texts.prompt + answer)
@@ -166,9 +167,7 @@ class RowTokenizer:
             prompt, answers = answers[0][:cut], [answer[cut:] for answer in answers]
             for answer, field in zip(answers, fields, strict=True):
                 if not answer.strip():
-                    raise RowProblem(
-                        field, "is empty after the start that 'chosen' and 'rejected' have in common"
-                    )
+                    raise RowProblem(field, "is empty after the start that 'chosen' and 'rejected' have in common")
         assert isinstance(prompt, str)
         return Texts(prompt, tuple(answers), fields, (end,) * len(answers), self._lead)
 
@@ -179,14 +178,10 @@ class RowTokenizer:
         limit = min(len(chosen), len(rejected)) if limit is None else limit
         borders = self._borders(chosen) & self._borders(rejected)
         for cut in range(limit, 0, -1):
-            inside = chosen[cut - 1].isalnum() and any(
-                text[cut : cut + 1].isalnum() for text in (chosen, rejected)
-            )
+            inside = chosen[cut - 1].isalnum() and any(text[cut : cut + 1].isalnum() for text in (chosen, rejected))
             if cut in borders and not inside and chosen[cut - 1] != " " and chosen[:cut].strip():
                 return cut
-        raise RowProblem(
-            "prompt", "is missing, and 'chosen' and 'rejected' have no common start to be the prompt"
-        )
+        raise RowProblem("prompt", "is missing, and 'chosen' and 'rejected' have no common start to be the prompt")
 
     def _borders(self, text: str) -> set[int]:
         spans = self._backend.encode(text, add_special_tokens=False).offsets
@@ -207,40 +202,43 @@ class RowTokenizer:
             full = self._render(prompt + answer, generation=False)
             if not full.startswith(start):
                 at = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), len(full))
+                here, there = start[at : at + 20], full[at : at + 20]
                 raise RowProblem(
                     field,
-                    f"the chat template renders the prompt differently once an answer follows (from character {at + 1}: "
-                    f"{start[at : at + 20]!r} against {full[at : at + 20]!r}); name a template that does not in "
-                    "data.chat_template",
+                    "the chat template renders the prompt differently once an answer follows (from character "
+                    f"{at + 1}: {here!r} against {there!r}); name one that does not in data.chat_template",
                 )
             rest.append(self._end_of_turn(full[len(start) :], answer[-1]))
         eos = self._tokenizer.eos_token_id
         if eos is None and not all(ended for _, ended in rest):
-            raise UserError(
-                "the chat template ends a turn without a special token and the tokenizer has no eos_token"
-            )
+            raise UserError("the chat template ends a turn without a special token and the tokenizer has no eos_token")
         ends = tuple(None if ended else eos for _, ended in rest)
         return Texts(start, tuple(text for text, _ in rest), fields, ends, ())
 
     def _end_of_turn(self, rendered: str, last: Message) -> tuple[str, bool]:
         """The rendered answer up to its end-of-turn token, and whether the template wrote one. What follows
         the token (a newline, an end-of-text) is not generated by the model and not part of the response."""
-        content = last["content"].strip()
-        found = rendered.rfind(content)
-        if found < 0:
-            raise RowProblem(
-                "chosen", "the chat template drops or rewrites the answer; name another in data.chat_template"
-            )
-        match = self._special.search(rendered, found + len(content))
+        start = self._ending(rendered)
+        content = last["content"].rstrip()
+        own = content[self._ending(content) :]  # special tokens with which the content itself ends
+        if own and rendered.startswith(own, start) and self._special.search(rendered, start + len(own)):
+            start += len(own)
+        match = self._special.search(rendered, start)
         return (rendered[: match.end()], True) if match else (rendered, False)
+
+    def _ending(self, text: str) -> int:
+        """Where the special tokens and white space begin with which a text ends."""
+        end = len(text)
+        while True:
+            rest = text[:end].rstrip()
+            token = next((token for token in self._specials if rest.endswith(token)), None)
+            if token is None:
+                return end
+            end = len(rest) - len(token)
 
     def _render(self, messages: list[Message], *, generation: bool) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generation
-                )
-            )
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
         except Exception as error:  # templates raise jinja2 errors and whatever their own code raises
             raise RowProblem("messages", f"the chat template refuses the row: {error}") from error
 

@@ -136,7 +136,8 @@ def tokenize_source(
                     _build(folder, raw, worker, num_proc=data.num_proc, progress=progress)
         except OSError as error:
             raise UserError(
-                f"tokenised rows cannot be written to {root} ({error}); name another place by HF_DATASETS_CACHE"
+                f"tokenised rows cannot be kept in {root} ({error}); name another folder in the environment "
+                "variable HF_DATASETS_CACHE"
             ) from error
     return TokenizedSource(folder, label=raw.label, unit=raw.unit)
 
@@ -196,9 +197,7 @@ def _tokenize_batch(
                 continue
             record.update(_record(tokenizer.tokenize(parse_row(row, preference=preference))))
         except RowProblem as problem:
-            record.update(
-                _EMPTY, field=problem.field, reason=problem.reason, overlong=isinstance(problem, Overlong)
-            )
+            record.update(_EMPTY, field=problem.field, reason=problem.reason, overlong=isinstance(problem, Overlong))
         records.append(record)
     return pa.Table.from_pylist(records, schema=SCHEMA)
 
@@ -213,9 +212,7 @@ def _raw_rows(table: pa.Table, file: Path | None) -> Iterable[bytes | Mapping[st
 def _record(example: Example) -> dict[str, Any]:
     chosen, rejected, prompt = example.chosen_ids, example.rejected_ids, example.prompt_length
     lengths = np.array([prompt, len(chosen), len(rejected)], dtype=np.int64)
-    digest = hashlib.blake2b(
-        lengths.tobytes() + chosen.tobytes() + rejected.tobytes(), digest_size=8
-    ).digest()
+    digest = hashlib.blake2b(lengths.tobytes() + chosen.tobytes() + rejected.tobytes(), digest_size=8).digest()
     return {
         "prompt_length": prompt,
         "shared": example.shared,

@@ -24,7 +24,7 @@ class GroupStepAdamW(torch.optim.AdamW):
                     state["exp_avg_sq"] = torch.zeros_like(parameter.data)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update by torch's functional AdamW."""
         assert closure is None
         self._fill_states()

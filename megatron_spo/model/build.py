@@ -81,7 +81,7 @@ class PairModel(GPTModel):
             self.output_layer.__class__ = LogProbHead
             self.output_layer.vocab = shape.vocab
 
-    def forward(self, row: RowOnDevice) -> Tensor:  # type: ignore[override]
+    def forward(self, row: RowOnDevice) -> Tensor:
         """Log-probabilities [1, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
         if self.post_process:
             self.output_layer.row = row

@@ -97,6 +97,7 @@ class LogProbHead(ColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         weight = self.weight if weight is None else weight
+        assert self.row.predict_at is not None
         if self.sequence_parallel:
             # each rank's d_hidden is complete after the function's own all-reduce: do not sum it again
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=False)

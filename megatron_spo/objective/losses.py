@@ -20,6 +20,10 @@ from torch.nn.functional import logsigmoid
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.objective.statistics import LossStatistics
 
+ROUNDING = 4e-6
+"""Relative rounding of an fp32 sum of log-probs. A policy that equals its reference is off by so much in another
+layout, or with other neighbours in its row; where the sign of a difference decides, a smaller one counts as none."""
+
 
 @dataclass(frozen=True)
 class PairLogprobs:
@@ -58,6 +62,12 @@ class PairLogprobs:
     def rejected_ratio(self) -> Tensor:
         """p_l - r_l; ValueError without a reference."""
         return self.rejected - _present(self.reference_rejected)
+
+    @property
+    def chosen_fall(self) -> Tensor:
+        """relu(r_w - p_w), 0 within rounding: a run starts at the kink, where noise would switch the gradient on."""
+        fall = -self.chosen_ratio
+        return torch.where(fall > ROUNDING * self.chosen.abs(), fall, 0.0)
 
     @property
     def gap(self) -> Tensor:
@@ -165,7 +175,7 @@ def orpo(pairs: PairLogprobs, *, beta: float) -> Tensor:
 
 def dpop(pairs: PairLogprobs, *, beta: float, penalty: float) -> Tensor:
     """-ls(beta (h - penalty relu(r_w - p_w))): DPO-Positive (Smaug, arXiv 2402.13228)."""
-    return -logsigmoid(beta * (pairs.gap - penalty * torch.relu(-pairs.chosen_ratio)))
+    return -logsigmoid(beta * (pairs.gap - penalty * pairs.chosen_fall))
 
 
 def exo_pair(pairs: PairLogprobs, *, beta: float, label_smoothing: float) -> Tensor:

@@ -39,6 +39,9 @@ class SpoSettings(Protocol):
     @property
     def preference_steps(self) -> int: ...
 
+GAP_ROUNDING = 1e-5
+"""Nats per chosen token below which a gap above epsilon is the layout's rounding."""
+
 
 @dataclass(frozen=True)
 class ScheduleState:
@@ -82,10 +85,10 @@ def _penalty(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     """Constant lambda, or a linear ramp that reaches it at step `ramp_steps` - 1, like a learning rate's
     warm-up.
 
-    The batch constraint switches the term off unless the last measured gap lies above epsilon; before the
-    first measurement the policy is still the reference, whose gap is 0.
+    The batch constraint switches the term off unless the last measured gap lies above epsilon, beyond rounding;
+    before the first measurement the policy is still the reference, whose gap is 0.
     """
-    if spo.constraint == "batch" and (state.gap is None or state.gap <= spo.epsilon):
+    if spo.constraint == "batch" and (state.gap is None or state.gap <= spo.epsilon + GAP_ROUNDING):
         return _with_lambda(0.0)
     ramp = min(1.0, (step + 1) / spo.ramp_steps) if spo.ramp_steps else 1.0
     return _with_lambda(spo.lambda_ * ramp)

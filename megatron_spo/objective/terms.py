@@ -85,7 +85,7 @@ def _penalty(
     statistic = LOSS_SPECS[loss_name].statistic
     assert not relative or statistic, f"loss {loss_name} has no scale for the unit relative"
     if spo.constraint == "pair":
-        excess = torch.relu(-pairs.chosen_ratio / pairs.chosen_tokens - spo.epsilon)
+        excess = torch.relu(pairs.chosen_fall / pairs.chosen_tokens - spo.epsilon)
         if relative:
             # The hinge is per token; a loss that sums feels a nat per token n_w times.
             excess = beta * excess * (pairs.chosen_tokens if statistic == "sum" else 1.0)

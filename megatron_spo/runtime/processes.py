@@ -1,5 +1,6 @@
 """Process groups, device and seeds of one job."""
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +55,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        atexit.register(dist.destroy_process_group)
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -76,12 +78,10 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
 
 
 def stop() -> None:
-    """Leave the job: destroys the parallel groups."""
+    """Take the layout down; the processes stay joined until they exit, so another layout may follow."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def agree(error: UserError | None) -> None:

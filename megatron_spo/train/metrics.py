@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spo.objective.losses import PairLogprobs
+from megatron_spo.objective.losses import ROUNDING, PairLogprobs
 from megatron_spo.objective.terms import GlobalCounts
 
 SUMS = (
@@ -15,19 +15,19 @@ SUMS = (
 )  # fmt: skip
 """What is summed over the pairs of a batch, in this order."""
 
-ROUNDING = 4e-6
-"""Relative rounding of an fp32 sum of log-probs: a smaller difference to the reference, made in another layout or with
-other neighbours in the row, counts as none where its sign is counted (accuracy, both_down)."""
-
 
 @dataclass(frozen=True)
 class PairValues:
-    """Detached [pairs] values of one row, as the objective gives them; None where the data or the loss has none."""
+    """Detached [pairs] values of one row, as the objective gives them; None where the data or the loss has none.
+
+    `rewards_are_ratios`: the rewards are differences to the reference, and so are off by rounding where there is none.
+    """
 
     pairs: PairLogprobs
     preference: Tensor | None
     rewards: tuple[Tensor, Tensor] | None
     statistic: Tensor | None
+    rewards_are_ratios: bool
 
 
 def row_sums(objective: Tensor, values: PairValues) -> Tensor:
@@ -35,15 +35,15 @@ def row_sums(objective: Tensor, values: PairValues) -> Tensor:
     pairs = values.pairs
     zero = torch.zeros_like(pairs.chosen)
     out: dict[str, Tensor] = {"chosen": pairs.chosen, "rejected": pairs.rejected}
-    noise = None if pairs.reference_chosen is None else (ROUNDING * pairs.chosen.abs(), ROUNDING * pairs.rejected.abs())
+    noise = ROUNDING * pairs.chosen.abs(), ROUNDING * pairs.rejected.abs()
     if values.preference is not None:
         out["preference"] = values.preference
     if values.rewards is not None:
         chosen, rejected = values.rewards
         out["reward_chosen"], out["reward_rejected"] = chosen, rejected
-        tie = chosen == rejected if noise is None else (pairs.gap.abs() <= noise[0] + noise[1])
+        tie = pairs.gap.abs() <= noise[0] + noise[1] if values.rewards_are_ratios else chosen == rejected
         out["accuracy"] = torch.where(tie, 0.5, (chosen > rejected).float())
-    if noise is not None and pairs.reference_chosen is not None:
+    if pairs.reference_chosen is not None:
         out["chosen_shift"], out["rejected_shift"] = pairs.chosen_ratio, pairs.rejected_ratio
         out["both_down"] = ((pairs.chosen_ratio < -noise[0]) & (pairs.rejected_ratio < -noise[1])).float()
         out["reference_chosen"] = pairs.reference_chosen

@@ -122,13 +122,14 @@ class Engine:
     def _values(self, pairs: PairLogprobs, data: DataInUse, statistics: LossStatistics) -> PairValues:
         """What is measured of a row whatever the pass: the preference loss and the rewards, where they exist."""
         if not data.loader.dataset.has_rejected or (self._loss.spec.needs_reference and data.reference is None):
-            return PairValues(pairs, None, None, None)
+            return PairValues(pairs, None, None, None, rewards_are_ratios=False)
         with torch.no_grad():
             return PairValues(
                 pairs,
                 preference_losses(self._loss.name, pairs, self._parameters, statistics),
                 rewards(self._loss.name, pairs, self._parameters),
                 statistic_values(self._loss.name, pairs),
+                rewards_are_ratios=self._loss.spec.needs_reference,
             )
 
     def _apply(self, lr: float, data: DataInUse, batch: Batch) -> float:

@@ -1,5 +1,6 @@
 """The commands as a user calls them: help, exit codes, messages."""
 
+import os
 import subprocess
 import sys
 import time
@@ -137,10 +138,10 @@ def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("megatron_spo.evaluate.generate.generate_file", record)
     monkeypatch.setattr("megatron_spo.report.write_report", record)
     assert cli.main(["convert", "run", "out", "--to", "hf"]) == 0
-    generate = "generate model --prompts p.jsonl --out o.jsonl --samples 4 --temperature 0.7 --seed 3".split()
-    assert cli.main(generate) == 0
+    options = ["--samples", "4", "--temperature", "0.7", "--seed", "3"]
+    assert cli.main(["generate", "model", "--prompts", "p.jsonl", "--out", "o.jsonl", *options]) == 0
     assert cli.main(["report", "a", "b", "--out", "r.html"]) == 0
-    sampling = dict(samples=4, temperature=0.7, max_new_tokens=256, batch_size=64, seed=3)
+    sampling = {"samples": 4, "temperature": 0.7, "max_new_tokens": 256, "batch_size": 64, "seed": 3}
     assert calls == [
         ((Path("run"), Path("out")), {}),
         ((Path("model"), Path("p.jsonl"), Path("o.jsonl")), sampling),
@@ -150,8 +151,9 @@ def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("tool", ["precompute_reference", "convert_checkpoint"])
 def test_tools(tool: str) -> None:
+    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), "--help"]
     result = subprocess.run(
-        [sys.executable, str(ROOT / f"tools/{tool}.py"), "--help"], capture_output=True, text=True, cwd=ROOT
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout

@@ -1,7 +1,9 @@
 """Tiny Hugging Face models and tokenizers, made on the spot: no network, no weights in the repository."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,20 +56,20 @@ def tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, scale: flo
     """A random model with a tokenizer, saved in `folder`; `scale` is the deviation of its weights, large enough
     that logits differ visibly between tokens."""
     config_class, model_class = FAMILIES[family]
-    shape = dict(
-        vocab_size=262,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=scale,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": 262,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": scale,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
     if family == "qwen3":
         shape["head_dim"] = 8
     if family == "mistral":
@@ -75,7 +77,7 @@ def tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, scale: flo
     torch.manual_seed(seed)
     model = model_class(config_class(**{**shape, **overrides}))
     with torch.no_grad():  # norms and biases at their neutral values would hide a mapping error
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * scale)
     model.save_pretrained(folder)
@@ -90,12 +92,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def arithmetic_pairs(count: int, *, seed: int = 0) -> list[dict]:
     """Short preference pairs of varying length."""
-    import random
-
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
         a, b = rng.randint(0, 999), rng.randint(0, 999)
         wrong = a + b + rng.choice([-10, -1, 1, 10])
-        rows.append({"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"about {wrong}" if rng.random() < 0.5 else f"{wrong}"})
+        rejected = f"about {wrong}" if rng.random() < 0.5 else f"{wrong}"
+        rows.append({"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": rejected})
     return rows

@@ -1,0 +1,92 @@
+"""Every layout gives the numbers of one process; the reference cache made in one layout serves all."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import largest_difference, read_metrics, run_jobs
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+LAYOUTS = {
+    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "dp2": (2, []),
+    "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "dp2-pp2": (4, ["parallel.pipeline=2"]),
+    "dp2-tp2": (4, ["parallel.tensor=2"]),
+}
+OBJECTIVES = {
+    "dpo-penalty": ["loss.name=dpo"],
+    "simpo-token": ["loss.name=simpo", "spo.lambda_unit=token", "spo.lambda=5"],
+    "alpha-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
+    "ipo-alternating": ["loss.name=ipo", "spo.schedule=alternating"],
+    "dpo-pair-small-rows": ["loss.name=dpo", "spo.constraint=pair", "data.row_length=32"],
+    "sft": ["spo.schedule=sft"],
+}
+ON_LAYOUT = {  # each objective in at least two layouts, each layout with at least three objectives
+    "tp2": ["dpo-penalty", "alpha-dual", "sft"],
+    "tp2-sp": ["simpo-token", "ipo-alternating", "dpo-pair-small-rows"],
+    "pp2": ["dpo-penalty", "simpo-token", "dpo-pair-small-rows"],
+    "dp2": ["dpo-penalty", "alpha-dual", "ipo-alternating"],
+    "tp2-pp2-sp": ["dpo-penalty", "alpha-dual", "dpo-pair-small-rows"],
+    "dp2-pp2": ["simpo-token", "dpo-penalty", "sft"],
+    "dp2-tp2": ["dpo-penalty", "ipo-alternating", "simpo-token"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of all objectives in one process, and of the table above in every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    tiny_model(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
+    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
+    config = folder / "config.yaml"
+    config.write_text(
+        f"""
+output: {folder}/unset
+model: {{path: {folder}/model}}
+data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
+reference: {{cache: {folder}/cache}}
+optimizer: {{lr: 1e-3, warmup_steps: 2, weight_decay: 0.01}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 8, steps: 5, eval_every: 3}}
+logging: {{progress: false}}
+"""
+    )
+
+    def train(name: str, layout: list[str]) -> list[tuple[str, str, list[str]]]:
+        wanted = ON_LAYOUT.get(name, list(OBJECTIVES))
+        return [
+            ("train", str(config), [f"output={folder}/{name}/{objective}", *OBJECTIVES[objective], *layout])
+            for objective in wanted
+        ]
+
+    for processes in (2, 1, 4):  # the cache is made at TP2
+        layouts = {name: layout for name, (count, layout) in LAYOUTS.items() if count == processes}
+        if processes == 1:
+            layouts = {"one": []}
+        jobs = [job for name, layout in layouts.items() for job in train(name, layout)]
+        if processes == 2:
+            jobs.insert(0, ("reference", str(config), ["parallel.tensor=2"]))
+        run_jobs(jobs, processes)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "objective"), [(n, o) for n, wanted in ON_LAYOUT.items() for o in wanted])
+def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> None:
+    difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
+    assert difference < 1e-4, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
+def test_first_step_of_dpo_is_ln_2(runs: Path, layout: str) -> None:
+    if "dpo-penalty" in ON_LAYOUT.get(layout, OBJECTIVES):
+        first = read_metrics(runs / layout / "dpo-penalty")["train", "", 1]
+        assert first["loss/preference"] == pytest.approx(math.log(2), abs=2e-6)
+        assert first["rewards/accuracies"] == 0.5
+        assert first["spo/both_down"] == 0

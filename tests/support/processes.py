@@ -1,0 +1,59 @@
+"""Commands as a user starts them: in processes of their own, one or several."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WORKER = ROOT / "tests" / "parallel" / "worker.py"
+Job = tuple[str, str, list[str]]
+"""(command, config file, overrides)"""
+
+
+def launch(arguments: Sequence[str], processes: int, timeout: int = 400) -> subprocess.CompletedProcess[str]:
+    """Run a Python script or `-m module` with its arguments in so many processes."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        python += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [*python, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+
+
+def run_jobs(jobs: Sequence[Job], processes: int) -> None:
+    """Run train and reference commands one after another in one launch; fails with what they printed."""
+    done = launch([str(WORKER), json.dumps(jobs)], processes)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+
+def cli(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run `megatron-spo ARGUMENTS`."""
+    return launch(["-m", "megatron_spo", *arguments], processes)
+
+
+def read_metrics(run: Path) -> dict[tuple[str, str, int], dict[str, float]]:
+    """Lines of metrics.jsonl by (kind, name of the set, step)."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(line.pop("kind"), line.pop("name", ""), line.pop("step")): line for line in lines}
+
+
+NOT_COMPARED = {"seconds", "row_fill"}
+"""How fast and in what rows: the layout's business."""
+
+
+def largest_difference(got: Path, expected: Path) -> tuple[float, str]:
+    """Largest relative difference of two runs over all metrics of all lines, and where it is."""
+    ours, theirs = read_metrics(got), read_metrics(expected)
+    assert ours.keys() == theirs.keys()
+    worst = (0.0, "nowhere")
+    for key, line in theirs.items():
+        assert ours[key].keys() == line.keys(), key
+        for name in line.keys() - NOT_COMPARED:
+            difference = abs(ours[key][name] - line[name]) / max(1.0, abs(line[name]))
+            worst = max(worst, (difference, f"{name} at {key}"))
+    return worst
