@@ -30,9 +30,7 @@ def parse_arguments(description: str, default_out: str, *files: str) -> argparse
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder to write [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and sampling [%(default)s]")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each [%(default)s]")
-    parser.add_argument(
-        "--fresh", action="store_true", help="start over instead of going on where it stopped"
-    )
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
     return parser
 
 
@@ -96,12 +94,16 @@ class Stages:
         self.say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
     def train(self, name: str, config: Path, overrides: Sequence[str], *, threads: int = 1) -> Path:
-        """Trains into OUT/NAME and exports the result; returns the exported folder."""
-        run, model = self.out / name, self.out / f"{name}-hf"
+        """Trains into OUT/NAME; returns that run directory."""
+        run = self.out / name
         options = [f"output={run}", f"training.threads={threads}", *overrides]
-        finished = run_state(run) == "done"
-        self.command(f"train-{name}", "train", config, *options, done=finished, threads=threads)
-        self.command(f"convert-{name}", "convert", run, model, "--to", "hf", done=model.is_dir())
+        self.command(f"train-{name}", "train", config, *options, done=run_state(run) == "done", threads=threads)
+        return run
+
+    def export(self, name: str) -> Path:
+        """Exports the run OUT/NAME; returns the folder in Hugging Face format."""
+        model = self.out / f"{name}-hf"
+        self.command(f"convert-{name}", "convert", self.out / name, model, "--to", "hf", done=model.is_dir())
         return model
 
     def generate(self, name: str, model: Path, prompts: Path, *options: str) -> Path:

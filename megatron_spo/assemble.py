@@ -110,7 +110,9 @@ def make_model(config: Config, sources: Sources) -> PairModel:
     return model
 
 
-def reference_fingerprint(config: Config, sources: Sources, dataset: TokenizedSet, weights: str) -> ReferenceFingerprint:
+def reference_fingerprint(
+    config: Config, sources: Sources, dataset: TokenizedSet, weights: str
+) -> ReferenceFingerprint:
     """What a cached log-prob of this data set depends on."""
     return ReferenceFingerprint(
         weights=weights,

@@ -66,16 +66,10 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     generate = add("generate", _generate, "write a model's answers to the prompts of a file")
     generate.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
-    generate.add_argument(
-        "--prompts", type=Path, required=True, help="JSONL with a field prompt: text or messages"
-    )
-    generate.add_argument(
-        "--out", type=Path, required=True, help="JSONL to write: the rows with a field responses"
-    )
+    generate.add_argument("--prompts", type=Path, required=True, help="JSONL with a field prompt: text or messages")
+    generate.add_argument("--out", type=Path, required=True, help="JSONL to write: the rows with a field responses")
     generate.add_argument("--samples", type=int, default=1, help="answers per prompt [%(default)s]")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]"
-    )
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
     generate.add_argument("--max-new-tokens", type=int, default=256, help="tokens per answer [%(default)s]")
     generate.add_argument("--batch-size", type=int, default=64, help="answers at a time [%(default)s]")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")

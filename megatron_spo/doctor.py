@@ -27,9 +27,7 @@ def report() -> str:
         _package("torch", "torch", "nothing runs without it: make venv", required=True),
         _gpu(),
         _package("megatron-core", "megatron.core", "no training: pip install -e .", required=True),
-        _package(
-            "transformers", "transformers", "no tokenizers, no generation: pip install -e .", required=True
-        ),
+        _package("transformers", "transformers", "no tokenizers, no generation: pip install -e .", required=True),
         _package("datasets", "datasets", "no data can be read: pip install -e .", required=True),
         _package("transformer-engine", "transformer_engine", "no fused kernels: pip install -e '.[gpu]'"),
         _apex(),

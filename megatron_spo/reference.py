@@ -54,7 +54,6 @@ def fill(config: Config) -> None:
         for name, dataset in sources.named_sets().items():
             known = "" if name in open_ones else ", complete before this call"
             print(f"reference {name}: {len(dataset)} pairs in {config.reference.cache}{known}")
-    processes.stop()
 
 
 def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:

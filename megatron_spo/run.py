@@ -51,7 +51,6 @@ def train(config: Config) -> None:
         raise
     finally:
         directory.close()
-    processes.stop()
 
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Path | None) -> None:

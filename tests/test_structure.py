@@ -67,9 +67,7 @@ def test_every_key_is_read() -> None:
     read = {key for spec in LOSS_SPECS.values() for key in spec.parameters}  # through LossConfig.parameters
     for path in SOURCES:
         if path.name not in ("schema.py", "document.py"):
-            read |= {
-                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
-            }
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     unread = [f"{section}.{attribute}" for section, attribute in keys() if attribute not in read]
     assert not unread, unread
 

@@ -56,8 +56,7 @@ def write_page(out: Path, rows: Sequence[Row]) -> list[str]:
     sentences = verdict(rows, {row["name"]: greedy_win(out, row["name"]) for row in rows})
     colours = {row["name"]: colour(row["name"]) for row in rows}
     bars = [
-        figures.draw_bars({row["name"]: row[column] for row in rows}, colours, title)
-        for column, title in BARS.items()
+        figures.draw_bars({row["name"]: row[column] for row in rows}, colours, title) for column, title in BARS.items()
     ]
     curves = [figures.draw_curves(shift_curves(out, rows, metric), title) for metric, title in SHIFTS.items()]
     parts = [
@@ -79,9 +78,7 @@ def write_picture(out: Path, rows: Sequence[Row]) -> None:
         figures.plot_curves(left, shift_curves(out, rows, "spo/chosen_shift"), SHIFTS["spo/chosen_shift"])
         left.legend(fontsize=8, frameon=False)
         accuracy = {name: row["accuracy"] for name, row in zip(names, rows, strict=True)}
-        figures.plot_bars(
-            right, accuracy, {name: colour(name) for name in names}, "Accuracy on held-out problems"
-        )
+        figures.plot_bars(right, accuracy, {name: colour(name) for name in names}, "Accuracy on held-out problems")
         write_text(out / "displacement.svg", figures.file_svg(figure))
 
 
@@ -89,9 +86,7 @@ def shift_curves(out: Path, rows: Sequence[Row], metric: str) -> list[Curve]:
     """A curve for each run on the pairs, from 0 at step 0; runs without SPO are dashed."""
     curves = []
     for name in (row["name"] for row in rows):
-        points = [
-            (line["step"], line[metric]) for line in metrics_lines(out / name, "eval") if metric in line
-        ]
+        points = [(line["step"], line[metric]) for line in metrics_lines(out / name, "eval") if metric in line]
         if points:
             curves.append(Curve(name, colour(name), [(0, 0.0), *points], dashed=name in bases(rows)))
     return curves

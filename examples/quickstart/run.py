@@ -6,8 +6,9 @@ runs -> export -> responses to new problems -> scores. Run it with `make quickst
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def train_sft(stages: Stages, scale: Scale, seed: int) -> Path:
         f"optimizer.warmup_steps={scale.sft_warmup}",
         f"training.seed={seed}",
     ]
-    return stages.train("sft", HERE / "sft.yaml", overrides, threads=stages.jobs)
+    stages.train("sft", HERE / "sft.yaml", overrides, threads=stages.jobs)
+    return stages.export("sft")
 
 
 def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path) -> None:
@@ -131,16 +133,14 @@ def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -
     stages.command("reference", "reference", config, output, *shared, done=False, threads=stages.jobs)
 
     def answer(name: str, model: Path) -> None:
-        stages.generate(
-            f"{name}-greedy", model, stages.file("test_problems"), *sampling(1, seed, temperature=0)
-        )
+        stages.generate(f"{name}-greedy", model, stages.file("test_problems"), *sampling(1, seed, temperature=0))
         stages.generate(f"{name}-t1", model, stages.file("test_problems"), *sampling(1, seed + 1))
 
     def run(name: str) -> None:
-        answer(name, stages.train(name, config, [*shared, *VARIANTS[name]]))
+        stages.train(name, config, [*shared, *VARIANTS[name]])
+        answer(name, stages.export(name))
 
-    tasks: list[Callable[[], None]] = [lambda name=name: run(name) for name in VARIANTS]  # type: ignore[misc]
-    stages.side_by_side([lambda: answer("sft", sft_model), *tasks])
+    stages.side_by_side([partial(answer, "sft", sft_model), *(partial(run, name) for name in VARIANTS)])
 
 
 def sampling(samples: int, seed: int, *, temperature: float = 1) -> list[str]:

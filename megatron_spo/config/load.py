@@ -92,9 +92,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     if not _is_section(section):
         raise UserError(f"override {override!r}: unknown section {section!r}{_nearest(section)}")
     if not isinstance(values.setdefault(section, {}), dict):
-        raise UserError(
-            f"override {override!r}: {section} is not a section in the file, but {values[section]!r}"
-        )
+        raise UserError(f"override {override!r}: {section} is not a section in the file, but {values[section]!r}")
     values[section][name] = value
     return key
 
@@ -169,7 +167,5 @@ def _nearest(key: str) -> str:
     own = [entry for name, entry in every if name == section] if section else list(sections)
     same = [f"{name}.{entry}" for name, entry in every if entry == last]
     near = same or [f"{section}.{entry}".lstrip(".") for entry in difflib.get_close_matches(last, own, 1)]
-    near = near or [
-        f"{name}.{entry}" for name, entry in every if difflib.get_close_matches(last, [entry], 1, 0.8)
-    ]
+    near = near or [f"{name}.{entry}" for name, entry in every if difflib.get_close_matches(last, [entry], 1, 0.8)]
     return f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(own)}"

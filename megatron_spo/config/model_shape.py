@@ -63,9 +63,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     hidden, heads = _count(path, raw, "hidden_size"), _count(path, raw, "num_attention_heads")
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
     if heads % kv_heads:
-        raise UserError(
-            f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
-        )
+        raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     theta, scaling = _rope(path, raw)
     return ModelShape(
         family=family,
@@ -91,9 +89,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
 
 def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
     if family not in FAMILIES:
-        raise UserError(
-            f"{path}: model_type = {raw.get('model_type')!r} is not built; built are {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"{path}: model_type = {raw.get('model_type')!r} is not built; built are {', '.join(FAMILIES)}")
     unbuilt = {
         "attention_bias": raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
@@ -101,9 +97,7 @@ def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
     }
     for key, value in unbuilt.items():
         if value:
-            raise UserError(
-                f"{path}: {key} = {value!r} is not built for {family} models; only models without it"
-            )
+            raise UserError(f"{path}: {key} = {value!r} is not built for {family} models; only models without it")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise UserError(f"{path}: hidden_act = {activation!r} is not built; only 'silu' (SwiGLU)")

@@ -55,9 +55,7 @@ def installed(module: str) -> bool:
 def broken_rules(facts: Facts) -> list[str]:
     """The messages of all broken rules, and of all keys given without effect."""
     config, shape = facts.config, facts.shape
-    messages = [
-        message for key, message in unused_keys(config).items() if key in facts.given and _is_set(config, key)
-    ]
+    messages = [message for key, message in unused_keys(config).items() if key in facts.given and _is_set(config, key)]
     if facts.world_size is not None:
         try:
             make_topology(config.parallel, facts.world_size)
@@ -166,16 +164,12 @@ RULES: tuple[Rule, ...] = (
         "the chosen log-prob; set spo.lambda_unit=token",
     ),
     Rule(
-        lambda c, shape: (
-            c.spo.schedule != "sft" and c.loss.spec.needs_reference and c.reference.cache is None
-        ),
+        lambda c, shape: c.spo.schedule != "sft" and c.loss.spec.needs_reference and c.reference.cache is None,
         "loss.name: {c.loss.name} needs the reference's log-probs; set reference.cache to a folder and fill "
         "it with `megatron-spo reference CONFIG.yaml`",
     ),
     Rule(
-        lambda c, shape: (
-            c.spo.schedule == "penalty" and c.spo.constraint == "pair" and c.reference.cache is None
-        ),
+        lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "pair" and c.reference.cache is None,
         "spo.constraint: pair compares each pair with the reference; set reference.cache",
     ),
     Rule(

@@ -65,6 +65,4 @@ def parse_yaml(text: str) -> Any:
 
 def format_yaml(value: Any, *, flow: bool = False) -> str:
     """`value` as YAML that `parse_yaml` reads back, keys in their order; `flow` puts it on one line."""
-    return yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
-    )
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)

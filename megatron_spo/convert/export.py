@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,14 @@ def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path
     return first.properties.dtype
 
 
-def _tensors(
-    reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Mapping]
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor; one Megatron tensor, all its layers stacked, is in memory at a time."""
     for key in dict.fromkeys(row.key for row in rows):
         metadata: TensorStorageMetadata = stored[key]
         whole = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
-        dcp.load(whole, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+            dcp.load(whole, storage_reader=reader, no_dist=True)
         for row in rows:
             if row.key == key:
                 full = whole[key] if row.layer is None else whole[key][row.layer]

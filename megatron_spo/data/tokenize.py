@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 PROBE = "a"
 JOINERS = ("\n", ".", "a", "|")
+"""After one of these a text is tokenised as the continuation of another."""
+
+
+DATE = "26 Jul 2024"
+"""What Llama 3's templates shall print instead of today, their own fallback: tokens may not depend on the day."""
 
 
 class Overlong(RowProblem):
@@ -100,7 +105,7 @@ class RowTokenizer:
         self._backend.no_padding()
         self._limits = limits
         self._lead = self._find_lead()
-        self._joiner = self._find_joiner()
+        self._adds_space = self._find_added_space()
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {token for token in (tokenizer.eos_token,) if token}
         self._specials = sorted(specials, key=lambda token: (-len(token), token))
@@ -133,18 +138,17 @@ class RowTokenizer:
                 return tuple(full[:start])
         return ()
 
-    def _find_joiner(self) -> str | None:
-        """A text after which an answer is tokenised when alone it would get a space of its own
-        (sentencepiece)."""
+    def _find_added_space(self) -> bool:
+        """Whether a text that stands alone gets a space of its own (sentencepiece)."""
         for joiner in JOINERS:
             head, both = self.encode(joiner), self.encode(joiner + PROBE)
             if both[: len(head)] == head:
-                return joiner if both[len(head) :] != self.encode(PROBE) else None
-        return None
+                return both[len(head) :] != self.encode(PROBE)
+        return False
 
     def _continuation(self, text: str) -> list[int]:
         """Tokens of `text` as the continuation of another text, without merging across the border."""
-        for joiner in JOINERS if self._joiner is not None else ():
+        for joiner in JOINERS if self._adds_space else ():
             head, both = self.encode(joiner), self.encode(joiner + text)
             if both[: len(head)] == head:
                 return both[len(head) :]
@@ -195,11 +199,11 @@ class RowTokenizer:
                 "name a template file in data.chat_template"
             )
         assert isinstance(prompt, list)
-        start = self._render(prompt, generation=True)
+        start = self._render(prompt, "prompt", generation=True)
         rest = []
         for answer, field in zip(answers, fields, strict=True):
             assert isinstance(answer, list)
-            full = self._render(prompt + answer, generation=False)
+            full = self._render(prompt + answer, field, generation=False)
             if not full.startswith(start):
                 at = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), len(full))
                 here, there = start[at : at + 20], full[at : at + 20]
@@ -236,11 +240,14 @@ class RowTokenizer:
                 return end
             end = len(rest) - len(token)
 
-    def _render(self, messages: list[Message], *, generation: bool) -> str:
+    def _render(self, messages: list[Message], field: str, *, generation: bool) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, date_string=DATE
+            )
         except Exception as error:  # templates raise jinja2 errors and whatever their own code raises
-            raise RowProblem("messages", f"the chat template refuses the row: {error}") from error
+            raise RowProblem(field, f"is refused by the chat template: {error}") from error
+        return str(text)
 
     def _fit(self, prompt: list[int], sides: list[list[int]], fields: tuple[str, ...]) -> Example:
         """Apply `truncation` and check both length limits."""

@@ -203,9 +203,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
-def batches(
-    prompts: Sequence[Sequence[int]], samples: int, batch_size: int
-) -> Iterator[list[tuple[int, int]]]:
+def batches(prompts: Sequence[Sequence[int]], samples: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
     """(row, sample number) of every response wanted, similar lengths together, the longest first."""
     rows = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     jobs = [(row, sample) for row in rows for sample in range(samples)]

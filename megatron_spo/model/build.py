@@ -209,13 +209,12 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
                             f"not have ({len(stray)} such tensors)")  # fmt: skip
         for row, tensor, index in _local_tensors(model, shape):
             sources = [weights.slice(name) for name in row.sources]
-            try:
-                value = row.transform.read(sources, index)
-                tensor.data.copy_(value.view(tensor.data.shape))
-            except (RuntimeError, IndexError, AssertionError) as error:
-                shapes = [tuple(source.get_shape()) for source in sources]
-                raise UserError(f"{folder}: {', '.join(row.sources)} of shape {shapes} do not fit the model of "
-                                f"its config.json ({error})") from error  # fmt: skip
+            expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))
+            for name, source, shape_expected in zip(row.sources, sources, expected, strict=True):
+                if tuple(source.get_shape()) != shape_expected:
+                    raise UserError(f"{folder}: {name} has shape {tuple(source.get_shape())}, but its config.json "
+                                    f"calls for {shape_expected}")  # fmt: skip
+            tensor.data.copy_(row.transform.read(sources, index).view(tensor.data.shape))
 
 
 @torch.no_grad()

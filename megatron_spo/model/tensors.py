@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Index = tuple[slice, ...]
+Shape = tuple[int, ...]
 
 
 class LazyTensor(Protocol):
@@ -25,6 +26,9 @@ class LazyTensor(Protocol):
 class Transform(Protocol):
     """One global Megatron tensor made of some Hugging Face tensors."""
 
+    def shapes(self, full: Shape) -> list[Shape]:
+        """Shapes of the Hugging Face tensors of a Megatron tensor of shape `full`."""
+
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         """The part `index` of the Megatron tensor."""
 
@@ -35,6 +39,9 @@ class Transform(Protocol):
 @dataclass(frozen=True)
 class Copy:
     """The same tensor on both sides."""
+
+    def shapes(self, full: Shape) -> list[Shape]:
+        return [full]
 
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         return sources[0][index]
@@ -48,6 +55,9 @@ class Concatenate:
     """Sources of equal height, one below the other (gate over up in SwiGLU's linear_fc1)."""
 
     parts: int
+
+    def shapes(self, full: Shape) -> list[Shape]:
+        return [(full[0] // self.parts, *full[1:])] * self.parts
 
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         height = sources[0].get_shape()[0]
@@ -76,6 +86,9 @@ class GroupedQKV:
         """Rows of q, k and v in one group."""
         return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
 
+    def shapes(self, full: Shape) -> list[Shape]:
+        return [(self.groups * width, *full[1:]) for width in self._widths]
+
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         rows, rest = index[0], index[1:]
         height = sum(self._widths)
@@ -97,6 +110,9 @@ class PaddedVocabulary:
     """Vocabulary rows; Megatron's tensor has rows of zeros below them, so that every rank holds equally many."""
 
     vocab: int
+
+    def shapes(self, full: Shape) -> list[Shape]:
+        return [(self.vocab, *full[1:])]
 
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         rows, rest = index[0], index[1:]

@@ -250,9 +250,7 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     }
 )
 # What a loss with running statistics keeps statistics of; its function takes them as `statistics`.
-TRACKED: Mapping[str, Callable[[PairLogprobs], Tensor]] = MappingProxyType(
-    {"alpha_dpo": lambda pairs: pairs.mean_gap}
-)
+TRACKED: Mapping[str, Callable[[PairLogprobs], Tensor]] = MappingProxyType({"alpha_dpo": lambda pairs: pairs.mean_gap})
 
 
 def preference_losses(

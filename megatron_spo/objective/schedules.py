@@ -39,6 +39,7 @@ class SpoSettings(Protocol):
     @property
     def preference_steps(self) -> int: ...
 
+
 GAP_ROUNDING = 1e-5
 """Nats per chosen token below which a gap above epsilon is the layout's rounding."""
 

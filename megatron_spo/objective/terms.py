@@ -77,9 +77,7 @@ def _nll(pairs: PairLogprobs, counts: GlobalCounts) -> Tensor:
     return -pairs.chosen.sum() / counts.chosen_tokens
 
 
-def _penalty(
-    pairs: PairLogprobs, loss_name: str, beta: float, spo: SpoSettings, counts: GlobalCounts
-) -> Tensor:
+def _penalty(pairs: PairLogprobs, loss_name: str, beta: float, spo: SpoSettings, counts: GlobalCounts) -> Tensor:
     """The term that lambda weighs beside a preference loss, by `spo.constraint` and `spo.lambda_unit`."""
     relative = spo.lambda_unit == "relative"
     statistic = LOSS_SPECS[loss_name].statistic

@@ -44,9 +44,7 @@ def metric_curves(runs: dict[str, Run], metric: str, colours: dict[str, str]) ->
     """The metric over the steps, a curve for each run and data set; training lies faint behind held-out."""
     curves = []
     for name, run in runs.items():
-        held_out = [
-            points for data in run.eval_sets if (points := run.points(metric, data)) and len(points) > 1
-        ]
+        held_out = [points for data in run.eval_sets if (points := run.points(metric, data)) and len(points) > 1]
         training = run.points(metric, None)
         if training:
             curves.append(Curve(name, colours[name], training, faint=bool(held_out)))

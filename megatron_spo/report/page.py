@@ -23,9 +23,7 @@ svg { width: 100%; height: auto; }
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """HTML table that scrolls by itself where it is wider than the screen."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
@@ -36,9 +34,7 @@ def paragraph(text: str) -> str:
 
 def legend(colours: Mapping[str, str]) -> str:
     """Names with their colours."""
-    entries = "".join(
-        f'<span><i style="background:{c}"></i>{html.escape(name)}</span> ' for name, c in colours.items()
-    )
+    entries = "".join(f'<span><i style="background:{c}"></i>{html.escape(name)}</span> ' for name, c in colours.items())
     return f'<div class="legend">{entries}</div>'
 
 

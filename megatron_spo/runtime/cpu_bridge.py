@@ -70,7 +70,9 @@ BRIDGED = (
     Bridged("torch.cuda", "current_device", lambda: CPU, "device of buffers in p2p, optimizer, rotary embedding"),
     Bridged("torch.cuda", "synchronize", lambda *a, **k: None, "called after batched p2p and in timers"),
     Bridged("torch.cuda", "current_stream", lambda *a, **k: _NoStream(), "asked for by overlap and checkpoint code"),
-    Bridged("torch.cuda", "FloatTensor", torch.FloatTensor, "optimizer/clip_grads.py makes one-element tensors with it"),
+    Bridged(
+        "torch.cuda", "FloatTensor", torch.FloatTensor, "optimizer/clip_grads.py makes one-element tensors with it"
+    ),
     Bridged("torch.cuda", "get_rng_state", lambda *a, **k: torch.get_rng_state(), "random-number tracker"),
     Bridged("torch.cuda", "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state), "random-number tracker"),
     Bridged(

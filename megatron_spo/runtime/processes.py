@@ -38,6 +38,8 @@ class Runtime:
 def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: int = 30) -> Runtime:
     """Join the job's processes, lay the parallel groups over them and seed Megatron's generators.
 
+    The processes stay joined until they exit; a further call lays another layout over them.
+
     Args:
         topology: the layout; its world size must be the number of launched processes.
         seed: seed of the random-number trackers.
@@ -59,6 +61,8 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if parallel_state.model_parallel_is_initialized():  # an earlier command of this process
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
@@ -75,13 +79,6 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
     )
-
-
-def stop() -> None:
-    """Take the layout down; the processes stay joined until they exit, so another layout may follow."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
 
 
 def agree(error: UserError | None) -> None:

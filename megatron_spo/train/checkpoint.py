@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import Trainable
@@ -80,7 +81,7 @@ def load(path: Path, trainable: Trainable) -> TrainState:
     """
     try:
         found = dist_checkpointing.load(_contents(trainable, loading=True), str(path))
-    except Exception as error:  # Megatron raises many kinds for files that are torn or of another model
+    except (Exception, CheckpointException) as error:  # many kinds, for files that are torn or of another model
         raise UserError(f"{path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); it is "
                         "damaged or of another model: name an earlier one in checkpoints/latest") from error  # fmt: skip
     trainable.model.load_state_dict(found["model"])

@@ -79,9 +79,7 @@ def test_wrong_input_is_one_message(arguments: list[str], part: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["convert", "a", "b"], ["generate", "a"], ["report"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["convert", "a", "b"], ["generate", "a"], ["report"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -152,8 +150,6 @@ def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("tool", ["precompute_reference", "convert_checkpoint"])
 def test_tools(tool: str) -> None:
     command = [sys.executable, str(ROOT / f"tools/{tool}.py"), "--help"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout

@@ -27,9 +27,7 @@ def test_reference_yaml_is_up_to_date() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES))
-)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_every_example_loads(path: Path) -> None:
     load_config(path)
 

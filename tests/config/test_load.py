@@ -65,9 +65,7 @@ def test_dump_reloads_to_the_same(load: Load, tmp_path: Path, name: str, schedul
     assert "lambda_:" not in again.read_text()
 
 
-@pytest.mark.parametrize(
-    "text", ["off", "1e5", "null", "1.5", "2024-01-01", "yes", "~", "a: b", "", "0x10", "ü"]
-)
+@pytest.mark.parametrize("text", ["off", "1e5", "null", "1.5", "2024-01-01", "yes", "~", "a: b", "", "0x10", "ü"])
 def test_strings_stay_strings(text: str) -> None:
     import yaml
 

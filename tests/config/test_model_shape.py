@@ -44,9 +44,7 @@ def test_rope_of_both_generations(write_model: Write) -> None:
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
-def test_absent_keys_mean_what_transformers_means(
-    write_model: Write, config_class: type[PretrainedConfig]
-) -> None:
+def test_absent_keys_mean_what_transformers_means(write_model: Write, config_class: type[PretrainedConfig]) -> None:
     optional = ("max_position_embeddings", "rms_norm_eps")
     family = config_class.model_type
     folder = write_model(model_type=family, **dict.fromkeys(optional), num_key_value_heads=4)
@@ -57,9 +55,7 @@ def test_absent_keys_mean_what_transformers_means(
     assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
     assert shape.initializer_range == theirs.initializer_range
     assert shape.sliding_window == getattr(theirs, "sliding_window", None)
-    assert shape.head_dim == (
-        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    )
+    assert shape.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
 
 
 def test_families(write_model: Write) -> None:

@@ -187,6 +187,19 @@ def test_message_formats_agree(tmp_path: Path, row: dict) -> None:
     assert parquet.describe(0).endswith("pairs.parquet row 1")
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_useless_tokenizer_stops_at_once(tmp_path: Path, num_proc: int) -> None:
+    row = {"prompt": chat(USER), "chosen": chat(YES), "rejected": chat(NO)}
+    file = lines(tmp_path / "pairs.jsonl", [row, row])
+    with pytest.raises(UserError, match="name a template file in data.chat_template"):
+        build(file, PLAIN, num_proc=num_proc, bad_rows="drop")
+    no_eos = byte_tokenizer()
+    no_eos.eos_token = None
+    with pytest.raises(UserError, match="has no eos_token"):
+        build(lines(tmp_path / "strings.jsonl", GOOD), no_eos, num_proc=num_proc)
+    assert not list((tmp_path / "cache").glob("*.*/")), "work folders are removed"
+
+
 def test_sft_sets(tmp_path: Path) -> None:
     rows = [{"prompt": "q:", "completion": "x"}, {"prompt": "r", "completion": "yz"}]
     data = build(lines(tmp_path / "sft.jsonl", rows), kind="any")

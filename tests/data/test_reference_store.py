@@ -258,8 +258,8 @@ def test_unreadable_index(tmp_path: Path, data: TokenizedSet, index: str) -> Non
 
 def test_changed_count_in_the_index(tmp_path: Path, data: TokenizedSet) -> None:
     path = fill(tmp_path, data) / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "count": 60}))
-    assert "too short for the 60 pairs in index.json" in refusal(tmp_path, data)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "count": 10**6}))
+    assert "too short for the 1000000 pairs in index.json" in refusal(tmp_path, data)
     path.write_text(json.dumps({**json.loads(path.read_text()), "count": 49}))
     assert "not of the 50 pairs" in refusal(tmp_path, data)
 

@@ -90,6 +90,19 @@ def test_invariants_of_message_rows(turns: list[str], chosen: str, rejected: str
     assert texts(example, QWEN)[0].endswith("<|im_start|>assistant\n")
 
 
+def test_message_rows_equal_the_whole_conversation_rendered_at_once() -> None:
+    row = {"prompt": chat("system: s", "user: ab :x"), "completion": chat("assistant: a b")}
+    whole = QWEN.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    assert [*tokenize(row, QWEN).chosen_ids.tolist(), *QWEN.encode("\n")] == whole
+
+
+def test_tokens_do_not_depend_on_the_day() -> None:
+    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>"], template=today + "{{ date_string }}" + QWEN_TEMPLATE)
+    example = tokenize({"messages": chat("user: q", "assistant: a")}, tokenizer)
+    assert texts(example, tokenizer)[0].startswith("26 Jul 2024<|im_start|>")
+
+
 def test_merges_across_the_border_are_undone() -> None:
     example = tokenize(pair("a", "b", "x"), PLAIN)  # alone "ab" is one token
     assert texts(example, PLAIN) == ("a", "b<eos>", "x<eos>")
@@ -151,7 +164,7 @@ def test_template_that_changes_the_prompt_is_refused() -> None:
 def test_template_that_refuses_a_row_is_named() -> None:
     tokenizer = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
     row = {"messages": chat("user: q", "assistant: a")}
-    with pytest.raises(RowProblem, match="the chat template refuses the row: roles must alternate"):
+    with pytest.raises(RowProblem, match="prompt: is refused by the chat template: roles must alternate"):
         tokenize(row, tokenizer)
     with pytest.raises(UserError, match="no chat template; name a template file in data.chat_template"):
         tokenize(row, PLAIN)

@@ -84,9 +84,7 @@ def test_gradients(name: str) -> None:
             pairs.reference_chosen,
             pairs.reference_rejected,
         )
-        if (
-            name in TRACKED
-        ):  # its margin is a constant to the gradient, so it must not move with the inputs here
+        if name in TRACKED:  # its margin is a constant to the gradient, so it must not move with the inputs here
             frozen = defaults(name, alpha=0.0)
             return preference_losses(name, moved, frozen, STATISTICS)
         return preference_losses(name, moved, defaults(name), STATISTICS)
@@ -158,8 +156,6 @@ def test_only_tracked_losses_have_statistics() -> None:
     gap = pairs.chosen_mean - pairs.rejected_mean
     assert pairs.reference_chosen is not None
     assert pairs.reference_rejected is not None
-    gap = (
-        gap - pairs.reference_chosen / pairs.chosen_tokens + pairs.reference_rejected / pairs.rejected_tokens
-    )
+    gap = gap - pairs.reference_chosen / pairs.chosen_tokens + pairs.reference_rejected / pairs.rejected_tokens
     torch.testing.assert_close(values, gap.detach())
     assert statistic_values("dpo", pairs) is None

@@ -22,9 +22,7 @@ def two_pairs() -> PairLogprobs:
     return make_pairs([-4.0, -6.0], [-9.0, -3.0], ([2, 6], [3, 1]), ([-5.0, -3.0], [-8.0, -3.0]))
 
 
-def value_of(
-    pairs: PairLogprobs, name: str, pass_: Pass, spo: Spo, counts: GlobalCounts | None = None
-) -> Tensor:
+def value_of(pairs: PairLogprobs, name: str, pass_: Pass, spo: Spo, counts: GlobalCounts | None = None) -> Tensor:
     counts = counts or counts_of(pairs)
     value, _ = objective(
         pairs,
@@ -83,9 +81,7 @@ def test_hinge_on_pairs(name: str, unit: str, term: float) -> None:
 @pytest.mark.parametrize("unit", ["token", "relative"])
 @pytest.mark.parametrize("constraint", ["none", "pair"])
 def test_a_pass_on_g_alone_is_plain_sft(unit: str, constraint: str) -> None:
-    value = value_of(
-        two_pairs(), "dpo", Pass(preference=0.0, sft=1.0), Spo(lambda_unit=unit, constraint=constraint)
-    )
+    value = value_of(two_pairs(), "dpo", Pass(preference=0.0, sft=1.0), Spo(lambda_unit=unit, constraint=constraint))
     assert value.item() == pytest.approx(10 / 8)
 
 

@@ -96,9 +96,7 @@ def trl_cpo(chosen: Tensor, rejected: Tensor, loss_type: str, **settings: Any) -
     return trainer.cpo_loss(chosen, rejected)[0]
 
 
-def assert_same(
-    ours: Tensor, theirs: Tensor, pairs: PairLogprobs, *, rtol: float = 1e-9, atol: float = 1e-12
-) -> None:
+def assert_same(ours: Tensor, theirs: Tensor, pairs: PairLogprobs, *, rtol: float = 1e-9, atol: float = 1e-12) -> None:
     """Equal values, and equal gradients in both log-probs."""
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
     leaves = (pairs.chosen, pairs.rejected)
@@ -135,9 +133,7 @@ def test_simpo() -> None:
     pairs = random_pairs(9)
     parameters = {"beta": 2.5, "gamma_beta_ratio": 0.3, "label_smoothing": 0.1}
     ours = preference_losses("simpo", pairs, parameters, STATISTICS)
-    theirs = trl_cpo(
-        pairs.chosen_mean, pairs.rejected_mean, "simpo", beta=2.5, simpo_gamma=0.75, label_smoothing=0.1
-    )
+    theirs = trl_cpo(pairs.chosen_mean, pairs.rejected_mean, "simpo", beta=2.5, simpo_gamma=0.75, label_smoothing=0.1)
     assert_same(ours, theirs, pairs)
 
 
@@ -148,9 +144,7 @@ def test_alpha_dpo_is_simpo_with_a_margin_per_pair() -> None:
     gap = (pairs.mean_gap.detach() - STATISTICS.mean) / STATISTICS.std
     gamma = 2.5 * (0.2 * gap + 0.6)
     ours = preference_losses("alpha_dpo", pairs, parameters, STATISTICS)
-    theirs = trl_cpo(
-        pairs.chosen_mean, pairs.rejected_mean, "simpo", beta=2.5, simpo_gamma=gamma, label_smoothing=0.1
-    )
+    theirs = trl_cpo(pairs.chosen_mean, pairs.rejected_mean, "simpo", beta=2.5, simpo_gamma=gamma, label_smoothing=0.1)
     assert_same(ours, theirs, pairs)
 
 

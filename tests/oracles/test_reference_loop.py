@@ -90,9 +90,7 @@ def trl_trajectory(model_dir: Path, out: Path, **settings: Any) -> list[dict[str
         ({"loss": "dpo", "schedule": "sft"}, {"loss_type": ["sft"]}),
     ],
 )
-def test_trl_goes_the_same_way(
-    model_dir: Path, tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any]
-) -> None:
+def test_trl_goes_the_same_way(model_dir: Path, tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     steps = reference_trajectory(model_dir, [tokenised(model_dir)] * STEPS, lr=1e-3, **ours)
     for step, expected in zip(steps, trl_trajectory(model_dir, tmp_path, **theirs), strict=True):
         for name in SHARED_WITH_TRL:

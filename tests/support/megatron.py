@@ -1,7 +1,6 @@
 """A Megatron model in this process, for tests that need no layout."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,8 @@ from megatron_spo.runtime import processes
 from megatron_spo.runtime.processes import Runtime
 
 
-@cache
 def one_process() -> Runtime:
-    """The single-process runtime, started once per test process."""
+    """The single-process runtime."""
     return processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=1)
 
 
@@ -38,7 +36,9 @@ def example(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int
     left, right = [*prompt, *chosen], [*prompt, *rejected] if len(rejected) else []
     shared = len(left)
     if right:
-        shared = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+        )
     return Example(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32), len(prompt), shared)
 
 

@@ -52,7 +52,9 @@ def tiny_tokenizer(folder: Path, *, chat: bool = False) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, scale: float = 0.1, **overrides) -> PreTrainedModel:
+def tiny_model(
+    folder: Path, family: str = "llama", *, seed: int = 0, scale: float = 0.1, **overrides
+) -> PreTrainedModel:
     """A random model with a tokenizer, saved in `folder`; `scale` is the deviation of its weights, large enough
     that logits differ visibly between tokens."""
     config_class, model_class = FAMILIES[family]

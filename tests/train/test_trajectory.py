@@ -86,7 +86,9 @@ def tokenised(model: Path) -> list[list[tuple[list[int], list[int], list[int]]]]
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in ON_FAMILY.items() for name in names])
 def test_trajectory_equals_a_plain_loop(runs: Path, family: str, name: str, tmp_path: Path) -> None:
     final: dict[str, torch.Tensor] = {}
-    expected = reference_trajectory(runs / family, tokenised(runs / family), **CASES[name], lr=1e-3, final_weights=final)
+    expected = reference_trajectory(
+        runs / family, tokenised(runs / family), **CASES[name], lr=1e-3, final_weights=final
+    )
     ours = read_metrics(runs / f"{family}-{name}")
     for step, line in enumerate(expected, 1):
         for metric, value in line.items():

@@ -1,0 +1,182 @@
+"""Real pairs: does the held-out chosen log-prob collapse on GSM8K answers, and does SPO hold it?
+
+A small Llama with a tokenizer of its own is trained on solved problems, then the control, DPO and SimPO, each
+without and with SPO, run on pairs of model answers. A share of the problems is held out with all their pairs.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # a script's own path is its folder; the examples import each other
+
+from examples import common  # noqa: E402
+from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
+
+LOSSES = {"dpo": ("loss.beta=0.1",), "simpo": ("loss.beta=2.5", "loss.gamma_beta_ratio=0.3")}
+SPO_LAMBDA = 1.0
+VARIANTS = common.variants(LOSSES, SPO_LAMBDA)
+COLUMNS = {
+    "chosen_ce": ("CE chosen", ".2f"),
+    "chosen_shift": ("d log p chosen", "+.1f"),
+    "rejected_shift": ("d log p rejected", "+.1f"),
+    "both_down": ("both fell", ".2f"),
+    "accuracy": ("pairwise accuracy", ".2f"),
+    "seconds": ("training, s", ".0f"),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    vocabulary: int = 1024
+    sft_steps: int = 400
+    sft_warmup: int = 20
+    steps: int = 100
+    warmup: int = 20
+    eval_every: int = 20
+    held_out_problems: int = 32
+
+
+def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None:
+    parser = common.parse_arguments("SPO on pairs of real answers.", "runs/gsm8k", "pairs", "sft")
+    options = parser.parse_args(arguments)
+    settings = {
+        "pairs": str(options.pairs),
+        "sft": str(options.sft),
+        "seed": options.seed,
+        "scale": asdict(scale),
+        "variants": VARIANTS,
+    }
+    stages = Stages.open(options.out, options.jobs, settings, fresh=options.fresh)
+    write_data(stages, options.pairs, options.sft, scale, options.seed)
+    train(stages, scale, options.seed)
+    rows = [measure(stages, name) for name in VARIANTS]
+    write_text(options.out / "results.json", json.dumps({"rows": rows}, indent=1))
+    page = options.out / "index.html"
+    stages.command("report", "report", *(stages.out / name for name in VARIANTS), "--out", page, done=False)
+    print("\n" + results_table(rows) + "\n")
+    stages.say(f"done: {page}")
+
+
+def write_data(stages: Stages, pairs_file: Path, sft_file: Path, scale: Scale, seed: int) -> None:
+    """The untrained model and its tokenizer, and the pairs split by problem; no problem is on both sides."""
+    pairs, solved = read_input(pairs_file, "rejected"), read_input(sft_file, "completion")
+    problems = sorted({row["prompt"] for row in pairs})
+    held_out = set(random.Random(f"held out {seed}").sample(problems, scale.held_out_problems))
+    solved = [row for row in solved if row["prompt"] not in held_out]
+    write_jsonl(stages.file("sft"), solved)
+    write_jsonl(stages.file("pairs"), [row for row in pairs if row["prompt"] not in held_out])
+    write_jsonl(stages.file("pairs_heldout"), [row for row in pairs if row["prompt"] in held_out])
+    write_model(stages.out / "model", [row["prompt"] + row["completion"] for row in solved], scale.vocabulary)
+
+
+def read_input(path: Path, field: str) -> list[dict[str, Any]]:
+    """The rows of a given file, which must have `prompt` and `field`."""
+    if not path.is_file():
+        raise common.StageFailed(f"{path} does not exist")
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if "prompt" not in row or field not in row:
+            raise common.StageFailed(f"{path} line {number}: needs the fields `prompt` and `{field}`")
+    return rows
+
+
+def write_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
+    """An untrained Llama of 0.9M parameters as a config.json, and a byte-level BPE trained on `texts`."""
+    raw = Tokenizer(BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    config.save_pretrained(folder)
+
+
+def train(stages: Stages, scale: Scale, seed: int) -> None:
+    """SFT, the reference cache, then the runs on the pairs, several at a time."""
+    start = [
+        f"model.path={stages.out / 'model'}",
+        f"data.train={stages.file('sft')}",
+        f"training.steps={scale.sft_steps}",
+        f"optimizer.warmup_steps={scale.sft_warmup}",
+        f"training.seed={seed}",
+    ]
+    stages.train("sft", HERE / "sft.yaml", start, threads=stages.jobs)
+    sft_model = stages.export("sft")
+    config = HERE / "preference.yaml"
+    shared = [
+        f"model.path={sft_model}",
+        f"data.train={stages.file('pairs')}",
+        f"data.eval={stages.file('pairs_heldout')}",
+        f"reference.cache={stages.out / 'reference'}",
+        f"training.steps={scale.steps}",
+        f"optimizer.warmup_steps={scale.warmup}",
+        f"training.eval_every={scale.eval_every}",
+        f"training.seed={seed}",
+    ]
+    output = f"output={stages.out / 'reference-run'}"
+    stages.command("reference", "reference", config, output, *shared, done=False, threads=stages.jobs)
+
+    def run(name: str) -> None:
+        stages.train(name, config, [*shared, *VARIANTS[name]])
+
+    stages.side_by_side([partial(run, name) for name in VARIANTS])
+
+
+def measure(stages: Stages, name: str) -> dict[str, Any]:
+    """One row of results.json: the last evaluation on the held-out pairs; log-probs in nats a response, the
+    cross-entropy (CE) in nats a token."""
+    last = common.metrics_lines(stages.out / name, "eval")[-1]
+    return {
+        "name": name,
+        "chosen_ce": last["loss/sft"],
+        "chosen_shift": last["spo/chosen_shift"],
+        "rejected_shift": last["spo/rejected_shift"],
+        "both_down": last["spo/both_down"],
+        "accuracy": last["rewards/accuracies"],
+        "pairs": last["pairs"],
+        "seconds": round(common.training_seconds(stages.out / name), 1),
+    }
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a terminal."""
+    cells = [[row["name"], *(format(row[key], digits) for key, (_, digits) in COLUMNS.items())] for row in rows]
+    return common.text_table(["run", *(title for title, _ in COLUMNS.values())], cells)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

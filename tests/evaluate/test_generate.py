@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_spo.errors import UserError
+from megatron_spo.evaluate.generate import encode_text, generate_file
+from tests.support.tiny import tiny_model, tiny_tokenizer, write_jsonl
+
+PROMPTS = ["a", "what is 12+30?", "", "second", "a rather longer prompt than the others have", "x y"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(folder, scale=0.3)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(PROMPTS) if p])
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_greedy_equals_one_by_one(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out.jsonl"
+    generate_file(model_dir, prompts, out, max_new_tokens=12, batch_size=4)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    for row, given in zip(rows_of(out), rows_of(prompts), strict=True):
+        assert row["prompt"] == given["prompt"] and row["id"] == given["id"]
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        new = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+        finished = tokenizer.eos_token_id in new
+        text = tokenizer.decode(new[: new.index(tokenizer.eos_token_id)] if finished else new, skip_special_tokens=True)
+        assert row["responses"] == [text] and row["finished"] == [finished]
+
+
+def test_samples_do_not_depend_on_batching_or_on_other_rows(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    written = []
+    for name, batch_size, rows in (("a", 2, 5), ("b", 64, 5), ("c", 64, 3)):
+        some = write_jsonl(tmp_path / f"{name}.in", rows_of(prompts)[:rows])
+        options = {"samples": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5}
+        generate_file(model_dir, some, tmp_path / name, batch_size=batch_size, **options)
+        written.append(rows_of(tmp_path / name))
+    assert written[0] == written[1]
+    assert written[1][:3] == written[2]
+    assert len(set(written[0][0]["responses"])) > 1
+
+
+def test_sampling_follows_the_model(model_dir: Path, tmp_path: Path) -> None:
+    count, temperature = 4000, 0.7
+    prompts = write_jsonl(tmp_path / "p", [{"prompt": "seven"}])
+    options = {"samples": count, "temperature": temperature, "max_new_tokens": 1, "batch_size": count}
+    generate_file(model_dir, prompts, tmp_path / "out", **options)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    logits = model(torch.tensor([tokenizer("seven")["input_ids"]])).logits[0, -1].detach().double()
+    expected = (logits / temperature).softmax(-1).numpy()
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
+    responses = rows_of(tmp_path / "out")[0]["responses"]
+    for token in expected.argsort()[-5:]:
+        if sum(text == texts[token] for text in texts) == 1:
+            error = 4 * np.sqrt(expected[token] / count)
+            assert abs(responses.count(texts[token]) / count - expected[token]) < error
+
+
+def test_messages_go_through_the_chat_template(model_dir: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat"
+    tiny_model(chat, scale=0.3)
+    tiny_tokenizer(chat, chat=True)
+    message = [{"role": "user", "content": "hello"}]
+    rows = [{"prompt": message}, {"prompt": "<|user|>hello<|end|><|assistant|>"}]
+    generate_file(chat, write_jsonl(tmp_path / "p", rows), tmp_path / "out", max_new_tokens=5)
+    from_messages, from_text = rows_of(tmp_path / "out")
+    assert from_messages["responses"] == from_text["responses"]
+    with pytest.raises(UserError, match="p line 1.*no chat template"):
+        generate_file(model_dir, tmp_path / "p", tmp_path / "out")
+
+
+def test_prompts_are_tokenised_as_in_training() -> None:
+    class Wrapping:
+        bos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = [ord(c) for c in text.replace("^", chr(1))]
+            return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+    assert encode_text(Wrapping(), "ab") == [1, 97, 98]  # type: ignore[arg-type]
+    assert encode_text(Wrapping(), "^ab") == [1, 97, 98]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "line 2: not JSON"),
+        ("[1]", "line 2: expected a JSON object"),
+        ('{"text": "a"}', "line 2: field `prompt` is missing"),
+        ('{"prompt": null}', "line 2: field `prompt` is missing or null"),
+        ('{"prompt": ""}', "line 2: field `prompt` is empty"),
+        ('{"prompt": 3}', "line 2: field `prompt` must be a string or a list of messages"),
+        ('{"prompt": [{"role": "user"}]}', "line 2: field `prompt` has a message without"),
+    ],
+)
+def test_malformed_prompts(model_dir: Path, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "p").write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        generate_file(model_dir, tmp_path / "p", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folders_and_options(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    out, run = tmp_path / "out", tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    damaged = tmp_path / "damaged"
+    tiny_model(damaged)
+    (damaged / "model.safetensors").write_bytes(b"\x00" * 100)
+    for folder, message in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path, "not a Hugging Face model folder"),
+        (run, "convert it first"),
+        (damaged, "does not load"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate_file(folder, prompts, out)
+    with pytest.raises(UserError, match="nothing.jsonl does not exist"):
+        generate_file(model_dir, tmp_path / "nothing.jsonl", out)
+    options: list[tuple[dict, str]] = [
+        ({"temperature": -1.0}, "temperature"),
+        ({"samples": 0}, "at least 1"),
+        ({"samples": 2}, "set a temperature"),
+        ({"batch_size": 0}, "batch_size"),
+    ]
+    for wrong, message in options:
+        with pytest.raises(UserError, match=message):
+            generate_file(model_dir, prompts, out, **wrong)

@@ -1,0 +1,56 @@
+"""The chunked head against a plain log-softmax."""
+
+import pytest
+import torch
+
+from tests.support.megatron import one_process
+
+
+@pytest.mark.parametrize("chunk", [16 * 50, 2**24])
+def test_values_and_gradients(monkeypatch, chunk):
+    one_process()
+    from megatron_spo.model import logprobs
+
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 50, (37,), generator=generator)
+    scale = torch.randn(37, generator=generator)
+    ours = logprobs.VocabParallelLogProb.apply(hidden, weight, targets, 0, None)
+    ours_gradients = torch.autograd.grad((ours * scale).sum(), (hidden, weight))
+    plain = (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    gradients = torch.autograd.grad((plain * scale).sum(), (hidden, weight))
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(ours_gradients, gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
+    """Logits exist for a chunk only: the largest tensor made is one chunk, whatever the number of tokens."""
+    one_process()
+    from megatron_spo.model import logprobs
+
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 64 * 1000)
+    largest = 0
+    original = logprobs._logits
+
+    def watched(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        logits = original(hidden, weight)
+        largest = max(largest, logits.numel())
+        return logits
+
+    monkeypatch.setattr(logprobs, "_logits", watched)
+    hidden = torch.randn(500, 4, requires_grad=True)
+    weight = torch.randn(1000, 4, requires_grad=True)
+    logprobs.VocabParallelLogProb.apply(hidden, weight, torch.arange(500), 0, None).sum().backward()
+    assert largest == 64 * 1000
+
+
+def test_no_scored_tokens(tmp_path):
+    one_process()
+    from megatron_spo.model.logprobs import VocabParallelLogProb
+
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    VocabParallelLogProb.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 0, None).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(9, 4))

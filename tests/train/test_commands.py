@@ -1,0 +1,264 @@
+"""The commands on a tiny model: cache, training, evaluation, resume, and each wrong input with its one message."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_spo.cli import main
+from tests.support.processes import largest_difference, read_metrics
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_tokenizer, write_jsonl
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A model, data and a configuration `config.yaml` for dpo with the penalty, 4 steps of 4 pairs."""
+    tiny_model(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(10))
+    write_jsonl(tmp_path / "held-out.jsonl", arithmetic_pairs(5, seed=1))
+    (tmp_path / "config.yaml").write_text(
+        f"""
+output: {tmp_path}/run
+model: {{path: {tmp_path}/model}}
+data: {{train: {tmp_path}/pairs.jsonl, eval: {tmp_path}/held-out.jsonl, max_length: 64}}
+reference: {{cache: {tmp_path}/cache}}
+optimizer: {{lr: 1e-3}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 4, steps: 4, threads: 1, eval_every: 2}}
+logging: {{progress: false}}
+"""
+    )
+    return tmp_path
+
+
+def command(job: Path, name: str, *overrides: str) -> int:
+    return main([name, str(job / "config.yaml"), *overrides])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    """The one message of a refused command."""
+    assert code == 2
+    before, *messages = ("\n" + capsys.readouterr().err).split("\nerror: ")
+    assert "Traceback" not in before
+    assert len(messages) == 1
+    return messages[0]
+
+
+def test_reference_then_train(job, capsys):
+    assert command(job, "reference") == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
+    assert command(job, "reference") == 0
+    assert "complete before this call" in capsys.readouterr().out
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
+    assert command(job, "train") == 0
+    metrics = read_metrics(job / "run")
+    assert [key for key in metrics if key[0] == "eval"] == [("eval", "held-out", 2), ("eval", "held-out", 4)]
+    first = metrics["train", "", 1]
+    assert first["loss/preference"] == pytest.approx(0.693147, abs=1e-6)
+    expected = {
+        "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+        "rewards/margins", "logps/chosen", "logps/rejected", "loss/preference", "loss/sft", "spo/gap", "spo/lambda",
+        "spo/chosen_shift", "spo/rejected_shift", "spo/both_down", "pairs", "tokens", "row_fill", "seconds",
+    }  # fmt: skip
+    assert expected <= first.keys()
+    status = json.loads((job / "run/status.json").read_text())
+    assert (status["state"], status["step"], status["checkpoint"]) == ("done", 4, "step_00000004")
+    assert {"config.yaml", "metrics.jsonl", "report.html", "checkpoints"} <= {p.name for p in (job / "run").iterdir()}
+
+
+def test_a_reference_free_loss_needs_no_cache(job):
+    assert command(job, "train", "loss.name=simpo", "reference.cache=null") == 0
+    assert "spo/gap" not in read_metrics(job / "run")["train", "", 1]
+    assert command(job, "train", "loss.name=simpo", "reference.cache=null", "spo.v=1.5", f"output={job}/v") == 0
+    line = read_metrics(job / "v")["train", "", 1]
+    assert line["spo/gap"] == pytest.approx(line["loss/sft"] - 1.5)
+
+
+def test_training_goes_on_from_a_checkpoint(job):
+    command(job, "reference")
+    assert command(job, "train", f"output={job}/whole") == 0
+    assert command(job, "train", "training.steps=2") == 0
+    assert command(job, "train", "parallel.tensor=1") == 0
+    assert largest_difference(job / "run", job / "whole")[0] < 1e-6
+    assert json.loads((job / "run/status.json").read_text())["step"] == 4
+
+
+def test_micro_batches_change_nothing(job):
+    command(job, "reference")
+    for name, length in (("one-row", 512), ("many-rows", 32)):
+        assert command(job, "train", f"output={job}/{name}", f"data.row_length={length}") == 0
+    assert largest_difference(job / "many-rows", job / "one-row")[0] < 1e-4
+
+
+def test_bf16_starts_at_ln_2(job):
+    precision = "precision.dtype=bf16"
+    assert command(job, "reference", precision) == 0
+    assert command(job, "train", precision) == 0
+    assert read_metrics(job / "run")["train", "", 1]["loss/preference"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_sft_on_prompt_and_completion(job):
+    write_jsonl(job / "pairs.jsonl", [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)])
+    free = ["spo.schedule=sft", "reference.cache=null", "data.eval=[]", "training.eval_every=0"]
+    assert command(job, "train", *free) == 0
+    line = read_metrics(job / "run")["train", "", 1]
+    assert line["loss"] == pytest.approx(line["loss/sft"])
+    assert "rewards/accuracies" not in line
+
+
+def test_dropped_rows_are_listed(job, capsys):
+    rows = [*arithmetic_pairs(6), {"prompt": "1+1=", "chosen": "2", "rejected": "2"}, {"prompt": "1", "chosen": None}]
+    write_jsonl(job / "pairs.jsonl", rows)
+    assert command(job, "train", "loss.name=simpo", "reference.cache=null", "data.bad_rows=drop") == 0
+    assert "2 rows dropped" in capsys.readouterr().err
+    listed = [json.loads(line) for line in (job / "run/dropped_rows.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in listed] == [7, 8]
+
+
+def _no_cache(job: Path) -> list[str]:
+    shutil.rmtree(job / "cache")
+    return []
+
+
+def _other_weights(job: Path) -> list[str]:
+    tiny_model(job / "model", seed=7)
+    return []
+
+
+def _other_rows(job: Path) -> list[str]:
+    write_jsonl(job / "pairs.jsonl", arithmetic_pairs(10, seed=3))
+    return []
+
+
+def _other_template(job: Path) -> list[str]:
+    tiny_tokenizer(job / "model", chat=True)
+    return []
+
+
+def _torn_cache(job: Path) -> list[str]:
+    records = next((job / "cache").glob("train-*/records.npy"))
+    records.write_bytes(records.read_bytes()[:-9])
+    return []
+
+
+def _flipped_cache(job: Path) -> list[str]:
+    records = next((job / "cache").glob("train-*/records.npy"))
+    content = bytearray(records.read_bytes())
+    content[-30] ^= 1
+    records.write_bytes(content)
+    return []
+
+
+def _change_weights(job: Path, change) -> list[str]:  # type: ignore[no-untyped-def]
+    path = job / "model/model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return ["loss.name=simpo", "reference.cache=null"]
+
+
+def _no_tensor(job: Path) -> list[str]:
+    return _change_weights(job, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def _stray_tensor(job: Path) -> list[str]:
+    return _change_weights(job, lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}))
+
+
+def _small_tensor(job: Path) -> list[str]:
+    return _change_weights(job, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(9, 32)}))
+
+
+def _nan_tensor(job: Path) -> list[str]:
+    return _change_weights(job, lambda tensors: tensors["lm_head.weight"][40].fill_(float("nan")))
+
+
+def _torn_weights(job: Path) -> list[str]:
+    path = job / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    return ["loss.name=simpo", "reference.cache=null"]
+
+
+def _no_weights(job: Path) -> list[str]:
+    (job / "model/model.safetensors").unlink()
+    return ["loss.name=simpo", "reference.cache=null"]
+
+
+def _tokens_beyond(job: Path) -> list[str]:
+    config = json.loads((job / "model/config.json").read_text())
+    (job / "model/config.json").write_text(json.dumps({**config, "vocab_size": 30}))
+    return ["loss.name=simpo", "reference.cache=null", "model.init=random"]
+
+
+def _no_model(job: Path) -> list[str]:
+    return [f"model.path={job}/absent"]
+
+
+BROKEN = {
+    _no_cache: ["megatron-spo reference"],
+    _other_weights: ["weights", "megatron-spo reference"],
+    _other_rows: ["megatron-spo reference"],
+    _other_template: ["tokenizer", "megatron-spo reference"],
+    _torn_cache: ["records.npy", "megatron-spo reference"],
+    _flipped_cache: ["records.npy", "megatron-spo reference"],
+    _no_tensor: ["model.norm.weight"],
+    _stray_tensor: ["model.extra.weight"],
+    _small_tensor: ["lm_head.weight", "(9, 32)"],
+    _nan_tensor: ["step 1", "not a finite number", "pairs.jsonl line"],
+    _torn_weights: ["model.safetensors", "damaged"],
+    _no_weights: ["no safetensors", "model.init=random"],
+    _tokens_beyond: ["pairs.jsonl line 1", "vocabulary of 30"],
+    _no_model: ["absent"],
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__.strip("_"))
+def test_wrong_input_is_refused_with_one_message(job, damage, capsys):
+    command(job, "reference")
+    overrides = damage(job)
+    capsys.readouterr()
+    message = error_of(capsys, command(job, "train", *overrides))
+    for part in BROKEN[damage]:
+        assert part in message
+    assert not (job / "run/checkpoints").exists()
+
+
+def test_precision_is_part_of_the_cache(job, capsys):
+    command(job, "reference")
+    assert "precision" in error_of(capsys, command(job, "train", "precision.dtype=bf16"))
+
+
+def test_other_settings_on_resume_are_refused_by_name(job, capsys):
+    command(job, "reference")
+    command(job, "train", "training.steps=1")
+    message = error_of(capsys, command(job, "train", "optimizer.lr=2e-3", "loss.beta=0.2"))
+    assert "optimizer.lr: 0.001 -> 0.002" in message
+    assert "loss.beta" in message
+
+
+def test_failed_runs_say_why(job, capsys):
+    overrides = _nan_tensor(job)
+    error_of(capsys, command(job, "train", *overrides))
+    status = json.loads((job / "run/status.json").read_text())
+    assert status["state"] == "failed"
+    assert "not a finite number" in status["reason"]
+
+
+def test_damaged_checkpoints_are_named(job, capsys):
+    command(job, "reference")
+    command(job, "train", "training.steps=1")
+    for shard in (job / "run/checkpoints/step_00000001").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:50])
+    assert "step_00000001" in error_of(capsys, command(job, "train"))
+
+
+def test_export_refuses_what_is_not_a_run(job, capsys):
+    assert "neither a run directory" in error_of(
+        capsys, main(["convert", str(job / "model"), str(job / "x"), "--to", "hf"])
+    )
+    command(job, "train", "loss.name=simpo", "reference.cache=null")
+    message = error_of(capsys, main(["convert", str(job / "run"), str(job / "model"), "--to", "hf"]))
+    assert "not an empty folder" in message
