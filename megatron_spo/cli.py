@@ -8,12 +8,14 @@ from pathlib import Path
 from megatron_spo import __version__
 from megatron_spo.errors import UserError
 from megatron_spo.runtime.env import rank, world_size
+from megatron_spo.runtime.quiet import quiet_third_parties
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(with_keys=bool({"-h", "--help"} & set(given[1:]))).parse_args(given)
+    quiet_third_parties()
     try:
         options.command(options)
     except UserError as error:

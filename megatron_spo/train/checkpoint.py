@@ -82,8 +82,11 @@ def load(path: Path, trainable: Trainable) -> TrainState:
     try:
         found = dist_checkpointing.load(_contents(trainable, loading=True), str(path))
     except (Exception, CheckpointException) as error:  # many kinds, for files that are torn or of another model
-        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); it is "
-                        "damaged or of another model: name an earlier one in checkpoints/latest") from error  # fmt: skip
+        first_line = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{path} cannot be loaded ({type(error).__name__}: {first_line}); it is damaged or of another model: "
+            f"name an earlier one in {path.parent / LATEST}"
+        ) from error
     trainable.model.load_state_dict(found["model"])
     with torch.no_grad():
         for i, inner in enumerate(trainable.optimizer.chained_optimizers):

@@ -12,21 +12,24 @@ from tests.support.processes import Job, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 STEPS, BATCH = 5, 6
-CASES = {
+
+
+def _penalty(unit: str, lam: float) -> dict[str, object]:
+    return {"schedule": "penalty", "lam": lam, "lambda_unit": unit}
+
+
+SIMPO = {"loss": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.3}
+CASES: dict[str, dict[str, object]] = {
     "dpo": {"loss": "dpo", "beta": 0.1},
-    "dpo-relative": {"loss": "dpo", "beta": 0.3, "schedule": "penalty", "lam": 1.5, "lambda_unit": "relative"},
-    "dpo-token": {"loss": "dpo", "beta": 0.1, "schedule": "penalty", "lam": 2.0, "lambda_unit": "token"},
-    "simpo": {"loss": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.3},
-    "simpo-relative": {
-        "loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5, "schedule": "penalty", "lam": 1.0, "lambda_unit": "relative",
-    },
-    "simpo-token": {
-        "loss": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.3, "schedule": "penalty", "lam": 5.0, "lambda_unit": "token",
-    },
+    "dpo-relative": {"loss": "dpo", "beta": 0.3, **_penalty("relative", 1.5)},
+    "dpo-token": {"loss": "dpo", "beta": 0.1, **_penalty("token", 2.0)},
+    "simpo": SIMPO,
+    "simpo-relative": {**SIMPO, **_penalty("relative", 1.0)},
+    "simpo-token": {**SIMPO, **_penalty("token", 5.0)},
     "ipo": {"loss": "ipo", "beta": 0.1},
-    "ipo-token": {"loss": "ipo", "beta": 0.2, "schedule": "penalty", "lam": 1.0, "lambda_unit": "token"},
+    "ipo-token": {"loss": "ipo", "beta": 0.2, **_penalty("token", 1.0)},
     "sft": {"loss": "dpo", "beta": 0.1, "schedule": "sft"},
-}  # fmt: skip
+}
 ON_FAMILY = {
     "llama": list(CASES),
     "qwen2": ["dpo-relative", "simpo-token", "ipo"],
