@@ -8,6 +8,7 @@ A checkpoint is written under a name of its own and renamed when it is complete 
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spo.errors import UserError
@@ -58,6 +60,7 @@ def save(folder: Path, trainable: Trainable, state: TrainState, *, keep: int) ->
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    _collect_results_here()
     dist_checkpointing.save(_contents(trainable, loading=False), str(partial))
     dist.barrier()
     if is_main:
@@ -71,6 +74,17 @@ def save(folder: Path, trainable: Trainable, state: TrainState, *, keep: int) ->
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def _collect_results_here() -> None:
+    """Give Megatron's writer a queue within this process, which is where a synchronous save hands over its results.
+
+    megatron-core 0.16.1 would start a manager process for it (filesystem_async.py), 2 s of every run.
+    """
+    if not hasattr(filesystem_async, "_results_queue"):
+        raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: drop this function")
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def load(path: Path, trainable: Trainable) -> TrainState:
