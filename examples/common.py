@@ -76,28 +76,31 @@ class Stages:
         with self._printing:
             print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
 
-    def command(self, name: str, *arguments: str | Path, done: bool, threads: int = 1) -> None:
-        """`python -m megatron_spo ARGUMENTS` unless `done`; its output goes to logs/NAME.log."""
+    def command(self, name: str, *arguments: str | Path, done: bool, processes: int = 1) -> None:
+        """`python -m megatron_spo ARGUMENTS` unless `done`, its output in logs/NAME.log; by torchrun where it runs
+        in several data-parallel processes. Each process has one thread."""
         if done:
             self.say(f"{name}: done before")
             return
         log = self.out / "logs" / f"{name}.log"
-        command = [sys.executable, "-m", "megatron_spo", *map(str, arguments)]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher = several if processes > 1 else []
+        command = [sys.executable, *launcher, "-m", "megatron_spo", *map(str, arguments)]
         begin = time.perf_counter()
         with log.open("w") as file:
             print("$", " ".join(command), file=file, flush=True)
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code != 0:
-            tail = "\n".join(log.read_text().splitlines()[-LOG_TAIL:])
-            raise StageFailed(f"{name} failed with exit code {code}; the end of {log}:\n{tail}")
+            raise StageFailed(f"{name} failed with exit code {code}; from {log}:\n{reason(log)}")
         self.say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
-    def train(self, name: str, config: Path, overrides: Sequence[str], *, threads: int = 1) -> Path:
+    def train(self, name: str, config: Path, overrides: Sequence[str], *, processes: int = 1) -> Path:
         """Trains into OUT/NAME; returns that run directory."""
         run = self.out / name
-        options = [f"output={run}", f"training.threads={threads}", *overrides]
-        self.command(f"train-{name}", "train", config, *options, done=run_state(run) == "done", threads=threads)
+        options = [f"output={run}", "training.threads=1", *overrides]
+        finished = run_state(run) == "done"
+        self.command(f"train-{name}", "train", config, *options, done=finished, processes=processes)
         return run
 
     def export(self, name: str) -> Path:
@@ -137,6 +140,15 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except StageFailed as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+
+
+def reason(log: Path) -> str:
+    """Why a command failed: the last lines of its log from its own message on, where there is one."""
+    lines = log.read_text().splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("error:")), len(lines) - LOG_TAIL)
+    return "\n".join(lines[max(first, 0) :][:LOG_TAIL])
 
 
 def run_state(run: Path) -> str | None:

@@ -134,7 +134,7 @@ def train(stages: Stages, scale: Scale, seed: int) -> None:
         f"optimizer.warmup_steps={scale.sft_warmup}",
         f"training.seed={seed}",
     ]
-    stages.train("sft", HERE / "sft.yaml", start, threads=stages.jobs)
+    stages.train("sft", HERE / "sft.yaml", start, processes=stages.jobs)
     sft_model = stages.export("sft")
     config = HERE / "preference.yaml"
     shared = [
@@ -148,7 +148,7 @@ def train(stages: Stages, scale: Scale, seed: int) -> None:
         f"training.seed={seed}",
     ]
     output = f"output={stages.out / 'reference-run'}"
-    stages.command("reference", "reference", config, output, *shared, done=False, threads=stages.jobs)
+    stages.command("reference", "reference", config, output, *shared, done=False, processes=stages.jobs)
 
     def run(name: str) -> None:
         stages.train(name, config, [*shared, *VARIANTS[name]])

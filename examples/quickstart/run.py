@@ -47,10 +47,10 @@ class Scale:
     sft_problems: int = 300
     sft_steps: int = 1000
     sft_warmup: int = 50
-    pair_problems: int = 700
-    held_out_problems: int = 200
+    pair_problems: int = 900
+    held_out_problems: int = 180
     samples: int = 6
-    pairs: int = 400
+    pairs: int = 600
     held_out_pairs: int = 100
     steps: int = 100
     warmup: int = 20
@@ -95,7 +95,7 @@ def train_sft(stages: Stages, scale: Scale, seed: int) -> Path:
         f"optimizer.warmup_steps={scale.sft_warmup}",
         f"training.seed={seed}",
     ]
-    stages.train("sft", HERE / "sft.yaml", overrides, threads=stages.jobs)
+    stages.train("sft", HERE / "sft.yaml", overrides, processes=stages.jobs)
     return stages.export("sft")
 
 
@@ -130,7 +130,7 @@ def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -
         f"training.seed={seed}",
     ]
     output = f"output={stages.out / 'reference-run'}"
-    stages.command("reference", "reference", config, output, *shared, done=False, threads=stages.jobs)
+    stages.command("reference", "reference", config, output, *shared, done=False, processes=stages.jobs)
 
     def answer(name: str, model: Path) -> None:
         stages.generate(f"{name}-greedy", model, stages.file("test_problems"), *sampling(1, seed, temperature=0))

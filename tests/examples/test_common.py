@@ -14,9 +14,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     started: list[list[str]] = []
 
     def run(command: list[str], *, stdout, stderr, env) -> subprocess.CompletedProcess:  # type: ignore[no-untyped-def]
-        started.append([*command[3:], f"threads={env['OMP_NUM_THREADS']}"])
+        started.append(command[1:])
         failed = "broken" in command
-        print("first line\nerror: it is broken" if failed else "fine", file=stdout, flush=True)
+        print("\nerror: it is broken" + "\nnoise" * 20 if failed else "fine", file=stdout, flush=True)
         return subprocess.CompletedProcess(command, 2 if failed else 0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -29,8 +29,9 @@ def open_stages(out: Path, *, fresh: bool = False, seed: int = 0) -> Stages:
 
 def test_done_stages_are_skipped(tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture) -> None:
     stages = open_stages(tmp_path / "out")
-    stages.train("run", Path("a.yaml"), ["x=1"], threads=2)
-    assert commands == [["train", "a.yaml", f"output={tmp_path}/out/run", "training.threads=2", "x=1", "threads=2"]]
+    stages.train("run", Path("a.yaml"), ["x=1"])
+    expected = ["-m", "megatron_spo", "train", "a.yaml", f"output={tmp_path}/out/run", "training.threads=1", "x=1"]
+    assert commands == [expected]
     (stages.out / "run").mkdir()
     (stages.out / "run" / "status.json").write_text('{"state": "done"}')
     stages.file("answers").write_text("")
@@ -51,6 +52,12 @@ def test_a_failed_command_is_named_with_the_end_of_its_log(tmp_path: Path, comma
     with pytest.raises(StageFailed):
         Stages(stages.out, jobs=1).side_by_side(tasks)
     assert ran == []
+
+
+def test_several_processes_are_started_by_torchrun(tmp_path: Path, commands: list[list[str]]) -> None:
+    open_stages(tmp_path / "out").train("run", Path("a.yaml"), [], processes=2)
+    assert commands[0][:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert commands[0][4:7] == ["-m", "megatron_spo", "train"]
 
 
 def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:

@@ -17,22 +17,24 @@ LAYOUTS = {
     "dp2-pp2": (4, ["parallel.pipeline=2"]),
     "dp2-tp2": (4, ["parallel.tensor=2"]),
 }
+TIED = ["model.path={folder}/tied", "reference.cache={folder}/tied-cache"]
+"""A Qwen3 (query and key norms) with tied embeddings and a vocabulary that no layout divides, in place of the Llama."""
 OBJECTIVES = {
     "dpo-penalty": ["loss.name=dpo"],
-    "simpo-token": ["loss.name=simpo", "spo.lambda_unit=token", "spo.lambda=5"],
+    "simpo-token-tied": ["loss.name=simpo", "spo.lambda_unit=token", "spo.lambda=5", *TIED],
     "alpha-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
-    "ipo-alternating": ["loss.name=ipo", "spo.schedule=alternating"],
+    "ipo-alternating-tied": ["loss.name=ipo", "spo.schedule=alternating", *TIED],
     "dpo-pair-small-rows": ["loss.name=dpo", "spo.constraint=pair", "data.row_length=32"],
     "sft": ["spo.schedule=sft"],
 }
 ON_LAYOUT = {  # each objective in at least two layouts, each layout with at least three objectives
     "tp2": ["dpo-penalty", "alpha-dual", "sft"],
-    "tp2-sp": ["simpo-token", "ipo-alternating", "dpo-pair-small-rows"],
-    "pp2": ["dpo-penalty", "simpo-token", "dpo-pair-small-rows"],
-    "dp2": ["dpo-penalty", "alpha-dual", "ipo-alternating"],
+    "tp2-sp": ["simpo-token-tied", "ipo-alternating-tied", "dpo-pair-small-rows"],
+    "pp2": ["dpo-penalty", "simpo-token-tied", "dpo-pair-small-rows"],
+    "dp2": ["dpo-penalty", "alpha-dual", "ipo-alternating-tied"],
     "tp2-pp2-sp": ["dpo-penalty", "alpha-dual", "dpo-pair-small-rows"],
-    "dp2-pp2": ["simpo-token", "dpo-penalty", "sft"],
-    "dp2-tp2": ["dpo-penalty", "ipo-alternating", "simpo-token"],
+    "dp2-pp2": ["simpo-token-tied", "dpo-penalty", "sft"],
+    "dp2-tp2": ["dpo-penalty", "ipo-alternating-tied", "simpo-token-tied"],
 }
 
 
@@ -41,6 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of all objectives in one process, and of the table above in every layout."""
     folder = tmp_path_factory.mktemp("layouts")
     tiny_model(folder / "model")
+    tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
     write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
     write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
     config = folder / "config.yaml"
@@ -57,10 +60,13 @@ logging: {{progress: false}}
 """
     )
 
+    def settings(objective: str) -> list[str]:
+        return [override.format(folder=folder) for override in OBJECTIVES[objective]]
+
     def train(name: str, layout: list[str]) -> list[tuple[str, str, list[str]]]:
         wanted = ON_LAYOUT.get(name, list(OBJECTIVES))
         return [
-            ("train", str(config), [f"output={folder}/{name}/{objective}", *OBJECTIVES[objective], *layout])
+            ("train", str(config), [f"output={folder}/{name}/{objective}", *settings(objective), *layout])
             for objective in wanted
         ]
 
@@ -70,7 +76,8 @@ logging: {{progress: false}}
             layouts = {"one": []}
         jobs = [job for name, layout in layouts.items() for job in train(name, layout)]
         if processes == 2:
-            jobs.insert(0, ("reference", str(config), ["parallel.tensor=2"]))
+            for overrides in ([], [override.format(folder=folder) for override in TIED]):
+                jobs.insert(0, ("reference", str(config), ["parallel.tensor=2", *overrides]))
         run_jobs(jobs, processes)
     return folder
 
