@@ -12,7 +12,7 @@ TORCH ?=
 PIP_TORCH_ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope
 
 .PHONY: quickstart test lint bench venv
 .DEFAULT_GOAL := help
