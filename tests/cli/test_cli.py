@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,10 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_help_is_quick_and_lists_the_commands() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = call("--help")
-        seconds.append(time.perf_counter() - start)
+def test_help_lists_the_commands() -> None:
+    result = call("--help")
     assert result.returncode == 0
     assert all(f"\n    {command}" in result.stdout for command in COMMANDS)
-    assert min(seconds) < 0.5
 
 
 def test_help_imports_nothing_heavy() -> None:

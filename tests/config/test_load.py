@@ -155,11 +155,8 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import time, sys; start = time.process_time();"
-        "import megatron_spo.config.load, megatron_spo.config.document;"
-        "taken = time.process_time() - start;"
+        "import sys; import megatron_spo.config.load, megatron_spo.config.document;"
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'megatron'} & set(sys.modules);"
-        "assert not heavy, heavy; print(taken)"
+        "assert not heavy, heavy"
     )
-    taken = min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
-    assert taken < 0.3
+    subprocess.run([sys.executable, "-c", code], check=True)
