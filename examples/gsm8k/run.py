@@ -63,11 +63,11 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None
     stages = Stages.open(options.out, options.jobs, settings, fresh=options.fresh)
     write_data(stages, options.pairs, options.sft, scale, options.seed)
     train(stages, scale, options.seed)
-    rows = [measure(stages, name) for name in VARIANTS]
+    rows = [before(stages), *(measure(stages, name) for name in VARIANTS)]
     write_text(options.out / "results.json", json.dumps({"rows": rows}, indent=1))
     page = options.out / "index.html"
     stages.command("report", "report", *(stages.out / name for name in VARIANTS), "--out", page, done=False)
-    print("\n" + results_table(rows) + "\n")
+    print(f"\n{rows[0]['pairs']} held-out pairs\n{results_table(rows)}\n")
     stages.say(f"done: {page}")
 
 
@@ -172,9 +172,28 @@ def measure(stages: Stages, name: str) -> dict[str, Any]:
     }
 
 
+def before(stages: Stages) -> dict[str, Any]:
+    """The row of the SFT model that all runs start from, by the reference's share in the control's evaluation."""
+    control = common.metrics_lines(stages.out / "sft_on_chosen", "eval")[-1]
+    return {
+        "name": "sft",
+        "chosen_ce": control["loss/sft"] - control["spo/gap"],
+        "chosen_shift": 0.0,
+        "rejected_shift": 0.0,
+        "both_down": 0.0,
+        "accuracy": None,
+        "pairs": control["pairs"],
+        "seconds": round(common.training_seconds(stages.out / "sft"), 1),
+    }
+
+
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows for a terminal."""
-    cells = [[row["name"], *(format(row[key], digits) for key, (_, digits) in COLUMNS.items())] for row in rows]
+
+    def cell(value: float | None, digits: str) -> str:
+        return "-" if value is None else format(value, digits)
+
+    cells = [[row["name"], *(cell(row[key], digits) for key, (_, digits) in COLUMNS.items())] for row in rows]
     return common.text_table(["run", *(title for title, _ in COLUMNS.values())], cells)
 
 

@@ -45,7 +45,7 @@ class Scale:
     """How much of everything; `samples` are responses a problem."""
 
     sft_problems: int = 300
-    sft_steps: int = 1000
+    sft_steps: int = 600
     sft_warmup: int = 50
     pair_problems: int = 900
     held_out_problems: int = 180
@@ -140,7 +140,7 @@ def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -
         stages.train(name, config, [*shared, *VARIANTS[name]])
         answer(name, stages.export(name))
 
-    stages.side_by_side([partial(answer, "sft", sft_model), *(partial(run, name) for name in VARIANTS)])
+    stages.side_by_side([*(partial(run, name) for name in VARIANTS), partial(answer, "sft", sft_model)])
 
 
 def sampling(samples: int, seed: int, *, temperature: float = 1) -> list[str]:

@@ -13,16 +13,18 @@ from megatron_spo.errors import UserError
 
 # spo.* keys that only some schedules read; the others are read by all of them
 SCHEDULES_THAT_USE: Mapping[str, tuple[str, ...]] = {
-    "lambda": ("penalty", "dual"),
+    "lambda": ("penalty", "dual", "lookahead"),
     "lambda_unit": ("penalty", "dual"),
     "constraint": ("penalty",),
-    "epsilon": ("penalty", "dual"),
+    "epsilon": ("penalty", "dual", "barrier"),
     "ramp_steps": ("penalty",),
     "lambda_max": ("dual",),
     "dual_lr": ("dual",),
     "gap_ema": ("dual",),
     "sft_steps": ("alternating",),
     "preference_steps": ("alternating",),
+    "lookahead_lr": ("lookahead",),
+    "barrier_rate": ("barrier",),
 }
 
 
@@ -96,7 +98,7 @@ def _is_set(config: Config, key: str) -> bool:
 
 
 def _weighs_sft(config: Config) -> bool:
-    return config.spo.schedule in SCHEDULES_THAT_USE["lambda"]
+    return config.spo.schedule in SCHEDULES_THAT_USE["lambda_unit"]
 
 
 def _knows_gap(config: Config) -> bool:
@@ -177,8 +179,8 @@ RULES: tuple[Rule, ...] = (
         "spo.constraint: batch needs the gap g - v; set reference.cache, or spo.v to a number",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule == "dual" and not _knows_gap(c),
-        "spo.schedule: dual needs the gap g - v; set reference.cache, or spo.v to a number",
+        lambda c, shape: c.spo.schedule in ("dual", "barrier") and not _knows_gap(c),
+        "spo.schedule: {c.spo.schedule} needs the gap g - v; set reference.cache, or spo.v to a number",
     ),
     Rule(
         lambda c, shape: c.spo.schedule == "dual" and c.spo.lambda_ > c.spo.lambda_max,

@@ -129,7 +129,7 @@ class LossConfig(Section):
 class SpoConfig(Section):
     """The bilevel schedule: how the SFT objective (lower level) enters a step."""
 
-    schedule: Literal["none", "sft", "penalty", "dual", "alternating"] = "penalty"
+    schedule: Literal["none", "sft", "penalty", "dual", "alternating", "lookahead", "barrier"] = "penalty"
     """preference loss alone, SFT alone, or both"""
     lambda_: float = Field(1.0, alias="lambda", ge=0)
     """weight of the SFT term (dual: its start), in spo.lambda_unit; >= 0"""
@@ -151,6 +151,10 @@ class SpoConfig(Section):
     """alternating only: consecutive steps on the SFT objective; >= 1"""
     preference_steps: int = Field(1, ge=1)
     """alternating only: consecutive steps on the preference loss; >= 1"""
+    lookahead_lr: float = Field(1e-3, gt=0)
+    """lookahead only: length of the inner SFT step, relative to the gradient of the SFT loss per token; > 0"""
+    barrier_rate: float = Field(1.0, ge=0)
+    """barrier only: how fast the SFT loss must fall, per nat of gap beyond epsilon; >= 0"""
     v: float | None = Field(None, ge=0)
     """best SFT loss, nats per chosen token; null: measured by the reference; >= 0"""
 

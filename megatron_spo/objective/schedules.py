@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from megatron_spo.objective.plan import Pass, StepPlan
+from megatron_spo.objective.plan import Add, Barrier, Pass, Shift, StepPlan
 
 
 class SpoSettings(Protocol):
@@ -38,6 +38,10 @@ class SpoSettings(Protocol):
     def sft_steps(self) -> int: ...
     @property
     def preference_steps(self) -> int: ...
+    @property
+    def lookahead_lr(self) -> float: ...
+    @property
+    def barrier_rate(self) -> float: ...
 
 
 GAP_ROUNDING = 1e-5
@@ -105,8 +109,31 @@ def _alternating(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     return _sft(spo, step, state) if on_sft else _none(spo, step, state)
 
 
+def _lookahead(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    """One inner SFT step, theta' = theta - lookahead_lr * grad g(theta); then grad f(theta') + lambda * grad g(theta) is
+    applied at theta (arXiv 2507.07723v1)."""
+    inner = Pass(preference=0.0, sft=1.0, slot="g")
+    outer = Pass(preference=1.0, sft=0.0, slot="f", shift=Shift("g", spo.lookahead_lr))
+    return StepPlan((inner, outer), spo.lambda_, Add((("f", 1.0), ("g", spo.lambda_))))
+
+
+def _barrier(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+    """grad f, plus as much of grad g as makes g fall at barrier_rate * max(last gap - epsilon, 0) (dynamic barrier)."""
+    excess = max((state.gap or 0.0) - spo.epsilon, 0.0)
+    passes = (Pass(preference=1.0, sft=0.0, slot="f"), Pass(preference=0.0, sft=1.0, slot="g"))
+    return StepPlan(passes, 0.0, Barrier("f", "g", spo.barrier_rate * excess))
+
+
 SCHEDULES: Mapping[str, Callable[[SpoSettings, int, ScheduleState], StepPlan]] = MappingProxyType(
-    {"none": _none, "sft": _sft, "penalty": _penalty, "dual": _dual, "alternating": _alternating}
+    {
+        "none": _none,
+        "sft": _sft,
+        "penalty": _penalty,
+        "dual": _dual,
+        "alternating": _alternating,
+        "lookahead": _lookahead,
+        "barrier": _barrier,
+    }
 )
 
 

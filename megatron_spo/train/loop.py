@@ -53,7 +53,8 @@ def run(job: Job, state: TrainState) -> TrainState:
 
 def evaluate(job: Job, state: TrainState) -> None:
     """Log the metrics of every held-out set."""
-    (pass_,) = plan_step(job.config.spo, state.step, state.schedule).passes
+    passes = plan_step(job.config.spo, state.step, state.schedule).passes
+    pass_ = next((one for one in passes if one.preference), passes[0])
     for data in job.evals:
         begin = time.perf_counter()
         metrics = job.engine.evaluate(pass_, data, statistics=state.statistics)

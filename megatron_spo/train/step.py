@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +19,13 @@ from megatron_spo.data.rows import PackedRow
 from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.objective.losses import TRACKED, PairLogprobs, preference_losses, rewards, statistic_values
-from megatron_spo.objective.plan import Pass, StepPlan
+from megatron_spo.objective.plan import Add, Barrier, Pass, StepPlan
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.objective.terms import GlobalCounts, objective
 from megatron_spo.runtime.processes import Runtime
+from megatron_spo.train import gradients
 from megatron_spo.train.forward import run_rows
+from megatron_spo.train.gradients import Gradient
 from megatron_spo.train.metrics import SUMS, PairValues, named_metrics, reduce_sums, row_sums
 
 
@@ -59,19 +62,47 @@ class Engine:
     def train_step(
         self, plan: StepPlan, data: DataInUse, batch: Batch, *, statistics: LossStatistics, lr: float
     ) -> Outcome:
-        """One optimizer step as planned; with the metrics of its pass.
+        """One optimizer step as planned; the metrics are measured in its first pass, at the present weights.
 
         Raises:
             NonFinite: on every rank, before the weights are changed.
         """
-        self._trainable.wrapped.zero_grad_buffer()
-        self._trainable.optimizer.zero_grad()
         counts = GlobalCounts(batch.pairs, batch.chosen_tokens)
-        (pass_,) = plan.passes  # reduced gradients of one pass would be reduced again by a second
-        sums = self._sweep(pass_, data, batch, counts=counts, statistics=statistics, backward=True)
+        measured: list[dict[str, float]] = []
+        taken: dict[str, Gradient] = {}
+        for pass_ in plan.passes:
+            gradients.clear(self._trainable)
+            with self._weights_of(pass_, taken):
+                measured.append(self._sweep(pass_, data, batch, counts=counts, statistics=statistics, backward=True))
+                if plan.combine is not None:
+                    taken[pass_.slot] = gradients.take(self._trainable)
+        self._trainable.optimizer.prepare_grads()
+        lambda_ = self._combine(plan, taken)
+        sums = measured[0]
         metrics = self._named(sums, data, counts)
-        metrics |= {"grad_norm": self._apply(lr, data, batch), "learning_rate": lr, "spo/lambda": plan.lambda_}
+        if len(plan.passes) > 1:
+            metrics["loss"] = metrics["loss/preference"] + lambda_ * metrics["loss/sft"]
+        metrics |= {"grad_norm": self._apply(lr, data, batch), "learning_rate": lr, "spo/lambda": lambda_}
         return Outcome(sums, metrics)
+
+    def _weights_of(self, pass_: Pass, taken: dict[str, Gradient]) -> AbstractContextManager[None]:
+        """The weights at which a pass is taken: the present ones, or shifted along an earlier pass's gradient."""
+        if pass_.shift is None:
+            return nullcontext()
+        return gradients.shifted(self._trainable, taken[pass_.shift.slot], pass_.shift.step)
+
+    def _combine(self, plan: StepPlan, taken: dict[str, Gradient]) -> float:
+        """Give the optimizer the gradient that the plan makes of its passes; returns the weight of the SFT term."""
+        if isinstance(plan.combine, Add):
+            gradients.give(self._trainable, [(weight, taken[slot]) for slot, weight in plan.combine.parts])
+        if isinstance(plan.combine, Barrier):
+            f, g = taken[plan.combine.f], taken[plan.combine.g]
+            squared = gradients.dot(self._trainable, g, g)
+            lacking = plan.combine.rate - gradients.dot(self._trainable, f, g)
+            lambda_ = max(0.0, lacking / squared) if squared > 0 else 0.0
+            gradients.give(self._trainable, [(1.0, f), (lambda_, g)])
+            return lambda_
+        return plan.lambda_
 
     def evaluate(self, pass_: Pass, data: DataInUse, *, statistics: LossStatistics) -> dict[str, float]:
         """Metrics of a whole set under the present weights; nothing is changed.
@@ -135,7 +166,6 @@ class Engine:
     def _apply(self, lr: float, data: DataInUse, batch: Batch) -> float:
         """Clip and step the optimizer; returns the gradient's norm before clipping."""
         optimizer = self._trainable.optimizer
-        optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise self._non_finite("gradient", data, batch, [int(i) for i in batch.indices])

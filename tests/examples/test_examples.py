@@ -116,6 +116,6 @@ def test_gsm8k_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     scale = gsm8k.Scale(300, sft_steps=2, sft_warmup=1, steps=2, warmup=1, eval_every=1, held_out_problems=5)
     gsm8k.main([str(pairs), str(solved), "--out", str(out)], scale)
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["sft_on_chosen", "simpo+spo"]
+    assert [row["name"] for row in rows] == ["sft", "sft_on_chosen", "simpo+spo"]
     assert all(row["pairs"] == 10 and 0 <= row["both_down"] <= 1 for row in rows)
     assert "<svg" in (out / "index.html").read_text()

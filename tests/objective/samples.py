@@ -27,6 +27,8 @@ class Spo:
     gap_ema: float = 0.9
     sft_steps: int = 1
     preference_steps: int = 1
+    lookahead_lr: float = 1e-3
+    barrier_rate: float = 1.0
 
 
 def make_pairs(

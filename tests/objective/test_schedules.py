@@ -1,10 +1,11 @@
 """One plan test per schedule, and the state that a checkpoint carries."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from megatron_spo.objective.plan import Pass, StepPlan
+from megatron_spo.objective.plan import Add, Barrier, Pass, Shift, StepPlan
 from megatron_spo.objective.schedules import (
     SCHEDULES,
     ScheduleState,
@@ -80,3 +81,23 @@ def test_state_survives_json_and_goes_on_alike(schedule: str) -> None:
         state = observe(spo, state, gap)
         assert state.gap == gap  # kept under every schedule, for the log
         assert (state.lambda_ != spo.lambda_) == (schedule == "dual")
+
+
+def test_lookahead_takes_f_one_inner_step_ahead_and_applies_it_here() -> None:
+    plan = plan_step(Spo(schedule="lookahead", lookahead_lr=0.01, lambda_=0.5), 3, initial_state(Spo()))
+    inner, outer = plan.passes
+    assert (inner.preference, inner.sft, inner.shift) == (0.0, 1.0, None)
+    assert (outer.preference, outer.sft, outer.shift) == (1.0, 0.0, Shift(inner.slot, 0.01))
+    assert plan.combine == Add(((outer.slot, 1.0), (inner.slot, 0.5)))
+    assert plan.lambda_ == 0.5
+
+
+@pytest.mark.parametrize(("gap", "rate"), [(None, 0.0), (0.05, 0.0), (0.3, 0.4)])
+def test_barrier_asks_for_a_fall_of_g_outside_the_safe_region(gap: float | None, rate: float) -> None:
+    settings = Spo(schedule="barrier", barrier_rate=2.0, epsilon=0.1)
+    plan = plan_step(settings, 0, replace(initial_state(settings), gap=gap))
+    f, g = plan.passes
+    assert (f.preference, f.sft, g.preference, g.sft) == (1.0, 0.0, 0.0, 1.0)
+    assert isinstance(plan.combine, Barrier)
+    assert (plan.combine.f, plan.combine.g) == (f.slot, g.slot)
+    assert plan.combine.rate == pytest.approx(rate)
