@@ -110,8 +110,8 @@ def _alternating(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
 
 
 def _lookahead(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
-    """One inner SFT step, theta' = theta - lookahead_lr * grad g(theta); then grad f(theta') + lambda * grad g(theta) is
-    applied at theta (arXiv 2507.07723v1)."""
+    """One inner SFT step, theta' = theta - lookahead_lr * grad g(theta); then the optimizer applies
+    grad f(theta') + lambda * grad g(theta) at theta (arXiv 2507.07723v1)."""
     inner = Pass(preference=0.0, sft=1.0, slot="g")
     outer = Pass(preference=1.0, sft=0.0, slot="f", shift=Shift("g", spo.lookahead_lr))
     return StepPlan((inner, outer), spo.lambda_, Add((("f", 1.0), ("g", spo.lambda_))))

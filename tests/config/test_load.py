@@ -82,7 +82,7 @@ def test_strings_stay_strings(text: str) -> None:
         ("optimiser.lr=3", ["optimiser", "did you mean 'optimizer'"]),
         ("zzz.y=3", ["zzz", "allowed are output, model, data"]),
         ("model.zzz=3", ["model.zzz", "allowed are path, init, tokenizer"]),
-        ("spo.schedule=penalti", ["spo.schedule = 'penalti'", "'penalty', 'dual' or 'alternating'"]),
+        ("spo.schedule=penalti", ["spo.schedule = 'penalti'", "'lookahead' or 'barrier'"]),
         ("loss.name=dpos", ["loss.name = 'dpos'", "'simpo'"]),
         ("optimizer.lr=0", ["optimizer.lr = 0", "greater than 0"]),
         ("optimizer.lr=.nan", ["optimizer.lr = nan", "finite"]),
