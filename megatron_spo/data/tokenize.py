@@ -25,6 +25,7 @@ from megatron_spo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PROBE = "a"
 JOINERS = ("\n", ".", "a", "|")
 """After one of these a text is tokenised as the continuation of another."""
@@ -42,6 +43,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     """The tokenizer of a model folder or hub id; `chat_template` names a file that replaces its template."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        # transformers 5 would make an empty tokenizer of the model's family
+        raise UserError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); name its folder in model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises whatever its loaders raise

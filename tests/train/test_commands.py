@@ -193,6 +193,11 @@ def _tokens_beyond(job: Path) -> list[str]:
     return ["loss.name=simpo", "reference.cache=null", "model.init=random"]
 
 
+def _no_tokenizer(job: Path) -> list[str]:
+    (job / "model/tokenizer.json").unlink()
+    return ["loss.name=simpo", "reference.cache=null"]
+
+
 def _no_model(job: Path) -> list[str]:
     return [f"model.path={job}/absent"]
 
@@ -211,6 +216,7 @@ BROKEN = {
     _torn_weights: ["model.safetensors", "damaged"],
     _no_weights: ["no safetensors", "model.init=random"],
     _tokens_beyond: ["pairs.jsonl line 1", "vocabulary of 30"],
+    _no_tokenizer: ["holds no tokenizer", "model.tokenizer"],
     _no_model: ["absent"],
 }
 
