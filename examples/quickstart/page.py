@@ -135,6 +135,8 @@ def verdict(rows: Sequence[Row], greedy_wins: Mapping[str, float]) -> list[str]:
         return float(by_name[name]["win"])
 
     best = max(spo, key=accuracy)
+    colder = " For the control, a colder temperature is another way to the preferred style."
+    colder = colder if greedy_wins[control] > win(control) else ""
     stays = "above" if accuracy(control) > accuracy(best) else "not above"
     return [
         f"Greedy accuracy before: {accuracy('sft'):.3f}. After: without SPO {listed(base, accuracy)}; with "
@@ -145,7 +147,6 @@ def verdict(rows: Sequence[Row], greedy_wins: Mapping[str, float]) -> list[str]:
         f"The control's greedy accuracy is {accuracy(control):.3f}, {stays} the best with SPO ({best}, "
         f"{accuracy(best):.3f}).",
         f"Decoded greedily, the control wins {greedy_wins[control]:.3f}, and with SPO "
-        f"{listed(spo, lambda name: greedy_wins[name])}: a colder temperature is another way to the "
-        "preferred style.",
+        f"{listed(spo, lambda name: greedy_wins[name])}.{colder}",
         "One small model, one seed: this shows the mechanism, not its size elsewhere.",
     ]

@@ -232,6 +232,9 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.chat_template: file .*nothing does not exist"):
         load_tokenizer(str(tmp_path / "plain"), str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no tokenizer"):
+        load_tokenizer(str(tmp_path / "empty"))
+    (tmp_path / "empty/tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no tokenizer can be loaded from"):
         load_tokenizer(str(tmp_path / "empty"))
 
