@@ -12,7 +12,7 @@ TORCH ?=
 PIP_TORCH_ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: quickstart test lint bench venv
 .DEFAULT_GOAL := help
@@ -32,8 +32,8 @@ quickstart: venv
 
 test: venv
 	@echo "== default tests (on $(JOBS) processes)"
-	@$(PYTEST)
-	@echo "== slow tests: several ranks, whole commands (minutes)"
+	@$(PYTEST) -n $(JOBS) --dist loadscope
+	@echo "== slow tests: several ranks, whole commands (minutes), one after another"
 	@$(PYTEST) -m slow
 
 lint: venv
