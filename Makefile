@@ -1,4 +1,4 @@
-# make quickstart   the main job on a laptop, from nothing to a table (about 6 minutes on 2 cores)
+# make quickstart   the main job on a laptop, from nothing to a table (about 5 minutes on 2 cores)
 # make test         all tests      make lint   style, types, import arrows      make bench   benchmarks
 #
 # Each makes .venv when there is none. Variables:
