@@ -27,8 +27,7 @@ def clear(trainable: Trainable) -> None:
 
 
 def take(trainable: Trainable) -> Gradient:
-    """A copy of this rank's shard of the gradient that the last pass left."""
-    trainable.optimizer.prepare_grads()
+    """A copy of this rank's shard of the gradient that the last pass left (after prepare_grads)."""
     return [_grad(parameter).clone() for parameter in trainable.optimizer.get_parameters()]
 
 
@@ -42,7 +41,7 @@ def give(trainable: Trainable, parts: Sequence[tuple[float, Gradient]]) -> None:
 
 def dot(trainable: Trainable, a: Gradient, b: Gradient) -> float:
     """Inner product of two gradients over all ranks, each parameter counted once."""
-    total = torch.zeros((), dtype=torch.float64, device=a[0].device if a else None)
+    total = torch.zeros((), dtype=torch.float64, device=next(trainable.model.parameters()).device)
     for parameter, left, right in zip(trainable.optimizer.get_parameters(), a, b, strict=True):
         group = parallel_state.get_tensor_model_parallel_group()
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, group):

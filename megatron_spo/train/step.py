@@ -68,17 +68,17 @@ class Engine:
             NonFinite: on every rank, before the weights are changed.
         """
         counts = GlobalCounts(batch.pairs, batch.chosen_tokens)
-        measured: list[dict[str, float]] = []
+        sums: dict[str, float] = {}
         taken: dict[str, Gradient] = {}
         for pass_ in plan.passes:
             gradients.clear(self._trainable)
             with self._weights_of(pass_, taken):
-                measured.append(self._sweep(pass_, data, batch, counts=counts, statistics=statistics, backward=True))
-                if plan.combine is not None:
-                    taken[pass_.slot] = gradients.take(self._trainable)
-        self._trainable.optimizer.prepare_grads()
+                swept = self._sweep(pass_, data, batch, counts=counts, statistics=statistics, backward=True)
+            self._trainable.optimizer.prepare_grads()
+            if plan.combine is not None:
+                taken[pass_.slot] = gradients.take(self._trainable)
+            sums = sums or swept
         lambda_ = self._combine(plan, taken)
-        sums = measured[0]
         metrics = self._named(sums, data, counts)
         if len(plan.passes) > 1:
             metrics["loss"] = metrics["loss/preference"] + lambda_ * metrics["loss/sft"]
