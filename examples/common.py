@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 LOG_TAIL = 15  # lines of a failed command's log that are shown
 PENALTY = ("spo.schedule=penalty", "spo.lambda_unit=relative")
@@ -42,6 +42,21 @@ def variants(losses: Mapping[str, Sequence[str]], spo_lambda: float) -> dict[str
         found[name] = [*chosen, "spo.schedule=none"]
         found[f"{name}+spo"] = [*chosen, *PENALTY, f"spo.lambda={spo_lambda}"]
     return found
+
+
+class TrainingScale(Protocol):
+    """How long the examples train: optimizer steps of SFT and of a run on the pairs."""
+
+    @property
+    def sft_steps(self) -> int: ...
+    @property
+    def sft_warmup(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def eval_every(self) -> int: ...
 
 
 @dataclass
@@ -108,6 +123,34 @@ class Stages:
         model = self.out / f"{name}-hf"
         self.command(f"convert-{name}", "convert", self.out / name, model, "--to", "hf", done=model.is_dir())
         return model
+
+    def train_sft(self, config: Path, scale: TrainingScale, seed: int) -> Path:
+        """The model in OUT/model trained on OUT/sft.jsonl, as all processes together; returns its export."""
+        overrides = [
+            f"model.path={self.out / 'model'}",
+            f"data.train={self.file('sft')}",
+            f"training.steps={scale.sft_steps}",
+            f"optimizer.warmup_steps={scale.sft_warmup}",
+            f"training.seed={seed}",
+        ]
+        self.train("sft", config, overrides, processes=self.jobs)
+        return self.export("sft")
+
+    def fill_reference(self, config: Path, scale: TrainingScale, seed: int, model: Path) -> list[str]:
+        """The reference cache of OUT/pairs.jsonl and OUT/pairs_heldout.jsonl; returns what all runs on them share."""
+        shared = [
+            f"model.path={model}",
+            f"data.train={self.file('pairs')}",
+            f"data.eval={self.file('pairs_heldout')}",
+            f"reference.cache={self.out / 'reference'}",
+            f"training.steps={scale.steps}",
+            f"optimizer.warmup_steps={scale.warmup}",
+            f"training.eval_every={scale.eval_every}",
+            f"training.seed={seed}",
+        ]
+        output = f"output={self.out / 'reference-run'}"
+        self.command("reference", "reference", config, output, *shared, done=False, processes=self.jobs)
+        return shared
 
     def generate(self, name: str, model: Path, prompts: Path, *options: str) -> Path:
         """Responses of an exported model in OUT/NAME.jsonl."""

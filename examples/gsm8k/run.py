@@ -127,28 +127,8 @@ def write_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
 
 def train(stages: Stages, scale: Scale, seed: int) -> None:
     """SFT, the reference cache, then the runs on the pairs, several at a time."""
-    start = [
-        f"model.path={stages.out / 'model'}",
-        f"data.train={stages.file('sft')}",
-        f"training.steps={scale.sft_steps}",
-        f"optimizer.warmup_steps={scale.sft_warmup}",
-        f"training.seed={seed}",
-    ]
-    stages.train("sft", HERE / "sft.yaml", start, processes=stages.jobs)
-    sft_model = stages.export("sft")
     config = HERE / "preference.yaml"
-    shared = [
-        f"model.path={sft_model}",
-        f"data.train={stages.file('pairs')}",
-        f"data.eval={stages.file('pairs_heldout')}",
-        f"reference.cache={stages.out / 'reference'}",
-        f"training.steps={scale.steps}",
-        f"optimizer.warmup_steps={scale.warmup}",
-        f"training.eval_every={scale.eval_every}",
-        f"training.seed={seed}",
-    ]
-    output = f"output={stages.out / 'reference-run'}"
-    stages.command("reference", "reference", config, output, *shared, done=False, processes=stages.jobs)
+    shared = stages.fill_reference(config, scale, seed, stages.train_sft(HERE / "sft.yaml", scale, seed))
 
     def run(name: str) -> None:
         stages.train(name, config, [*shared, *VARIANTS[name]])

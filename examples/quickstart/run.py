@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None
     settings = {"seed": options.seed, "scale": asdict(scale), "variants": VARIANTS}
     stages = Stages.open(options.out, options.jobs, settings, fresh=options.fresh)
     write_data(stages, scale, options.seed)
-    sft_model = train_sft(stages, scale, options.seed)
+    sft_model = stages.train_sft(HERE / "sft.yaml", scale, options.seed)
     make_pairs(stages, scale, options.seed, sft_model)
     train_and_answer(stages, scale, options.seed, sft_model)
     rows = [measure(stages, name) for name in ("sft", *VARIANTS)]
@@ -84,19 +84,6 @@ def write_data(stages: Stages, scale: Scale, seed: int) -> None:
     write_jsonl(stages.file("sft"), task.sft_rows(for_sft))
     write_jsonl(stages.file("pair_problems"), [{"prompt": problem.prompt} for problem in for_pairs])
     write_jsonl(stages.file("test_problems"), [{"prompt": problem.prompt} for problem in for_test])
-
-
-def train_sft(stages: Stages, scale: Scale, seed: int) -> Path:
-    """The model that all runs start from."""
-    overrides = [
-        f"model.path={stages.out / 'model'}",
-        f"data.train={stages.file('sft')}",
-        f"training.steps={scale.sft_steps}",
-        f"optimizer.warmup_steps={scale.sft_warmup}",
-        f"training.seed={seed}",
-    ]
-    stages.train("sft", HERE / "sft.yaml", overrides, processes=stages.jobs)
-    return stages.export("sft")
 
 
 def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path) -> None:
@@ -119,18 +106,7 @@ def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path) -> None:
 def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -> None:
     """The reference cache, then every run with its responses to the test problems, several at a time."""
     config = HERE / "preference.yaml"
-    shared = [
-        f"model.path={sft_model}",
-        f"data.train={stages.file('pairs')}",
-        f"data.eval={stages.file('pairs_heldout')}",
-        f"reference.cache={stages.out / 'reference'}",
-        f"training.steps={scale.steps}",
-        f"optimizer.warmup_steps={scale.warmup}",
-        f"training.eval_every={scale.eval_every}",
-        f"training.seed={seed}",
-    ]
-    output = f"output={stages.out / 'reference-run'}"
-    stages.command("reference", "reference", config, output, *shared, done=False, processes=stages.jobs)
+    shared = stages.fill_reference(config, scale, seed, sft_model)
 
     def answer(name: str, model: Path) -> None:
         stages.generate(f"{name}-greedy", model, stages.file("test_problems"), *sampling(1, seed, temperature=0))
