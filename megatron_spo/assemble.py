@@ -91,23 +91,25 @@ def _eval_names(sources: list[DataSource]) -> list[str]:
     return names
 
 
-def make_model(config: Config, sources: Sources) -> PairModel:
-    """This rank's part of the policy, with its initial weights.
+def make_model(config: Config, sources: Sources) -> list[PairModel]:
+    """This rank's chunks of the policy, with their initial weights.
 
     Raises:
         UserError: on every rank alike.
     """
-    model = build_model(sources.shape, transformer_config(sources.shape, config.parallel, config.precision))
+    chunks = build_model(sources.shape, transformer_config(sources.shape, config.parallel, config.precision))
     error: UserError | None = None
     if config.model.init == "random":
-        fill_randomly(model, sources.shape, config.training.seed)
+        for chunk in chunks:
+            fill_randomly(chunk, sources.shape, config.training.seed)
     else:
         try:
-            load_hf_weights(model, sources.shape, sources.folder)
+            for chunk in chunks:
+                load_hf_weights(chunk, sources.shape, sources.folder)
         except UserError as raised:
             error = raised
     agree(error)
-    return model
+    return chunks
 
 
 def reference_fingerprint(

@@ -57,11 +57,9 @@ def fill(config: Config) -> None:
 
 
 def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
-    model = make_model(config, sources)
-    model.eval()
-    module = lower_precision(model, model.config)
+    chunks = [lower_precision(chunk.eval(), chunk.config) for chunk in make_model(config, sources)]
     for name, writer in writers.items():
-        _score(module, writer, sources.named_sets()[name], config, runtime)
+        _score(chunks, writer, sources.named_sets()[name], config, runtime)
         torch.distributed.barrier()
         error: UserError | None = None
         if runtime.is_main:
@@ -73,7 +71,7 @@ def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter],
 
 
 def _score(
-    module: torch.nn.Module, writer: ReferenceWriter, dataset: TokenizedSet, config: Config, runtime: Runtime
+    chunks: list[torch.nn.Module], writer: ReferenceWriter, dataset: TokenizedSet, config: Config, runtime: Runtime
 ) -> None:
     """Score this data-parallel rank's share of the missing chunks."""
     loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiple=row_multiple(config))
@@ -83,7 +81,7 @@ def _score(
     for chunk in tqdm(mine, unit="chunk", desc="reference", disable=not (runtime.is_main and config.logging.progress)):
         indices = writer.chunk_indices(chunk)
         batch = loader.batch_of(indices)
-        scored = run_rows(module, batch.rows, _collect, runtime=runtime, backward=False)
+        scored = run_rows(chunks, batch.rows, _collect, runtime=runtime, backward=False)
         if runtime.holds_results:
             order = torch.cat([torch.from_numpy(row.pairs) for row in batch.rows])
             sums = torch.cat(scored).cpu()[torch.argsort(order)].numpy()

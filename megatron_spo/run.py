@@ -57,8 +57,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
     sources = read_sources(config, runtime)
     references = _open_references(config, sources)
     _write_provenance(config, directory, sources)
-    model = make_model(config, sources)
-    trainable = make_trainable(model, model.config, config.optimizer)
+    chunks = make_model(config, sources)
+    trainable = make_trainable(chunks, chunks[0].config, config.optimizer)
     loaders = _loaders(config, sources, runtime)
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
     job = loop.Job(

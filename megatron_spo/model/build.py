@@ -21,7 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_spo.config.model_shape import ModelShape
@@ -64,16 +64,24 @@ class RowRotary(RotaryEmbedding):
 class PairModel(GPTModel):
     """GPTModel over packed rows: returns log-probabilities [1, E] on the last stage, hidden states elsewhere."""
 
-    def __init__(self, config: TransformerConfig, spec: TransformerBlockSubmodules, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: TransformerBlockSubmodules,
+        shape: ModelShape,
+        *,
+        vp_stage: int | None,
+    ) -> None:
         super().__init__(
             config,
             spec,
             vocab_size=padded_vocabulary(shape, config.tensor_model_parallel_size),
             max_sequence_length=shape.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             position_embedding_type="rope",
             share_embeddings_and_output_weights=shape.tied,
+            vp_stage=vp_stage,
         )
         self.rotary_pos_emb.__class__ = RowRotary
         self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
@@ -148,8 +156,14 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
     )
 
 
-def build_model(shape: ModelShape, config: TransformerConfig) -> PairModel:
-    """This rank's part of the model, with memory for its weights but not their values."""
+def build_model(shape: ModelShape, config: TransformerConfig) -> list[PairModel]:
+    """This rank's chunks of the model (one, unless the pipeline is interleaved), with memory for their weights but not
+    their values."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(shape, config, vp_stage) for vp_stage in (range(chunks) if chunks else [None])]
+
+
+def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> PairModel:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
@@ -157,9 +171,9 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> PairModel:
     if shape.qk_norm:
         layer.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm
         layer.self_attention.submodules.k_layernorm = SequenceParallelRMSNorm
-    here = shape.layers // config.pipeline_model_parallel_size
+    here = get_num_layers_to_build(config, vp_stage)
     block = TransformerBlockSubmodules(layer_specs=[spec] * here, layer_norm=SequenceParallelRMSNorm)
-    model = PairModel(config, block, shape)
+    model = PairModel(config, block, shape, vp_stage=vp_stage)
     _mark_tensor_parallel(model)
     return model if config.use_cpu_initialization else model.cuda()
 

@@ -18,26 +18,26 @@ from megatron_spo.model.build import PairModel
 
 @dataclass(frozen=True)
 class Trainable:
-    """The wrapped model and its optimizer, on one rank."""
+    """This rank's chunks of the model (one, unless the pipeline is interleaved), wrapped, and their optimizer."""
 
-    model: PairModel
-    wrapped: DistributedDataParallel
+    chunks: list[PairModel]
+    wrapped: list[DistributedDataParallel]
     optimizer: Any
     config: TransformerConfig
 
 
-def lower_precision(model: PairModel, config: TransformerConfig) -> torch.nn.Module:
-    """The model in its training precision, for forward passes alone or before `make_trainable`."""
-    return Float16Module(config, model) if config.bf16 else model
+def lower_precision(chunk: PairModel, config: TransformerConfig) -> torch.nn.Module:
+    """A chunk in its training precision, for forward passes alone or before `make_trainable`."""
+    return Float16Module(config, chunk) if config.bf16 else chunk
 
 
-def make_trainable(model: PairModel, config: TransformerConfig, optimizer: OptimizerConfig) -> Trainable:
+def make_trainable(chunks: list[PairModel], config: TransformerConfig, optimizer: OptimizerConfig) -> Trainable:
     """Wrap in Megatron's DDP with gradients reduced in fp32, and make the distributed optimizer."""
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        lower_precision(model, config),
-    )
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = [
+        DistributedDataParallel(config, ddp, lower_precision(chunk, config), disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
     made = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -51,10 +51,10 @@ def make_trainable(model: PairModel, config: TransformerConfig, optimizer: Optim
             bf16=config.bf16,
             use_distributed_optimizer=True,
         ),
-        [wrapped],
+        wrapped,
     )
     keep_step_in_group(made)
-    return Trainable(model, wrapped, made, config)
+    return Trainable(chunks, wrapped, made, config)
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spo.errors import UserError
+from megatron_spo.model.build import PairModel
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.train.state import TrainState
 
@@ -101,7 +102,8 @@ def load(path: Path, trainable: Trainable) -> TrainState:
             f"{path} cannot be loaded ({type(error).__name__}: {first_line}); it is damaged or of another model: "
             f"name an earlier one in {path.parent / LATEST}"
         ) from error
-    trainable.model.load_state_dict(found["model"])
+    for name, chunk in _named_chunks(trainable):
+        chunk.load_state_dict(found[name])
     with torch.no_grad():
         for i, inner in enumerate(trainable.optimizer.chained_optimizers):
             state = inner.state_dict()
@@ -121,9 +123,18 @@ def _contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": _SHARDING,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    contents: dict[str, Any] = {"model": trainable.model.sharded_state_dict(metadata=metadata)}
+    contents: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(trainable)
+    }
     inner = trainable.optimizer.chained_optimizers
     parts = [one.sharded_state_dict(contents, is_loading=loading, metadata=metadata) for one in inner]
     contents["optimizer"] = {str(i): {"param_state": part["param_state"]} for i, part in enumerate(parts)}
     contents["optimizer_step"] = max(group.get("step", 0) for one in inner for group in one.optimizer.param_groups)
     return contents
+
+
+def _named_chunks(trainable: Trainable) -> list[tuple[str, PairModel]]:
+    """This rank's chunks under the names that the distributed optimizer looks for: model, or model0, model1, ..."""
+    if len(trainable.chunks) == 1:
+        return [("model", trainable.chunks[0])]
+    return [(f"model{i}", chunk) for i, chunk in enumerate(trainable.chunks)]

@@ -23,7 +23,7 @@ def response_sums(row: PackedRow, logprobs: Tensor) -> Tensor:
 
 
 def run_rows(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],
     function: RowFunction,
     *,
@@ -50,8 +50,8 @@ def run_rows(
     with torch.set_grad_enabled(backward):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(rows),
-            model=[model],
+            data_iterator=[iter(rows) for _ in chunks],
+            model=list(chunks),
             num_microbatches=len(rows),
             seq_length=len(rows[0].tokens),
             micro_batch_size=1,

@@ -22,7 +22,8 @@ Gradient = list[Tensor]
 
 def clear(trainable: Trainable) -> None:
     """Empty the buffers before a pass."""
-    trainable.wrapped.zero_grad_buffer()
+    for chunk in trainable.wrapped:
+        chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
 
 
@@ -41,7 +42,7 @@ def give(trainable: Trainable, parts: Sequence[tuple[float, Gradient]]) -> None:
 
 def dot(trainable: Trainable, a: Gradient, b: Gradient) -> float:
     """Inner product of two gradients over all ranks, each parameter counted once."""
-    total = torch.zeros((), dtype=torch.float64, device=next(trainable.model.parameters()).device)
+    total = torch.zeros((), dtype=torch.float64, device=next(trainable.chunks[0].parameters()).device)
     for parameter, left, right in zip(trainable.optimizer.get_parameters(), a, b, strict=True):
         group = parallel_state.get_tensor_model_parallel_group()
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, group):
@@ -73,7 +74,8 @@ def _spread(trainable: Trainable) -> None:
     """Bring the main parameters into the model, on all data-parallel ranks (what Megatron does after a step)."""
     for inner in trainable.optimizer.chained_optimizers:
         inner._copy_main_params_to_model_params()
-    trainable.wrapped.start_param_sync(force_sync=True)
+    for chunk in trainable.wrapped:
+        chunk.start_param_sync(force_sync=True)
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def load_model(folder: Path):  # type: ignore[no-untyped-def]
     from megatron_spo.model.build import build_model, load_hf_weights, transformer_config
 
     shape = read_model_shape(folder)
-    model = build_model(shape, transformer_config(shape, ParallelConfig(), PrecisionConfig(dtype="fp32")))
+    (model,) = build_model(shape, transformer_config(shape, ParallelConfig(), PrecisionConfig(dtype="fp32")))
     load_hf_weights(model, shape, folder)
     return model
 
