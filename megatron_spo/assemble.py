@@ -144,5 +144,11 @@ def weights_fingerprint(config: Config, sources: Sources) -> str:
 
 
 def row_multiple(config: Config) -> int:
-    """What row lengths must be a multiple of: sequence parallelism cuts a row over the tensor-parallel ranks."""
-    return config.parallel.tensor if config.parallel.sequence else 1
+    """What row lengths must be a multiple of: sequence and context parallelism cut a row into equal parts."""
+    parallel = config.parallel
+    return (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+
+
+def rows_multiple(config: Config) -> int:
+    """What the number of a rank's rows must be a multiple of: an interleaved pipeline takes them in groups."""
+    return config.parallel.pipeline if config.parallel.virtual_pipeline else 1

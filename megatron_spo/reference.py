@@ -10,6 +10,7 @@ from megatron_spo.assemble import (
     read_sources,
     reference_fingerprint,
     row_multiple,
+    rows_multiple,
     weights_fingerprint,
 )
 from megatron_spo.config.schema import Config
@@ -74,7 +75,14 @@ def _score(
     chunks: list[torch.nn.Module], writer: ReferenceWriter, dataset: TokenizedSet, config: Config, runtime: Runtime
 ) -> None:
     """Score this data-parallel rank's share of the missing chunks."""
-    loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiple=row_multiple(config))
+    loader = Loader(
+        dataset,
+        config.data,
+        global_batch_size=1,
+        seed=0,
+        multiple=row_multiple(config),
+        rows_multiple=rows_multiple(config),
+    )
     missing = writer.missing_chunks()
     torch.distributed.barrier()  # nobody writes before everybody has looked
     mine = missing[runtime.data_rank :: runtime.topology.data]

@@ -11,6 +11,7 @@ from megatron_spo.assemble import (
     read_sources,
     reference_fingerprint,
     row_multiple,
+    rows_multiple,
     weights_fingerprint,
 )
 from megatron_spo.config.load import dump_config
@@ -58,7 +59,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
     references = _open_references(config, sources)
     _write_provenance(config, directory, sources)
     chunks = make_model(config, sources)
-    trainable = make_trainable(chunks, chunks[0].config, config.optimizer)
+    trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
     loaders = _loaders(config, sources, runtime)
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
     job = loop.Job(
@@ -108,6 +109,7 @@ def _loaders(config: Config, sources: Sources, runtime: Runtime) -> dict[str, Lo
             rank=runtime.data_rank,
             ranks=runtime.topology.data,
             multiple=row_multiple(config),
+            rows_multiple=rows_multiple(config),
         )
         for name, dataset in sources.named_sets().items()
     }

@@ -121,11 +121,14 @@ def _beyond(attribute: str, what: str) -> Rule:
     )
 
 
-def _unavailable(key: str, only: int | None) -> Rule:
-    allowed = "null" if only is None else only
+def _stages(config: Config) -> int:
+    return config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
+
+
+def _unavailable(key: str, only: int) -> Rule:
     return Rule(
         lambda c, shape: getattr(c.parallel, key) != only,
-        f"parallel.{key} = {{c.parallel.{key}}} is not available in this version yet; only {allowed} is",
+        f"parallel.{key} = {{c.parallel.{key}}} is not available in this version yet; only {only} is",
     )
 
 
@@ -134,13 +137,31 @@ RULES: tuple[Rule, ...] = (
     _not_divisible("tensor", "heads", "attention heads"),
     _not_divisible("tensor", "kv_heads", "key-value heads"),
     _not_divisible("tensor", "ffn", "feed-forward columns"),
-    _not_divisible("pipeline", "layers", "layers"),
     Rule(
         lambda c, shape: c.parallel.sequence and c.parallel.tensor == 1,
         "parallel.sequence: true needs parallel.tensor > 1, got {c.parallel.tensor}",
     ),
-    _unavailable("virtual_pipeline", None),
-    _unavailable("context", 1),
+    Rule(
+        lambda c, shape: c.parallel.virtual_pipeline is not None and c.parallel.pipeline == 1,
+        "parallel.virtual_pipeline = {c.parallel.virtual_pipeline} needs parallel.pipeline > 1",
+    ),
+    Rule(
+        lambda c, shape: shape is not None and _stages(c) > shape.layers,
+        "parallel.pipeline * parallel.virtual_pipeline asks for more stages than the model's {shape.layers} layers",
+    ),
+    Rule(
+        lambda c, shape: c.parallel.layers_per_stage is not None and len(c.parallel.layers_per_stage) != _stages(c),
+        "parallel.layers_per_stage = {c.parallel.layers_per_stage} must give one number for each of the "
+        "parallel.pipeline * parallel.virtual_pipeline stages",
+    ),
+    Rule(
+        lambda c, shape: (
+            shape is not None
+            and c.parallel.layers_per_stage is not None
+            and sum(c.parallel.layers_per_stage) != shape.layers
+        ),
+        "parallel.layers_per_stage = {c.parallel.layers_per_stage} must add up to the model's {shape.layers} layers",
+    ),
     _unavailable("expert", 1),
     # precision
     Rule(

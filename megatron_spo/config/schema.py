@@ -188,13 +188,19 @@ class ParallelConfig(Section):
     pipeline: int = Field(1, ge=1)
     """stages into which the layers are cut; >= 1"""
     virtual_pipeline: int | None = Field(None, ge=2)
-    """chunks of layers per pipeline stage; null: one; not available in this version"""
+    """chunks of layers per pipeline stage (interleaved schedule, smaller bubble); null: one; needs pipeline > 1"""
+    layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = None
+    """layers of each stage in the model's order; null: even, or fewer beside head and embedding; each >= 1"""
     context: int = Field(1, ge=1)
-    """processes that share each row's tokens; only 1 in this version"""
+    """processes that share each row's tokens, for long pairs; >= 1"""
     expert: int = Field(1, ge=1)
     """processes that share the experts; only 1 in this version"""
     sequence: bool = False
     """cut activations along the tokens between tensor-parallel blocks; needs tensor > 1"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activations computed again in the backward pass, to save memory: those of attention's core, or of whole layers"""
+    overlap: bool = False
+    """reduce gradients during the backward pass and gather updated weights during the next forward pass"""
 
 
 class PrecisionConfig(Section):

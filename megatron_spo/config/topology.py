@@ -19,6 +19,25 @@ class Topology:
     data: int
 
 
+def stage_layers(layers: int, parallel: ParallelConfig, head: float) -> tuple[int, ...]:
+    """Layers of each pipeline stage in the model's order, pipeline * virtual_pipeline of them.
+
+    Where the stages do not divide the layers, each layer goes to the stage with the least work so far; the last one
+    starts with the output layer, which weighs as much as `head` layers, and the first comes last among equals,
+    because it holds the embedding.
+    """
+    if parallel.layers_per_stage is not None:
+        return tuple(parallel.layers_per_stage)
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if layers % stages == 0:
+        return (layers // stages,) * stages
+    counts = [1] * stages
+    for _ in range(layers - stages):
+        work = [(count + (head if i == stages - 1 else 0.0), i == 0, i) for i, count in enumerate(counts)]
+        counts[min(work)[2]] += 1
+    return tuple(counts)
+
+
 def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
     """The layout on `world_size` processes.
 

@@ -39,8 +39,8 @@ class Batch:
 class Loader:
     """Global batches of a data set for one of `ranks` data-parallel ranks.
 
-    multiple: row lengths are padded to it (tokens).  pad_id: the token of the padding; its value never
-    matters.
+    multiple: row lengths are padded to it (tokens).  rows_multiple: the number of a rank's rows is
+    filled up to it by empty ones.
     """
 
     def __init__(
@@ -53,11 +53,12 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         multiple: int = 1,
-        pad_id: int = 0,
+        rows_multiple: int = 1,
     ) -> None:
         self.dataset = dataset
         self.row_length = data.row_length or 2 * data.max_length
-        self._rank, self._ranks, self._multiple, self._pad_id = rank, ranks, multiple, pad_id
+        self._rank, self._ranks, self._multiple = rank, ranks, multiple
+        self._rows_multiple = rows_multiple
         self._size, self._seed = global_batch_size, seed
         self._shuffle, self._last_batch = data.shuffle, data.last_batch
         self._sampler: Sampler | None = None
@@ -94,12 +95,13 @@ class Loader:
         """A batch of any data set indices, rows spread over the ranks."""
         data = self.dataset
         tokens = data.tokens[indices]
-        plan = plan_rows(tokens, row_length=self.row_length, ranks=self._ranks)[self._rank]
+        plan = plan_rows(tokens, row_length=self.row_length, ranks=self._ranks, rows_multiple=self._rows_multiple)[
+            self._rank
+        ]
         rows = [
             build_row(
                 [(int(indices[i]), data.get(int(indices[i]))) for i in row],
                 multiple=self._multiple,
-                pad_id=self._pad_id,
             )
             for row in plan
         ]

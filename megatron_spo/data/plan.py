@@ -100,13 +100,13 @@ def pair_costs(tokens: ArrayLike, *, attention_scale: float = ATTENTION_SCALE) -
 
 
 def plan_rows(
-    tokens: ArrayLike, costs: ArrayLike | None = None, *, row_length: int, ranks: int
+    tokens: ArrayLike, costs: ArrayLike | None = None, *, row_length: int, ranks: int, rows_multiple: int = 1
 ) -> list[list[list[int]]]:
     """Spread a batch over ranks and rows: result[rank][row] = positions into the batch.
 
-    Every rank gets the same number of rows, the smallest that best-fit-decreasing packing allows; a row
-    holds at most `row_length` tokens and may be empty; costs (default `pair_costs`) are balanced over the
-    ranks.
+    Every rank gets the same number of rows, the smallest multiple of `rows_multiple` that best-fit-decreasing
+    packing allows; a row holds at most `row_length` tokens and may be empty; costs (default
+    `pair_costs`) are balanced over the ranks.
 
     tokens [B]: packed tokens of each pair.  costs [B]: relative time of each pair.
     """
@@ -121,6 +121,7 @@ def plan_rows(
     if max(len(part) for part in plan) > rows:  # balance alone would cost a row more: move whole rows instead
         totals = [sum(weights[i] for i in row) for row in packed]
         plan = [[packed[i] for i in group] for group in _longest_first(range(len(packed)), totals, ranks, most=rows)]
+    rows = -(-rows // rows_multiple) * rows_multiple
     return [part + [[] for _ in range(rows - len(part))] for part in plan]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
+from megatron_spo.config.topology import stage_layers
 from megatron_spo.errors import UserError
 from megatron_spo.model.attention import PairAttention, RowOnDevice
 from megatron_spo.model.families import Mapping, mappings, padded_vocabulary
@@ -33,6 +34,11 @@ from megatron_spo.model.hf_files import HFWeights
 from megatron_spo.model.logprobs import LogProbHead
 from megatron_spo.model.tensors import PaddedVocabulary
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -121,6 +127,7 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
     """Megatron's configuration of the model: the one place that makes it."""
     dtype = DTYPES[precision.dtype]
+    interleaved = parallel.virtual_pipeline is not None
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -139,7 +146,14 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(shape, parallel),
+        # with two stages, a batched exchange would mix up what the same neighbour sends as previous and as next
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        **RECOMPUTE[parallel.recompute],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -154,6 +168,16 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         apply_rope_fusion=False,
         finalize_model_grads_func=finalize_model_grads,
     )
+
+
+def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in Megatron's words."""
+    if parallel.pipeline == 1:
+        return None
+    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn)
+    counts = stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def build_model(shape: ModelShape, config: TransformerConfig) -> list[PairModel]:

@@ -25,15 +25,31 @@ class Trainable:
     optimizer: Any
     config: TransformerConfig
 
+    def gather_weights(self) -> None:
+        """Bring the weights up to date on every rank, where the next forward pass would have done it."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def lower_precision(chunk: PairModel, config: TransformerConfig) -> torch.nn.Module:
     """A chunk in its training precision, for forward passes alone or before `make_trainable`."""
     return Float16Module(config, chunk) if config.bf16 else chunk
 
 
-def make_trainable(chunks: list[PairModel], config: TransformerConfig, optimizer: OptimizerConfig) -> Trainable:
-    """Wrap in Megatron's DDP with gradients reduced in fp32, and make the distributed optimizer."""
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+def make_trainable(
+    chunks: list[PairModel], config: TransformerConfig, optimizer: OptimizerConfig, *, overlap: bool
+) -> Trainable:
+    """Wrap in Megatron's DDP with gradients reduced in fp32, and make the distributed optimizer.
+
+    `overlap`: communicate gradients and weights beside the computation.
+    """
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
     wrapped = [
         DistributedDataParallel(config, ddp, lower_precision(chunk, config), disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
@@ -50,9 +66,13 @@ def make_trainable(chunks: list[PairModel], config: TransformerConfig, optimizer
             params_dtype=config.params_dtype,
             bf16=config.bf16,
             use_distributed_optimizer=True,
+            overlap_param_gather=overlap,
         ),
         wrapped,
     )
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     keep_step_in_group(made)
     return Trainable(chunks, wrapped, made, config)
 

@@ -22,6 +22,7 @@ class Runtime:
     rank: int
     data_rank: int
     tensor_rank: int
+    context_rank: int
     is_last_stage: bool
 
     @property
@@ -32,7 +33,7 @@ class Runtime:
     @property
     def holds_results(self) -> bool:
         """Whether this process reports the values of its rows: one per data-parallel rank, on the last stage."""
-        return self.is_last_stage and self.tensor_rank == 0
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
 def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: int = 30) -> Runtime:
@@ -66,6 +67,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
+        virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
     )
@@ -77,6 +79,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
         rank=dist.get_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
     )
 

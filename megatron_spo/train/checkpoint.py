@@ -62,6 +62,7 @@ def save(folder: Path, trainable: Trainable, state: TrainState, *, keep: int) ->
         partial.mkdir(parents=True)
     dist.barrier()
     _collect_results_here()
+    trainable.gather_weights()
     dist_checkpointing.save(_contents(trainable, loading=False), str(partial))
     dist.barrier()
     if is_main:

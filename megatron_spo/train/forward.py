@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -14,12 +16,24 @@ RowFunction = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor]]
 """(row, response sums [pairs, 2]) -> (this row's share of the global objective, what to collect of the row)."""
 
 
-def response_sums(row: PackedRow, logprobs: Tensor) -> Tensor:
-    """fp32 [pairs, 2] sums of the scored tokens' log-probs [1, E]: chosen, rejected (0 where there is none)."""
+def response_sums(row: PackedRow, entries: Tensor, logprobs: Tensor) -> Tensor:
+    """fp32 [pairs, 2] sums of the scored tokens' log-probs: chosen, rejected (0 where there is none).
+
+    Args:
+        row: the whole row.
+        entries: int64 [E], the row's entries that were scored here.
+        logprobs: [1, E], theirs. Under context parallelism the sums are those of all ranks, with this rank's gradient.
+    """
     device = logprobs.device
-    scored = logprobs[0].float().index_select(0, torch.from_numpy(row.score_index).to(device))
+    every = torch.zeros(len(row.targets), device=device).index_copy(0, entries, logprobs[0].float())
+    scored = every.index_select(0, torch.from_numpy(row.score_index).to(device))
     lengths = torch.from_numpy(row.score_lengths).to(device)
-    return torch.segment_reduce(scored, "sum", lengths=lengths, unsafe=True).view(-1, 2)
+    sums = torch.segment_reduce(scored, "sum", lengths=lengths, unsafe=True).view(-1, 2)
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return sums
+    total = sums.detach().clone()
+    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return sums + (total - sums.detach())
 
 
 def run_rows(
@@ -38,11 +52,15 @@ def run_rows(
 
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
         row = next(remaining)  # type: ignore[call-overload]
-        on_device: RowOnDevice = row_to_device(row, runtime.device)
+        on_device: RowOnDevice = row_to_device(
+            row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context
+        )
 
         def finish(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-            objective, collected = function(row, response_sums(row, logprobs))
-            # Megatron divides by the micro-batches and its DDP by the data-parallel size: undo both, once, here
+            assert on_device.entries is not None
+            objective, collected = function(row, response_sums(row, on_device.entries, logprobs))
+            # Megatron divides by the micro-batches and its DDP by the data-parallel size: undo both, once, here (of
+            # the context-parallel size, which DDP divides by too, Megatron takes care itself)
             return objective * (len(rows) * runtime.topology.data), collected
 
         return module(on_device), finish

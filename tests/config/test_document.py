@@ -1,6 +1,7 @@
 """What is documented is what the schema holds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from megatron_spo.config.document import help_text, key_docs, reference_yaml
 from megatron_spo.config.load import load_config
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.schema import LossConfig
-from megatron_spo.config.topology import make_topology
+from megatron_spo.config.topology import make_topology, stage_layers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -46,3 +47,21 @@ def test_topology() -> None:
 
     topology = make_topology(ParallelConfig(tensor=2, pipeline=2), 16)
     assert (topology.data, topology.virtual, topology.world) == (4, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keys", "expected"),
+    [
+        (80, {"pipeline": 8}, (10,) * 8),
+        (80, {"pipeline": 6}, (13, 14, 14, 14, 13, 12)),  # the head of Llama-3-70B weighs as much as 1.23 layers
+        (32, {"pipeline": 3}, (11, 11, 10)),
+        (10, {"pipeline": 2, "virtual_pipeline": 2}, (3, 3, 3, 1)),
+        (6, {"pipeline": 2, "layers_per_stage": [5, 1]}, (5, 1)),
+    ],
+)
+def test_layers_of_uneven_stages(layers: int, keys: dict[str, Any], expected: tuple[int, ...]) -> None:
+    from megatron_spo.config.schema import ParallelConfig
+
+    counts = stage_layers(layers, ParallelConfig(**keys), head=1.23)
+    assert sum(counts) == layers
+    assert counts == expected

@@ -17,14 +17,13 @@ Load = Callable[..., Config]
     [
         ("parallel.tensor=3", "parallel.tensor = 3 does not divide the model's 4 attention heads"),
         ("parallel.tensor=4", "parallel.tensor = 4 does not divide the model's 2 key-value heads"),
-        ("parallel.pipeline=3", "parallel.pipeline = 3 does not divide the model's 4 layers"),
+        ("parallel.pipeline=5", "more stages than the model's 4 layers"),
+        ("parallel.pipeline=2 parallel.virtual_pipeline=3", "more stages than the model's 4 layers"),
+        ("parallel.pipeline=2 parallel.layers_per_stage=[4]", "must give one number for each"),
+        ("parallel.pipeline=2 parallel.layers_per_stage=[2,1]", "must add up to the model's 4 layers"),
         ("parallel.sequence=true", "parallel.sequence: true needs parallel.tensor > 1"),
-        ("parallel.context=2", "parallel.context = 2 is not available in this version yet; only 1"),
         ("parallel.expert=2", "parallel.expert = 2 is not available"),
-        (
-            "parallel.virtual_pipeline=2",
-            "parallel.virtual_pipeline = 2 is not available in this version yet; only null",
-        ),
+        ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline = 2 needs parallel.pipeline > 1"),
         ("data.max_length=513", "data.max_length = 513 exceeds the model's context of 512 tokens"),
         (
             "loss.gamma_beta_ratio=0.3",

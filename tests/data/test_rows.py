@@ -137,6 +137,8 @@ def test_plan_is_balanced_and_minimal() -> None:
 
 def test_whole_rows_move_where_balance_would_cost_a_row() -> None:
     # by cost alone one rank would get 60 + 30 + 30 and need two rows
+    filled = plan_rows([60, 60, 60], row_length=100, ranks=1, rows_multiple=2)
+    assert [len(row) for row in filled[0]] == [1, 1, 1, 0]
     plan = plan_rows([60, 60, 40, 40], [1.0, 2.0, 3.0, 5.9], row_length=100, ranks=2)
     assert [len(rank) for rank in plan] == [1, 1]
     assert plan_rows([], row_length=10, ranks=2) == [[[]], [[]]]

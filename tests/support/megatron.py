@@ -51,7 +51,8 @@ def megatron_sums(model, row: PackedRow) -> Tensor:  # type: ignore[no-untyped-d
     from megatron_spo.model.attention import row_to_device
     from megatron_spo.train.forward import response_sums
 
-    return response_sums(row, model(row_to_device(row, torch.device("cpu"))))
+    on_device = row_to_device(row, torch.device("cpu"))
+    return response_sums(row, on_device.entries, model(on_device))
 
 
 def transformers_sums(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
