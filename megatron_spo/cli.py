@@ -1,30 +1,64 @@
 """The commands: parse, call one function, print. What a command needs is imported when it runs."""
 
 import argparse
+import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_spo import __version__
-from megatron_spo.errors import UserError
+from megatron_spo.errors import Anomaly, LostRank, Stopped, UserError
 from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.quiet import quiet_third_parties
+from megatron_spo.runtime.signals import signals
+from megatron_spo.runtime.watch_thread import watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
+    """Runs one command; returns the exit code.
+
+    0 done, 2 the input is wrong, 3 an anomaly in training, 4 another process died or hangs, 75 stopped by a signal or
+    the time limit: the same command goes on; 128 + number: a second signal, 1: a bug. Under torchrun the caller sees
+    the agent's code, 1 for all but 0: read status.json.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(with_keys=bool({"-h", "--help"} & set(given[1:]))).parse_args(given)
     quiet_third_parties()
-    try:
-        options.command(options)
-    except UserError as error:
-        if rank() == 0:  # the others found the same
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with signals.handled() if options.command in (_train, _reference) else contextlib.nullcontext():
+        try:
+            options.command(options)
+        except KeyboardInterrupt:
+            return 130
+        except (UserError, Anomaly, LostRank, Stopped) as error:
+            return _ended(error)
+        except BaseException as error:  # some of PyTorch's are no Exception
+            if world_size() > 1 and not isinstance(error, SystemExit):
+                _broke(error)
+            raise
     return 0
+
+
+def _ended(error: UserError | Anomaly | LostRank | Stopped) -> int:
+    stopped_at_once = isinstance(error, Stopped) and not signals.is_over
+    watch().explain(error, ours=not stopped_at_once)  # torchrun sends a signal to those whose peer has died
+    signals.over(error.code)
+    message = f"stopped by {error}; the same command goes on from here" if stopped_at_once else str(error)
+    if rank() == 0 or stopped_at_once or isinstance(error, LostRank):  # in other cases all ranks found the same
+        print(message if isinstance(error, Stopped) else f"error: {message}", file=sys.stderr, flush=True)
+    watch().leave(error.code, message)
+    return error.code
+
+
+def _broke(error: BaseException) -> None:
+    """A bug, or the trace of another process's end: the other processes must not wait for this one."""
+    watch().explain(error, ours=False)
+    traceback.print_exc()
+    watch().leave(1, f"{type(error).__name__}: {str(error)[:300]}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # what runs at exit could wait for the others
 
 
 def _parser(*, with_keys: bool) -> argparse.ArgumentParser:

@@ -38,9 +38,13 @@ def fill(config: Config) -> None:
     if config.reference.cache is None:
         raise UserError("reference.cache is not set: name the folder that shall hold the reference's log-probs")
     runtime = processes.start(
-        make_topology(config.parallel, env.world_size()), seed=config.training.seed, threads=config.training.threads
+        make_topology(config.parallel, env.world_size()),
+        seed=config.training.seed,
+        threads=config.training.threads,
+        hang_minutes=config.training.hang_timeout,
     )
     sources = read_sources(config, runtime)
+    runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources)
     writers = {
         name: ReferenceWriter.open(
@@ -60,7 +64,9 @@ def fill(config: Config) -> None:
 def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
     chunks = [lower_precision(chunk.eval(), chunk.config) for chunk in make_model(config, sources)]
     for name, writer in writers.items():
+        runtime.progress.phase(f"reference of {name}")
         _score(chunks, writer, sources.named_sets()[name], config, runtime)
+        runtime.progress.phase(f"merging the cache of {name}", times=4)
         torch.distributed.barrier()
         error: UserError | None = None
         if runtime.is_main:

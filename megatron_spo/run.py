@@ -26,29 +26,38 @@ from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.report import write_report
 from megatron_spo.runtime import env, processes
 from megatron_spo.runtime.processes import Runtime, agree
+from megatron_spo.runtime.signals import signals
+from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.train import checkpoint, loop
 from megatron_spo.train.resume import check_resumable
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
+from megatron_spo.train.stop import StopRequest
 
 
 def train(config: Config) -> None:
     """Train as configured, from the newest checkpoint of the run directory where there is one.
 
     Raises:
-        UserError: on every rank alike; status.json then says "failed" and why.
+        UserError, Anomaly, Stopped: on every rank alike; status.json then says "failed" or "stopped", and why.
     """
     runtime = processes.start(
-        make_topology(config.parallel, env.world_size()), seed=config.training.seed, threads=config.training.threads
+        make_topology(config.parallel, env.world_size()),
+        seed=config.training.seed,
+        threads=config.training.threads,
+        hang_minutes=config.training.hang_timeout,
     )
     found = checkpoint.latest(Path(config.output) / "checkpoints")
     check_resumable(config, Path(config.output), found)
     directory = RunDirectory(Path(config.output), is_main=runtime.is_main)
+    directory.status("running", _last_step(found), **({"checkpoint": found.name} if found else {}))
+    signals.before_exit = directory.ended
+    watch().on_loss = lambda verdict: directory.ended(verdict.code, verdict.message, anyway=True)
     try:
         _train(config, runtime, directory, found)
     except BaseException as error:
-        directory.status("failed", _last_step(found), reason=str(error) or type(error).__name__)
+        directory.ended(getattr(error, "code", 1), str(error) or type(error).__name__)
         raise
     finally:
         directory.close()
@@ -56,6 +65,7 @@ def train(config: Config) -> None:
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Path | None) -> None:
     sources = read_sources(config, runtime)
+    runtime.progress.phase("building and loading", times=4)
     references = _open_references(config, sources)
     _write_provenance(config, directory, sources)
     chunks = make_model(config, sources)
@@ -71,11 +81,15 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
         directory=directory,
         listeners=_listeners(config, runtime),
         steps=_steps(config, loaders["train"]),
+        stop=StopRequest(config.training.time_limit, runtime.device),
+        progress=runtime.progress,
     )
     state = _start(config, trainable, found, runtime)
-    directory.open_metrics(after_step=state.step)
+    directory.open_metrics(after_step=state.step, evaluation_owed=state.evaluation_owed)
     directory.status("running", state.step, steps=job.steps)
+    signals.after_step()
     state = loop.run(job, state)
+    runtime.progress.phase("report", times=4)
     directory.status("done", state.step, checkpoint=checkpoint.step_name(state.step), steps=job.steps)
     if runtime.is_main:
         write_report([directory.path], directory.path / "report.html")

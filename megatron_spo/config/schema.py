@@ -227,6 +227,14 @@ class TrainingConfig(Section):
     """optimizer steps between evaluations of data.eval; 0: only at the end; >= 0"""
     threads: int = Field(0, ge=0)
     """CPU threads per process; 0: cores divided by the processes of this machine; >= 0"""
+    time_limit: float | None = Field(None, gt=0)
+    """save and end before so many minutes since the start; null: none; > 0"""
+    hang_timeout: float = Field(30.0, gt=0)
+    """minutes without progress that end a job; 4 times as many to load or save, a day to tokenise; > 0"""
+    on_anomaly: Literal["stop", "skip"] = "stop"
+    """a loss or gradient that is not finite, or a spike: end, or skip the step; 10 skips in a row end as well"""
+    spike_factor: float | None = Field(None, gt=1)
+    """gradient norm, relative to its running mean, that counts as an anomaly after 20 steps; null: none; > 1"""
 
 
 class CheckpointConfig(Section):

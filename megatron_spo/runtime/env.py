@@ -1,6 +1,10 @@
 """The only reader of environment variables: what the launcher (torchrun, or nothing) says about this process."""
 
 import os
+import time
+
+STARTED = time.monotonic()
+"""When this process began, near enough: the commands import this module first."""
 
 
 def _integer(name: str, default: int) -> int:
@@ -10,6 +14,16 @@ def _integer(name: str, default: int) -> int:
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def has_agent() -> bool:
+    """Whether torchrun's agent watches over this process: it hands on the signals that it gets."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def main_address() -> str:
+    """Where the process of rank 0 runs."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def world_size() -> int:

@@ -2,15 +2,22 @@
 
 import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_spo.config.topology import Topology
-from megatron_spo.errors import UserError
+from megatron_spo.errors import LostRank, UserError
 from megatron_spo.runtime import cpu_bridge, env
+from megatron_spo.runtime.watch_thread import watch
+from megatron_spo.runtime.watchdog import DAY, Progress
+
+COLLECTIVES = timedelta(seconds=DAY)
+"""How long a collective may wait: the watch, which knows who is late, ends the job long before."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Runtime:
     tensor_rank: int
     context_rank: int
     is_last_stage: bool
+    progress: Progress
 
     @property
     def is_main(self) -> bool:
@@ -36,7 +44,7 @@ class Runtime:
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
-def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: int = 30) -> Runtime:
+def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: float = 30) -> Runtime:
     """Join the job's processes, lay the parallel groups over them and seed Megatron's generators.
 
     The processes stay joined until they exit; a further call lays another layout over them.
@@ -45,6 +53,10 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
         topology: the layout; its world size must be the number of launched processes.
         seed: seed of the random-number trackers.
         threads: CPU threads per process; 0 takes the node's cores divided by its processes.
+        hang_minutes: time without progress after which the job ends.
+
+    Raises:
+        LostRank: not all of the job's processes came.
     """
     on_gpu = not cpu_bridge.install()
     device = torch.device("cuda", env.local_rank()) if on_gpu else torch.device("cpu")
@@ -53,12 +65,10 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // env.local_world_size()))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
-        if env.launched():
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = _meet(hang_minutes) if env.launched() else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
         atexit.register(dist.destroy_process_group)
+    watch().progress.start_up(hang_minutes * 60)
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -70,6 +80,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
         virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
+        distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -81,7 +92,33 @@ def start(topology: Topology, *, seed: int, threads: int = 0, timeout_minutes: i
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        progress=watch().progress,
     )
+
+
+def _meet(minutes: float) -> dist.Store:
+    """Wait for all processes and begin to watch over them; returns the store that they share."""
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        if world_size > 1 and rank == 0:
+            port, token = watch().start_hub()
+            store.set("watch", f"{port} {token}")
+        elif world_size > 1:
+            port, token = store.get("watch").decode().split()
+            watch().join_hub(env.main_address(), int(port), token)
+    except (dist.DistError, OSError) as error:
+        raise LostRank(
+            f"not all of the {env.world_size()} processes came to {env.main_address()} within {minutes:g} minutes "
+            f"(training.hang_timeout): {str(error).splitlines()[0]}"
+        ) from error
+    atexit.register(_say_goodbye)
+    return store
+
+
+def _say_goodbye() -> None:
+    """At the interpreter's end: done, or broken by an exception that nobody caught."""
+    error = getattr(sys, "last_value", None)
+    watch().leave(0 if error is None else 1, f"{type(error).__name__}: {error}")
 
 
 def agree(error: UserError | None) -> None:

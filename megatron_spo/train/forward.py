@@ -52,6 +52,7 @@ def run_rows(
 
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
         row = next(remaining)  # type: ignore[call-overload]
+        runtime.progress.tick()
         on_device: RowOnDevice = row_to_device(
             row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context
         )

@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from megatron_spo.config.schema import Config
 from megatron_spo.model.wrap import Trainable, learning_rate
 from megatron_spo.objective.schedules import observe, plan_step
+from megatron_spo.runtime.watchdog import Progress
 from megatron_spo.train import checkpoint
+from megatron_spo.train.anomalies import BadStep, alarm
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
+from megatron_spo.train.stop import StopRequest
 
 Listener = Callable[[str, int, dict[str, float]], None]
 """Called with (kind, step, metrics) for every line of metrics.jsonl."""
@@ -30,43 +33,79 @@ class Job:
     directory: RunDirectory
     listeners: Sequence[Listener]
     steps: int
+    stop: StopRequest
+    progress: Progress
 
 
 def run(job: Job, state: TrainState) -> TrainState:
-    """Train from `state` to the last step; checkpoints, evaluations and log lines on their cadences."""
-    config, directory = job.config, job.directory
+    """Train from `state` to the last step; checkpoints, evaluations and log lines on their cadences.
+
+    Raises:
+        Stopped: on every rank, asked for by a signal or the time limit; everything is saved.
+        Anomaly: on every rank, where training.on_anomaly says so.
+    """
+    config = job.config
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
+        if state.evaluation_owed:
+            state = evaluate(job, state)
         while state.step < job.steps:
-            state, metrics = _step(job, state)
+            with job.stop.timing("step"):
+                state, metrics = _step(job, state)
             last = state.step == job.steps
-            if state.step % config.logging.every == 0 or last:
+            if metrics and (state.step % config.logging.every == 0 or last):
                 _log(job, "train", state.step, metrics)
                 bar.set_postfix_str(_summary(metrics))
             bar.update()
-            if last or (config.training.eval_every and state.step % config.training.eval_every == 0):
-                evaluate(job, state)
-            if last or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
-                path = checkpoint.save(directory.checkpoints, job.trainable, state, keep=config.checkpoint.keep)
-                directory.status("running", state.step, checkpoint=path.name, steps=job.steps)
+            due = bool(job.evals) and (last or _falls_on(config.training.eval_every, state.step))
+            stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
+            state = replace(state, evaluation_owed=due)
+            if due and not stop:
+                state = evaluate(job, state)
+            if last or stop or _falls_on(config.checkpoint.every, state.step):
+                _save(job, state)
+            if stop and (state.evaluation_owed or not last):
+                job.stop.end(stop, state.step)
     return state
 
 
-def evaluate(job: Job, state: TrainState) -> None:
+def evaluate(job: Job, state: TrainState) -> TrainState:
     """Log the metrics of every held-out set."""
-    passes = plan_step(job.config.spo, state.step, state.schedule).passes
+    config = job.config
+    passes = plan_step(config.spo, state.step, state.schedule).passes
     pass_ = next((one for one in passes if one.preference), passes[0])
-    for data in job.evals:
-        begin = time.perf_counter()
-        metrics = job.engine.evaluate(pass_, data, statistics=state.statistics)
-        _log(job, "eval", state.step, {**metrics, "seconds": time.perf_counter() - begin}, name=data.name)
+    job.progress.phase(f"evaluation after step {state.step}")
+    with job.stop.timing("evaluation"):
+        for data in job.evals:
+            begin = time.perf_counter()
+            try:
+                metrics = job.engine.evaluate(pass_, data, statistics=state.statistics)
+            except BadStep as bad:
+                alarm(bad, state.step, job.directory, config.training.on_anomaly)
+                continue
+            _log(job, "eval", state.step, {**metrics, "seconds": time.perf_counter() - begin}, name=data.name)
+    return replace(state, evaluation_owed=False)
+
+
+def _save(job: Job, state: TrainState) -> None:
+    job.progress.phase(f"saving step {state.step}", times=4)
+    with job.stop.timing("save"):
+        path = checkpoint.save(job.directory.checkpoints, job.trainable, state, keep=job.config.checkpoint.keep)
+    job.directory.status("running", state.step, checkpoint=path.name, steps=job.steps)
 
 
 def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+    """One step; without metrics where it was skipped: then nothing but the count of steps goes on."""
     config, begin = job.config, time.perf_counter()
+    job.progress.phase(f"step {state.step + 1}")
     batch = job.train.loader.batch(state.step)
     plan = plan_step(config.spo, state.step, state.schedule)
     lr = learning_rate(state.step, job.steps, config.optimizer)
-    outcome = job.engine.train_step(plan, job.train, batch, statistics=state.statistics, lr=lr)
+    limit = state.norms.limit(config.training.spike_factor)
+    try:
+        outcome = job.engine.train_step(plan, job.train, batch, statistics=state.statistics, lr=lr, largest_norm=limit)
+    except BadStep as bad:
+        alarm(bad, state.step + 1, job.directory, config.training.on_anomaly)
+        return replace(state, step=state.step + 1, norms=state.norms.skipped()), {}
     sums, metrics = outcome.sums, outcome.metrics
     schedule, statistics = state.schedule, state.statistics
     if "spo/gap" in metrics:
@@ -79,7 +118,11 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         "epoch": (state.step + 1) / job.train.loader.steps_per_epoch,
         "seconds": time.perf_counter() - begin,
     }
-    return TrainState(state.step + 1, schedule, statistics), metrics
+    return TrainState(state.step + 1, schedule, statistics, state.norms.taken(metrics["grad_norm"])), metrics
+
+
+def _falls_on(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _log(job: Job, kind: str, step: int, metrics: dict[str, float], **labels: str) -> None:

@@ -10,8 +10,10 @@ from megatron_spo.config.schema import Config
 from megatron_spo.errors import UserError
 
 FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.eval", "data.num_proc",
-        "training.steps", "training.eval_every", "training.threads")  # fmt: skip
-"""Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant)."""
+        "training.steps", "training.eval_every", "training.threads", "training.time_limit", "training.hang_timeout",
+        "training.on_anomaly", "training.spike_factor")  # fmt: skip
+"""Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant), or
+only where it would have ended (training.on_anomaly, training.spike_factor)."""
 
 
 def check_resumable(config: Config, output: Path, found: Path | None) -> None:

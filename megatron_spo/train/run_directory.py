@@ -2,9 +2,12 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron_spo.errors import Stopped
 
 
 class RunDirectory:
@@ -14,13 +17,14 @@ class RunDirectory:
         self.path, self.is_main = path, is_main
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
+        self._status: dict[str, Any] = {"step": 0}
         if is_main:
             path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, name: str, text: str) -> None:
-        """Replace a file as a whole."""
-        if self.is_main:
-            new = self.path / f".{name}.new"
+    def write(self, name: str, text: str, *, anyway: bool = False) -> None:
+        """Replace a file as a whole; `anyway`: also where this process is not main."""
+        if self.is_main or anyway:
+            new = self.path / f".{name}.{threading.current_thread().name}.new"
             new.write_text(text)
             os.replace(new, self.path / name)
 
@@ -29,17 +33,36 @@ class RunDirectory:
         self.write(name, json.dumps(values, indent=1))
 
     def status(self, state: str, step: int, **more: Any) -> None:
-        """Replace status.json: state is running, done, or failed (with a `reason`)."""
-        self.write_json("status.json", {"state": state, "step": step, **more})
+        """Replace status.json: state is running or done; what `more` held before is kept."""
+        self._status = {**self._status, "state": state, "step": step, **more}
+        self.write_json("status.json", self._status)
 
-    def open_metrics(self, *, after_step: int) -> None:
-        """Open metrics.jsonl for appending; lines of steps that will be done again are cut off."""
+    def ended(self, code: int, reason: str, *, anyway: bool = False) -> None:
+        """Status.json at an end before the last step: stopped (the same command goes on) or failed, code and reason."""
+        stopped = code == Stopped.code or code > 128
+        end = {"state": "stopped" if stopped else "failed", "code": code, "reason": reason}
+        self.write("status.json", json.dumps({**self._status, **end}, indent=1), anyway=anyway)
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        """The newest one that status.json names."""
+        return self._status.get("checkpoint")
+
+    def open_metrics(self, *, after_step: int, evaluation_owed: bool = False) -> None:
+        """Open metrics.jsonl for appending; lines of what will be done again are cut off, as is a torn one."""
         if not self.is_main:
             return
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= after_step]
-        self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        path, owed = self.path / "metrics.jsonl", ("eval", after_step)
+        kept = []
+        for text in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+            try:
+                line = json.loads(text)
+                again = line["step"] > after_step or (evaluation_owed and (line["kind"], line["step"]) == owed)
+            except (ValueError, KeyError, TypeError):  # torn when the process was killed
+                continue
+            if not again:
+                kept.append(text.rstrip("\n") + "\n")
+        self.write("metrics.jsonl", "".join(kept))
         self._metrics = path.open("a")
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Everything that changes with training, besides weights and optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_spo.objective.schedules import ScheduleState
 from megatron_spo.objective.statistics import LossStatistics
+from megatron_spo.train.anomalies import GradientNorms
 
 
 @dataclass(frozen=True)
@@ -14,14 +15,27 @@ class TrainState:
     step: int
     schedule: ScheduleState
     statistics: LossStatistics
+    norms: GradientNorms = GradientNorms()
+    evaluation_owed: bool = False
+    """The run was stopped before the evaluation that belongs to this step."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
-        return {"step": self.step, "schedule": self.schedule.to_dict(), "statistics": self.statistics.to_dict()}
+        return {
+            "step": self.step,
+            "schedule": self.schedule.to_dict(),
+            "statistics": self.statistics.to_dict(),
+            "norms": asdict(self.norms),
+            "evaluation_owed": self.evaluation_owed,
+        }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "TrainState":
         """The inverse of `to_dict`."""
         return cls(
-            state["step"], ScheduleState.from_dict(state["schedule"]), LossStatistics.from_dict(state["statistics"])
+            state["step"],
+            ScheduleState.from_dict(state["schedule"]),
+            LossStatistics.from_dict(state["statistics"]),
+            GradientNorms(**state["norms"]),
+            state["evaluation_owed"],
         )

@@ -16,7 +16,6 @@ from megatron_spo.config.schema import LossConfig, SpoConfig
 from megatron_spo.data.loader import Batch, Loader
 from megatron_spo.data.reference_store import ReferenceStore
 from megatron_spo.data.rows import PackedRow
-from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.objective.losses import TRACKED, PairLogprobs, preference_losses, rewards, statistic_values
 from megatron_spo.objective.plan import Add, Barrier, Pass, StepPlan
@@ -24,13 +23,10 @@ from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.objective.terms import GlobalCounts, objective
 from megatron_spo.runtime.processes import Runtime
 from megatron_spo.train import gradients
+from megatron_spo.train.anomalies import BadStep
 from megatron_spo.train.forward import run_rows
 from megatron_spo.train.gradients import Gradient
 from megatron_spo.train.metrics import SUMS, PairValues, named_metrics, reduce_sums, row_sums
-
-
-class NonFinite(UserError):
-    """A loss or gradient is not a finite number; the message names the step and the pairs."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,20 @@ class Engine:
         self.keeps_statistics = loss.name in TRACKED
 
     def train_step(
-        self, plan: StepPlan, data: DataInUse, batch: Batch, *, statistics: LossStatistics, lr: float
+        self,
+        plan: StepPlan,
+        data: DataInUse,
+        batch: Batch,
+        *,
+        statistics: LossStatistics,
+        lr: float,
+        largest_norm: float = math.inf,
     ) -> Outcome:
         """One optimizer step as planned; the metrics are measured in its first pass, at the present weights.
 
         Raises:
-            NonFinite: on every rank, before the weights are changed.
+            BadStep: on every rank, before weights or optimizer are changed: a number is not finite, or the gradient's
+                norm exceeds `largest_norm`.
         """
         counts = GlobalCounts(batch.pairs, batch.chosen_tokens)
         sums: dict[str, float] = {}
@@ -82,7 +86,7 @@ class Engine:
         metrics = self._named(sums, data, counts)
         if len(plan.passes) > 1:
             metrics["loss"] = metrics["loss/preference"] + lambda_ * metrics["loss/sft"]
-        metrics |= {"grad_norm": self._apply(lr, data, batch), "learning_rate": lr, "spo/lambda": lambda_}
+        metrics |= {"grad_norm": self._apply(lr, data, batch, largest_norm), "learning_rate": lr, "spo/lambda": lambda_}
         return Outcome(sums, metrics)
 
     def _weights_of(self, pass_: Pass, taken: dict[str, Gradient]) -> AbstractContextManager[None]:
@@ -108,7 +112,7 @@ class Engine:
         """Metrics of a whole set under the present weights; nothing is changed.
 
         Raises:
-            NonFinite: on every rank.
+            BadStep: on every rank.
         """
         dataset = data.loader.dataset
         counts = GlobalCounts(len(dataset), int(dataset.chosen_tokens.sum()))
@@ -147,7 +151,7 @@ class Engine:
         sums = reduce_sums(per_row, device=self._runtime.device, contributes=self._runtime.holds_results)
         if not all(math.isfinite(value) for value in sums.values()):
             bad = [row for row, values in zip(batch.rows, per_row, strict=False) if not torch.isfinite(values).all()]
-            raise self._non_finite("loss", data, batch, [int(i) for row in bad for i in row.pairs])
+            raise self._non_finite(data, [int(i) for row in bad for i in row.pairs])
         return sums
 
     def _values(self, pairs: PairLogprobs, data: DataInUse, statistics: LossStatistics) -> PairValues:
@@ -163,12 +167,14 @@ class Engine:
                 rewards_are_ratios=self._loss.spec.needs_reference,
             )
 
-    def _apply(self, lr: float, data: DataInUse, batch: Batch) -> float:
+    def _apply(self, lr: float, data: DataInUse, batch: Batch, largest_norm: float) -> float:
         """Clip and step the optimizer; returns the gradient's norm before clipping."""
         optimizer = self._trainable.optimizer
         norm = float(optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise self._non_finite("gradient", data, batch, [int(i) for i in batch.indices])
+        if not norm <= largest_norm or math.isinf(norm):  # all ranks hold the same reduced norm; NaN compares false
+            spike = f"the gradient's norm {norm:.4g} exceeds {largest_norm:.4g} (training.spike_factor)"
+            reason = spike if math.isfinite(norm) else "the gradient is not a finite number"
+            raise BadStep(data.name, reason, [data.loader.dataset.describe(int(i)) for i in batch.indices])
         for inner in optimizer.chained_optimizers:
             for group in inner.optimizer.param_groups:
                 group["lr"] = lr
@@ -177,18 +183,13 @@ class Engine:
         optimizer.step_with_ready_grads()
         return norm
 
-    def _non_finite(self, what: str, data: DataInUse, batch: Batch, suspects: Sequence[int]) -> NonFinite:
+    def _non_finite(self, data: DataInUse, suspects: Sequence[int]) -> BadStep:
         """The error that names the pairs of all ranks; every rank must ask for it."""
         gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, list(suspects) if self._runtime.holds_results else [])
         pairs = sorted({index for part in gathered for index in part})
-        named = ", ".join(data.loader.dataset.describe(index) for index in pairs[:8])
-        more = f" and {len(pairs) - 8} more" if len(pairs) > 8 else ""
-        return NonFinite(
-            f"{data.name}, step {batch.step + 1}: the {what} is not a finite number; pairs concerned: {named}{more}. "
-            "No weight was changed by this step. Lower optimizer.lr, look at these rows, or go on from the last "
-            "checkpoint with another training.seed"
-        )
+        described = [data.loader.dataset.describe(index) for index in pairs]
+        return BadStep(data.name, "the loss is not a finite number", described)
 
     def _named(self, sums: dict[str, float], data: DataInUse, counts: GlobalCounts) -> dict[str, float]:
         rewarded = data.reference is not None or not self._loss.spec.needs_reference

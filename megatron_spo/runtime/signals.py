@@ -1,0 +1,152 @@
+"""SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C): the first asks for an orderly end, the second ends at once.
+
+Python runs its own handlers only between bytecodes of the main thread, which may wait in a collective for minutes.
+So a thread reads the signals from the wake-up descriptor, to which the interpreter's C handler writes at once.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+from megatron_spo.errors import Stopped
+from megatron_spo.runtime import env
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO = 1.0
+"""Seconds in which torchrun's agent repeats a Ctrl-C that the terminal has already sent: one signal, not two."""
+UNWINDING = 5.0
+"""Seconds that the main thread has to react where a signal ends the process at once."""
+
+
+class _Mode(Enum):
+    AT_ONCE = "there is nothing to save"
+    UNWINDING = "the main thread was told to stop"
+    AFTER_STEP = "whoever runs the steps asks for `requested`"
+    OVER = "the process is ending, with an exit code that stands"
+
+
+class Signals:
+    """What this process was asked to do; inert until `handled` is entered."""
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        """The first signal that came."""
+        self.before_exit: Callable[[int, str], None] = _nothing
+        """Called with code and reason before the process ends in the middle of something."""
+        self._mode, self._code, self._came = _Mode.AT_ONCE, Stopped.code, 0.0
+
+    def after_step(self) -> None:
+        """From now on a first signal is only noted in `requested`."""
+        self._mode = _Mode.AFTER_STEP
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `over` was called."""
+        return self._mode is _Mode.OVER
+
+    def over(self, code: int) -> None:
+        """The process is about to exit with this code: a further signal only sees to it that it does."""
+        self._mode, self._code = _Mode.OVER, code
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle the three signals until the end of the context; needs the main thread, else does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.requested, self._mode, self.before_exit = None, _Mode.AT_ONCE, _nothing
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        thread = Thread(target=self._read, args=(reader,), name="signals", daemon=True)
+        thread.start()
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self._in_main_thread) for number in HANDLED}
+        global _active
+        _active = True
+        try:
+            yield
+        finally:
+            if self._mode is not _Mode.OVER or env.world_size() == 1:  # else a signal could still change the code
+                _active = False
+                self._restore(before, writer, thread)
+
+    def _restore(self, before: dict[signal.Signals, Any], writer: socket.socket, thread: Thread) -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        writer.close()  # ends the thread
+        thread.join()
+
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        if self._mode is _Mode.AT_ONCE:
+            self._mode = _Mode.UNWINDING
+            raise Stopped(_name(number))
+
+    def _read(self, reader: socket.socket) -> None:
+        while True:
+            unwinding = self.requested is not None and self._mode is not _Mode.AFTER_STEP
+            if not select.select([reader], [], [], UNWINDING if unwinding else None)[0]:
+                self._exit(self._code, f"{_name(self.requested or 0)}, while the main thread was held up")
+            numbers = reader.recv(64)
+            if not numbers:
+                reader.close()
+                return
+            for number in numbers:
+                if number in HANDLED:
+                    self._came_in(signal.Signals(number))
+
+    def _came_in(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._came = number, now
+            if self._mode is _Mode.AFTER_STEP and env.rank() == 0:
+                print(f"{number.name}: ending after this step; once more ends at once", file=sys.stderr, flush=True)
+        elif self._mode is not _Mode.OVER and not (
+            number == self.requested and env.has_agent() and now - self._came < ECHO
+        ):
+            self._exit(128 + number, f"{number.name}, the second signal")
+
+    def _exit(self, code: int, reason: str) -> None:
+        with contextlib.suppress(Exception):
+            print(f"stopped by {reason}", file=sys.stderr, flush=True)
+            self.before_exit(code, reason)
+        os._exit(code)
+
+
+def _nothing(code: int, reason: str) -> None:
+    return None
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number else "a signal"
+
+
+_active = False
+
+
+def _in_forked_child() -> None:
+    """A child (tokenisation, an asynchronous save) would write its signals into the descriptor of its parent.
+
+    Its parent decides when it ends: a Ctrl-C of the terminal and SLURM's warning are not for it.
+    """
+    if _active:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+signals = Signals()
+"""This process's: there is one set of handlers in a process."""
