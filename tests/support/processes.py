@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +59,59 @@ def largest_difference(got: Path, expected: Path) -> tuple[float, str]:
             difference = abs(ours[key][name] - line[name]) / max(1.0, abs(line[name]))
             worst = max(worst, (difference, f"{name} at {key}"))
     return worst
+
+
+class Ranks:
+    """A command as srun starts it: plain processes without an agent that watches them."""
+
+    def __init__(
+        self, folder: Path, command: str, config: Path, *overrides: str, count: int = 2, script: Path | None = None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.errors = [folder / f"rank{rank}.err" for rank in range(count)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        program = ["-m", "megatron_spo"] if script is None else [str(script)]
+        arguments = [sys.executable, *program, command, str(config), *overrides]
+        for rank in range(count):
+            environment = {
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            with self.errors[rank].open("wb") as errors:
+                self.processes.append(subprocess.Popen(arguments, stdout=errors, stderr=errors, env=environment))
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def codes(self, seconds: float = 120) -> list[int]:
+        """Exit codes of all, which must come by themselves."""
+        return [process.wait(seconds) for process in self.processes]
+
+    def said(self, rank: int) -> str:
+        """What a rank wrote."""
+        return self.errors[rank].read_text()
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until something has happened; fails when a process ends first."""
+        until = time.monotonic() + seconds
+        while not condition():
+            ended = [process.poll() for process in self.processes]
+            said = "\n".join(self.said(rank)[-3000:] for rank in range(len(ended)))
+            assert all(code is None for code in ended), f"{ended}\n{said}"
+            assert time.monotonic() < until, said
+            time.sleep(0.02)
+
+
+def steps_done(run: Path) -> int:
+    """The last step in metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)

@@ -1,0 +1,210 @@
+"""Runs that are asked to stop, or whose ranks die: real processes, real signals."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Ranks, cli, largest_difference, read_metrics, steps_done
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+pytestmark = pytest.mark.slow
+LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopping")
+    tiny_model(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(12))
+    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(5, seed=1))
+    (folder / "config.yaml").write_text(
+        f"""
+output: {folder}/unset
+model: {{path: {folder}/model}}
+data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
+loss: {{name: simpo}}
+optimizer: {{lr: 1e-4}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 4, steps: 100000, threads: 1, eval_every: 1}}
+logging: {{progress: false}}
+"""
+    )
+    return folder
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def ranks(folder: Path, run: str, *overrides: str, command: str = "train") -> Ranks:
+    (folder / run).mkdir(exist_ok=True)
+    return Ranks(folder / run, command, folder / "config.yaml", f"output={folder}/{run}", *overrides)
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1]), (signal.SIGINT, [0])])
+def test_a_signal_at_any_rank_ends_all_after_the_same_step(folder: Path, number: signal.Signals, at: list[int]) -> None:
+    name = number.name
+    with ranks(folder, name, "parallel.tensor=2") as job:
+        job.wait_for(lambda: steps_done(folder / name) >= 3)
+        for rank in at:
+            job.processes[rank].send_signal(number)
+        assert job.codes() == [75, 75], job.said(0)
+    found = status(folder / name)
+    assert (found["state"], found["code"]) == ("stopped", 75)
+    assert name in found["reason"]
+    assert found["checkpoint"] == f"step_{found['step']:08d}"
+    assert (folder / name / "checkpoints" / found["checkpoint"] / "trainer.json").exists()
+    assert f"stopped after step {found['step']}" in job.said(0)
+    steps = found["step"] + 2
+    options = [str(folder / "config.yaml"), f"training.steps={steps}"]
+    assert cli("train", *options, f"output={folder}/{name}").returncode == 0
+    assert cli("train", *options, f"output={folder}/{name}-whole").returncode == 0
+    assert largest_difference(folder / name, folder / f"{name}-whole")[0] < 1e-4  # evaluations included
+
+
+def test_a_second_signal_ends_at_once_even_in_a_collective(folder: Path) -> None:
+    with ranks(folder, "twice") as job:
+        job.wait_for(lambda: steps_done(folder / "twice") >= 2)
+        job.processes[1].send_signal(signal.SIGSTOP)  # rank 0 now waits in an all-reduce
+        time.sleep(1)
+        job.processes[0].send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert job.processes[0].poll() is None
+        job.processes[0].send_signal(signal.SIGINT)
+        assert job.processes[0].wait(3) == 130
+    assert status(folder / "twice")["state"] == "stopped"
+
+
+def test_a_signal_during_start_up_ends_at_once(folder: Path) -> None:
+    with ranks(folder, "early") as job:
+        job.wait_for(lambda: (folder / "early/status.json").exists())
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.codes(30) == [75, 75], job.said(0)
+    assert "SIGTERM" in job.said(0) + job.said(1)
+    assert "Traceback" not in job.said(0) + job.said(1)
+    assert status(folder / "early")["state"] == "stopped"
+
+
+def test_the_time_limit_saves_before_it(folder: Path) -> None:
+    begin = time.monotonic()
+    with ranks(folder, "limit", "training.time_limit=0.4") as job:
+        assert job.codes() == [75, 75], job.said(0)
+    assert time.monotonic() - begin < 24 + 10  # and the end of the interpreter
+    found = status(folder / "limit")
+    assert "time_limit" in found["reason"]
+    assert found["step"] == steps_done(folder / "limit") > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_and_ends_the_others(folder: Path, layout: str, victim: int) -> None:
+    run = f"killed-{layout}-{victim}"
+    with ranks(folder, run, *LAYOUTS[layout]) as job:
+        job.wait_for(lambda: steps_done(folder / run) >= 2)
+        job.processes[victim].kill()
+        assert job.processes[1 - victim].wait(20) == 4, job.said(1 - victim)
+    assert f"rank {victim} (host" in job.said(1 - victim)
+    assert "it died" in job.said(1 - victim)
+    assert "Traceback" not in job.said(1 - victim)
+    assert status(folder / run)["state"] == "failed"
+    assert f"rank {victim} " in status(folder / run)["reason"]
+
+
+def test_a_stopped_rank_is_named_and_ends_the_others(folder: Path) -> None:
+    with ranks(folder, "frozen-dp2") as one, ranks(folder, "frozen-tp2", "parallel.tensor=2") as two:
+        for job, run, victim in ((one, "frozen-dp2", 1), (two, "frozen-tp2", 0)):
+            job.wait_for(lambda run=run: steps_done(folder / run) >= 2)
+            job.processes[victim].send_signal(signal.SIGSTOP)
+        for job, victim in ((one, 1), (two, 0)):
+            assert job.processes[1 - victim].wait(90) == 4
+            assert f"rank {victim} (host" in job.said(1 - victim)
+            assert "has not answered for 60 seconds" in job.said(1 - victim)
+
+
+def test_a_rank_that_lives_but_does_nothing_is_named(folder: Path) -> None:
+    os.mkfifo(folder / "nobody-writes-here")
+    (folder / "stuck").mkdir()
+    stuck = (
+        "import sys; from megatron_spo.train import step; from megatron_spo.runtime.env import rank\n"
+        "given, sweep = [], step.Engine._sweep\n"
+        "def held_up(self, *a, **k):\n"
+        "    given.append(1)\n"
+        f"    if rank() == 1 and len(given) == 9: open({str(folder / 'nobody-writes-here')!r})\n"
+        "    return sweep(self, *a, **k)\n"
+        "step.Engine._sweep = held_up\n"
+        "from megatron_spo.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    (folder / "stuck.py").write_text(stuck)
+    with Ranks(
+        folder / "stuck", "train", folder / "config.yaml", f"output={folder}/stuck", "training.hang_timeout=0.1",
+        script=folder / "stuck.py",
+    ) as job:  # fmt: skip
+        assert job.codes() == [4, 4]
+    assert "no progress for 0.1 minutes" in job.said(0)
+    assert "waits for rank 1 (host" in job.said(0)
+    assert "held_up" in job.said(0)
+    assert status(folder / "stuck")["state"] == "failed"
+
+
+def test_a_bug_at_one_rank_does_not_leave_the_others_waiting(folder: Path) -> None:
+    (folder / "bug").mkdir()
+    (folder / "bug.py").write_text(
+        "import sys; from megatron_spo.train import step; from megatron_spo.runtime.env import rank\n"
+        "if rank() == 1: step.named_metrics = None\n"
+        "from megatron_spo.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    overrides = f"output={folder}/bug"
+    with Ranks(folder / "bug", "train", folder / "config.yaml", overrides, script=folder / "bug.py") as job:
+        assert job.codes() == [4, 1]
+    assert "TypeError" in job.said(1)
+    assert "rank 1 (host" in job.said(0)
+    assert "TypeError" in job.said(0)
+    assert "TypeError" in status(folder / "bug")["reason"]
+
+
+def test_reference_stops_at_once_and_goes_on(folder: Path) -> None:
+    write_jsonl(folder / "many.jsonl", arithmetic_pairs(6000, seed=2))
+    given = [f"data.train={folder}/many.jsonl", f"reference.cache={folder}/cache"]
+    parts = folder / "cache"
+    with ranks(folder, "reference", *given, command="reference") as job:
+        job.wait_for(lambda: len(list(parts.glob("train-*/parts/*.part"))) >= 2)
+        job.processes[1].send_signal(signal.SIGUSR1)
+        assert job.codes(40) == [75, 75], job.said(0) + job.said(1)
+    assert "Traceback" not in job.said(0) + job.said(1)
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("train-*/parts/*.part")}
+    assert kept
+    done = cli("reference", str(folder / "config.yaml"), f"output={folder}/x", *given)
+    assert done.returncode == 0, done.stderr
+    assert "complete before" not in done.stdout
+    assert not list(parts.glob("train-*/parts"))
+
+
+def test_torchrun_hands_on_its_signals(folder: Path) -> None:
+    import subprocess
+
+    from tests.support.processes import ROOT, sys
+
+    run = folder / "torchrun"
+    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    arguments += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "megatron_spo", "train", str(folder / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    agent = subprocess.Popen(
+        [sys.executable, *arguments, f"output={run}"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while steps_done(run) < 2:
+            assert agent.poll() is None
+            time.sleep(0.05)
+        agent.terminate()
+        assert agent.wait(60) != 0  # whatever the agent makes of it
+    finally:
+        agent.kill()
+    assert status(run)["state"] == "stopped"
+    assert status(run)["checkpoint"] == f"step_{status(run)['step']:08d}"
+    assert read_metrics(run)
