@@ -90,10 +90,8 @@ def test_a_signal_during_start_up_ends_at_once(folder: Path) -> None:
 
 
 def test_the_time_limit_saves_before_it(folder: Path) -> None:
-    begin = time.monotonic()
     with ranks(folder, "limit", "training.time_limit=0.4") as job:
         assert job.codes() == [75, 75], job.said(0)
-    assert time.monotonic() - begin < 24 + 10  # and the end of the interpreter
     found = status(folder / "limit")
     assert "time_limit" in found["reason"]
     assert found["step"] == steps_done(folder / "limit") > 0
