@@ -93,7 +93,10 @@ def _key_doc(name: str, field: FieldInfo) -> KeyDoc:
 def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
-    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
+    parts = [part for inner in get_args(annotation) for part in (inner, *get_args(inner))]
+    if float in parts:  # a number, or a word that the text explains
+        return []
+    return list(dict.fromkeys(choice for inner in get_args(annotation) for choice in _choices(inner)))
 
 
 def _yaml(value: Any) -> str:

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules, unused_keys
-from megatron_spo.config.schema import Config, DataSource, keys_of, section_class
+from megatron_spo.config.schema import FORMS, Config, DataSource, keys_of, section_class
 from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError
 
@@ -121,7 +121,7 @@ def _resolve(config: Config, given: frozenset[str], shape: ModelShape | None) ->
 
 def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str:
     """One line: where, the key, the value given, what is allowed."""
-    location = details["loc"]
+    location = tuple(part for part in details["loc"] if part not in FORMS)
     key = _key_text(location)
     origin = "command line" if any(key == name or key.startswith(f"{name}[") for name in overridden) else path
     described = _description(location)
@@ -133,6 +133,7 @@ def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{origin}: {key} = {details['input']!r}: must be a section of `key: value` lines"
     message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
+    message = message.removeprefix("Value error, ")
     return f"{origin}: {key} = {details['input']!r}: {message}{allowed}"
 
 

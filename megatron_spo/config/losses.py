@@ -41,6 +41,15 @@ class LossSpec:
     summary: str
 
 
+@dataclass(frozen=True)
+class LossTerm:
+    """One loss of the upper level f = sum of weight * loss, with its resolved parameters."""
+
+    spec: LossSpec
+    weight: float
+    parameters: Mapping[str, float | bool]
+
+
 def _spec(
     name: str,
     summary: str,

@@ -25,6 +25,7 @@ SCHEDULES_THAT_USE: Mapping[str, tuple[str, ...]] = {
     "preference_steps": ("alternating",),
     "lookahead_lr": ("lookahead",),
     "barrier_rate": ("barrier",),
+    "sft_data": ("sft", "penalty", "dual", "alternating", "lookahead", "barrier"),
 }
 
 
@@ -71,15 +72,19 @@ def unused_keys(config: Config) -> dict[str, str]:
     """Keys that have no effect in this configuration, each with the message for whoever sets it."""
     unused = {}
     for key in keys_of(LossConfig):
-        if key != "name" and key not in config.loss.spec.parameters:
-            accepting = [name for name, spec in LOSS_SPECS.items() if key in spec.parameters]
-            unused[f"loss.{key}"] = _no_effect(f"loss.{key}", f"loss.name: {config.loss.name}", accepting)
+        accepting = [name for name, spec in LOSS_SPECS.items() if key in spec.parameters]
+        if accepting and not set(accepting) & set(config.loss.names):
+            unused[f"loss.{key}"] = _no_effect(f"loss.{key}", f"loss.name: {', '.join(config.loss.names)}", accepting)
+    if not isinstance(config.loss.name, list):
+        unused["loss.weights"] = _no_effect("loss.weights", "a single loss.name", ["a list of losses"])
     for key, schedules in SCHEDULES_THAT_USE.items():
         if config.spo.schedule not in schedules:
             unused[f"spo.{key}"] = _no_effect(f"spo.{key}", f"spo.schedule: {config.spo.schedule}", schedules)
     if config.spo.schedule == "penalty" and config.spo.constraint == "none":
         users = ("spo.constraint: batch", "spo.constraint: pair", "spo.schedule: dual")
         unused["spo.epsilon"] = _no_effect("spo.epsilon", "spo.constraint: none", users)
+    if not config.spo.sft_data or "spo.sft_data" in unused:
+        unused["spo.sft_batch_size"] = "spo.sft_batch_size has no effect without spo.sft_data"
     if config.optimizer.decay == "constant":
         key = "optimizer.min_lr_ratio"
         unused[key] = _no_effect(key, "optimizer.decay: constant", ("linear", "cosine"))
@@ -91,10 +96,10 @@ def _no_effect(key: str, beside: str, users: Iterable[str]) -> str:
 
 
 def _is_set(config: Config, key: str) -> bool:
-    """Null means not set, where null is allowed at all."""
+    """Null, and a list of nothing, mean not set."""
     section, name = key.split(".")
     values = getattr(config, section)
-    return getattr(values, keys_of(type(values))[name]) is not None
+    return getattr(values, keys_of(type(values))[name]) not in (None, [])
 
 
 def _weighs_sft(config: Config) -> bool:
@@ -178,17 +183,19 @@ RULES: tuple[Rule, ...] = (
     _beyond("sliding_window", "sliding attention window"),
     # objective
     Rule(
-        lambda c, shape: c.loss.name == "exo_pair" and c.loss.label_smoothing == 0,
+        lambda c, shape: any(
+            term.spec.name == "exo_pair" and term.parameters["label_smoothing"] == 0 for term in c.loss.terms()
+        ),
         "loss.label_smoothing = 0 makes loss.name: exo_pair infinite; it must be > 0",
     ),
     Rule(
-        lambda c, shape: _weighs_sft(c) and c.spo.lambda_unit == "relative" and c.loss.spec.statistic is None,
-        "spo.lambda_unit: relative is undefined for loss.name: {c.loss.name}, which has no single scale on "
+        lambda c, shape: _weighs_sft(c) and c.spo.lambda_unit == "relative" and c.loss.unscaled != "",
+        "spo.lambda_unit: relative is undefined for loss.name: {c.loss.unscaled}, which has no single scale on "
         "the chosen log-prob; set spo.lambda_unit=token",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule != "sft" and c.loss.spec.needs_reference and c.reference.cache is None,
-        "loss.name: {c.loss.name} needs the reference's log-probs; set reference.cache to a folder and fill "
+        lambda c, shape: c.spo.schedule != "sft" and c.loss.needing_reference != "" and c.reference.cache is None,
+        "loss.name: {c.loss.needing_reference} needs the reference's log-probs; set reference.cache to a folder and fill "
         "it with `megatron-spo reference CONFIG.yaml`",
     ),
     Rule(
@@ -197,11 +204,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "batch" and not _knows_gap(c),
-        "spo.constraint: batch needs the gap g - v; set reference.cache, or spo.v to a number",
+        "spo.constraint: batch needs the gap g - v; set reference.cache, or spo.v to a number or running_min",
     ),
     Rule(
         lambda c, shape: c.spo.schedule in ("dual", "barrier") and not _knows_gap(c),
-        "spo.schedule: {c.spo.schedule} needs the gap g - v; set reference.cache, or spo.v to a number",
+        "spo.schedule: {c.spo.schedule} needs the gap g - v; set reference.cache, or spo.v to a number or running_min",
     ),
     Rule(
         lambda c, shape: c.spo.schedule == "dual" and c.spo.lambda_ > c.spo.lambda_max,

@@ -4,11 +4,15 @@ The docstring under a field is what `--help` and `examples/reference.yaml` show.
 keys are in `rules.py`; files and overrides are read by `load.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from megatron_spo.config.losses import LOSS_SPECS, LossSpec
+from megatron_spo.config.losses import LOSS_SPECS, LossTerm
+
+T = TypeVar("T")
+FORMS = ("one", "each", "word")
+"""The forms in which some keys may be given; in pydantic's error locations, not in any key's name."""
 
 
 class Section(BaseModel):
@@ -27,12 +31,22 @@ class Section(BaseModel):
 
 def _sources(value: Any) -> Any:
     """A source may be a path, a mapping, or a list of either."""
+    if value is None:
+        return []
     entries = value if isinstance(value, list) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _form(value: Any) -> str:
+    return "each" if isinstance(value, list) else "one"
+
+
+def _form_of_v(value: Any) -> str:
+    return "word" if isinstance(value, str) else "one"
 
 
 class DataSource(Section):
@@ -48,6 +62,11 @@ class DataSource(Section):
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Sources = Annotated[list[DataSource], BeforeValidator(_sources)]
+OneOrEach = Annotated[Annotated[T, Tag("one")] | Annotated[list[T | None], Tag("each")], Discriminator(_form)]
+RunningMin = Literal["running_min"]
+LossName = Literal[tuple(LOSS_SPECS)]  # type: ignore[valid-type]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class ModelConfig(Section):
@@ -94,36 +113,82 @@ class ReferenceConfig(Section):
 
 
 class LossConfig(Section):
-    """The preference loss (upper level). A null parameter takes the loss's own default."""
+    """The preference loss (upper level), or several with weights. A null parameter takes the loss's own default."""
 
-    name: Literal[tuple(LOSS_SPECS)] = "dpo"  # type: ignore[valid-type]
-    """the preference loss"""
-    beta: float | None = Field(None, gt=0)
+    name: Annotated[
+        Annotated[LossName, Tag("one")] | Annotated[list[LossName], Field(min_length=1), Tag("each")],
+        Discriminator(_form),
+    ] = "dpo"
+    """the preference loss, or a list, f = sum of weight * loss; parameters then: one for all, or a list with one each"""
+    weights: list[Positive] | None = None
+    """weights of a list of losses; null: all 1; each > 0"""
+    beta: OneOrEach[Positive] | None = None
     """inverse temperature of the rewards; > 0"""
-    gamma_beta_ratio: float | None = Field(None, ge=0)
+    gamma_beta_ratio: OneOrEach[NotNegative] | None = None
     """target margin divided by beta, nats per token; >= 0"""
-    alpha: float | None = Field(None, ge=0)
+    alpha: OneOrEach[NotNegative] | None = None
     """weight of the normalised reference gap in alpha_dpo's margin; >= 0"""
-    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    label_smoothing: OneOrEach[Annotated[float, Field(ge=0, lt=0.5)]] | None = None
     """assumed share of swapped labels; >= 0, < 0.5"""
-    average: bool | None = None
+    average: OneOrEach[bool] | None = None
     """mean instead of sum of a response's log-probs"""
-    penalty: float | None = Field(None, ge=0)
+    penalty: OneOrEach[NotNegative] | None = None
     """weight of dpop's penalty on a falling chosen log-prob; >= 0"""
-    nll_weight: float | None = Field(None, ge=0)
+    nll_weight: OneOrEach[NotNegative] | None = None
     """weight of the chosen response's negative log-likelihood inside the loss; >= 0"""
-    discopop_tau: float | None = Field(None, gt=0)
+    discopop_tau: OneOrEach[Positive] | None = None
     """temperature of discopop's blend; > 0"""
 
     @property
-    def spec(self) -> LossSpec:
-        """The facts of the chosen loss."""
-        return LOSS_SPECS[self.name]
+    def names(self) -> list[str]:
+        """The losses, however many."""
+        return self.name if isinstance(self.name, list) else [self.name]
 
-    def parameters(self) -> dict[str, float | bool]:
-        """The parameters that the loss accepts, each as given or at the loss's own default."""
-        given = {key: getattr(self, key) for key in self.spec.parameters}
-        return {key: self.spec.parameters[key] if value is None else value for key, value in given.items()}
+    @property
+    def needing_reference(self) -> str:
+        """The losses, as a text, whose formula needs the reference's log-probs."""
+        return ", ".join(name for name in self.names if LOSS_SPECS[name].needs_reference)
+
+    @property
+    def unscaled(self) -> str:
+        """The losses, as a text, that have no common scale on the chosen log-prob."""
+        return ", ".join(name for name in self.names if LOSS_SPECS[name].statistic is None)
+
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The losses with their weights, each parameter as given or at the loss's own default."""
+        weights = self.weights or [1.0] * len(self.names)
+        terms = []
+        for i, (name, weight) in enumerate(zip(self.names, weights, strict=True)):
+            parameters = dict(LOSS_SPECS[name].parameters)
+            for key in parameters:
+                value = getattr(self, key)
+                value = value[i] if isinstance(value, list) else value
+                parameters[key] = parameters[key] if value is None else value
+            terms.append(LossTerm(LOSS_SPECS[name], weight, parameters))
+        return tuple(terms)
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that the losses accept, resolved: values for one loss, lists for a list of losses."""
+        terms = self.terms()
+        if not isinstance(self.name, list):
+            return dict(terms[0].parameters)
+        accepted = dict.fromkeys(key for term in terms for key in term.parameters)
+        return {key: [term.parameters.get(key) for term in terms] for key in accepted}
+
+    @field_validator("*")
+    @classmethod
+    def _one_entry_per_loss(cls, value: Any, info: ValidationInfo) -> Any:
+        names = info.data.get("name")
+        if info.field_name == "name" or names is None or not isinstance(value, list):
+            return value
+        if not isinstance(names, list):
+            raise ValueError("a list needs a list of losses in loss.name")
+        if len(value) != len(names):
+            raise ValueError(f"must have an entry for each of the {len(names)} losses of loss.name")
+        for name, entry in zip(names, value, strict=True):
+            if entry is not None and info.field_name not in {"weights", *LOSS_SPECS[name].parameters}:
+                raise ValueError(f"the entry of {name}, which has no such parameter, must be null")
+        return value
 
 
 class SpoConfig(Section):
@@ -155,8 +220,14 @@ class SpoConfig(Section):
     """lookahead only: length of the inner SFT step, relative to the gradient of the SFT loss per token; > 0"""
     barrier_rate: float = Field(1.0, ge=0)
     """barrier only: how fast the SFT loss must fall, per nat of gap beyond epsilon; >= 0"""
-    v: float | None = Field(None, ge=0)
-    """best SFT loss, nats per chosen token; null: measured by the reference; >= 0"""
+    v: (
+        Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(_form_of_v)] | None
+    ) = None
+    """best SFT loss, nats per chosen token: >= 0, or running_min (lowest batch so far); null: the reference's own"""
+    sft_data: Sources = []
+    """SFT rows (prompt, completion; or messages) as lower level; forms as data.train; []: the chosen responses"""
+    sft_batch_size: int | None = Field(None, ge=1)
+    """rows of spo.sft_data per optimizer step; null: training.global_batch_size; >= 1"""
 
 
 class OptimizerConfig(Section):
