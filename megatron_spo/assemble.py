@@ -12,12 +12,16 @@ from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
+from megatron_spo.data.loader import Multiples
 from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel, build_model, fill_randomly, load_hf_weights, transformer_config
 from megatron_spo.model.hf_files import file_digest, locate_model, shard_files
 from megatron_spo.runtime.processes import Runtime, agree
+
+TRAIN, SFT = "train", "sft"
+"""Names of the training sets; the held-out ones have those of their files."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class Sources:
     shape: ModelShape
     tokenizer: PreTrainedTokenizerFast
     train: TokenizedSet
+    sft: TokenizedSet | None
     evals: dict[str, TokenizedSet]
 
     def named_sets(self) -> dict[str, TokenizedSet]:
-        """All data sets by name: "train" and the held-out ones."""
-        return {"train": self.train, **self.evals}
+        """All data sets by name: those of training, and the held-out ones."""
+        separate = {} if self.sft is None else {SFT: self.sft}
+        return {TRAIN: self.train, **separate, **self.evals}
 
 
 def read_sources(config: Config, runtime: Runtime) -> Sources:
@@ -58,14 +64,15 @@ def _read_sources(config: Config, *, progress: bool) -> Sources:
     if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
         raise UserError("\n".join(broken))
     tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)
-    kind = "any" if config.spo.schedule == "sft" else "preference"
+    pairs = "any" if config.spo.schedule == "sft" else "preference"
 
-    def build(sources: list[DataSource]) -> TokenizedSet:
+    def build(sources: list[DataSource], kind: str = pairs) -> TokenizedSet:
         return build_dataset(sources, config.data, tokenizer, kind=kind, progress=progress)
 
-    names = _eval_names(config.data.eval)
+    sft = build(config.spo.sft_data, "sft") if config.spo.sft_data else None
+    names = _eval_names(config.data.eval, reserved=(TRAIN,) if sft is None else (TRAIN, SFT))
     evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
-    sources = Sources(folder, shape, tokenizer, build(config.data.train), evals)
+    sources = Sources(folder, shape, tokenizer, build(config.data.train), sft, evals)
     if len(tokenizer) > shape.vocab:  # common and harmless, unless the data has the tokens beyond
         for dataset in sources.named_sets().values():
             _check_token_ids(dataset, shape.vocab)
@@ -81,12 +88,12 @@ def _check_token_ids(dataset: TokenizedSet, vocab: int) -> None:
                             "the tokenizer belongs to another model (model.tokenizer)")  # fmt: skip
 
 
-def _eval_names(sources: list[DataSource]) -> list[str]:
-    """File stems, numbered where two are the same or one is called train."""
+def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list[str]:
+    """File stems, numbered where two are the same or one is called like a training set."""
     names: list[str] = []
     for source in sources:
         stem = Path(source.path).stem or source.path
-        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names) + (stem == "train")
+        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names) + (stem in reserved)
         names.append(f"{stem}-{taken + 1}" if taken else stem)
     return names
 
@@ -143,12 +150,10 @@ def weights_fingerprint(config: Config, sources: Sources) -> str:
     return digest.hexdigest()
 
 
-def row_multiple(config: Config) -> int:
-    """What row lengths must be a multiple of: sequence and context parallelism cut a row into equal parts."""
+def row_multiples(config: Config) -> Multiples:
+    """Sequence and context parallelism cut a row into equal parts, an interleaved pipeline takes rows in groups."""
     parallel = config.parallel
-    return (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
-
-
-def rows_multiple(config: Config) -> int:
-    """What the number of a rank's rows must be a multiple of: an interleaved pipeline takes them in groups."""
-    return config.parallel.pipeline if config.parallel.virtual_pipeline else 1
+    return Multiples(
+        tokens=(parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1),
+        rows=parallel.pipeline if parallel.virtual_pipeline else 1,
+    )

@@ -9,8 +9,7 @@ from megatron_spo.assemble import (
     make_model,
     read_sources,
     reference_fingerprint,
-    row_multiple,
-    rows_multiple,
+    row_multiples,
     weights_fingerprint,
 )
 from megatron_spo.config.schema import Config
@@ -58,7 +57,7 @@ def fill(config: Config) -> None:
     if runtime.is_main:
         for name, dataset in sources.named_sets().items():
             known = "" if name in open_ones else ", complete before this call"
-            print(f"reference {name}: {len(dataset)} pairs in {config.reference.cache}{known}")
+            print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
 
 
 def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
@@ -81,14 +80,7 @@ def _score(
     chunks: list[torch.nn.Module], writer: ReferenceWriter, dataset: TokenizedSet, config: Config, runtime: Runtime
 ) -> None:
     """Score this data-parallel rank's share of the missing chunks."""
-    loader = Loader(
-        dataset,
-        config.data,
-        global_batch_size=1,
-        seed=0,
-        multiple=row_multiple(config),
-        rows_multiple=rows_multiple(config),
-    )
+    loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiples=row_multiples(config))
     missing = writer.missing_chunks()
     torch.distributed.barrier()  # nobody writes before everybody has looked
     mine = missing[runtime.data_rank :: runtime.topology.data]

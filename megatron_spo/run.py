@@ -6,17 +6,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_spo.assemble import (
+    SFT,
+    TRAIN,
     Sources,
     make_model,
     read_sources,
     reference_fingerprint,
-    row_multiple,
-    rows_multiple,
+    row_multiples,
     weights_fingerprint,
 )
 from megatron_spo.config.load import dump_config
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
+from megatron_spo.data import plan
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
@@ -76,11 +78,12 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
         config=config,
         engine=Engine(trainable, runtime, loss=config.loss, spo=config.spo),
         trainable=trainable,
-        train=data.pop("train"),
+        train=data.pop(TRAIN),
+        sft=data.pop(SFT, None),
         evals=list(data.values()),
         directory=directory,
         listeners=_listeners(config, runtime),
-        steps=_steps(config, loaders["train"]),
+        steps=_steps(config, loaders[TRAIN]),
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
     )
@@ -114,16 +117,17 @@ def _open_references(config: Config, sources: Sources) -> dict[str, ReferenceSto
 
 
 def _loaders(config: Config, sources: Sources, runtime: Runtime) -> dict[str, Loader]:
+    size = config.training.global_batch_size
     return {
         name: Loader(
             dataset,
             config.data,
-            global_batch_size=config.training.global_batch_size,
+            global_batch_size=(config.spo.sft_batch_size or size) if name == SFT else size,
             seed=config.training.seed,
             rank=runtime.data_rank,
             ranks=runtime.topology.data,
-            multiple=row_multiple(config),
-            rows_multiple=rows_multiple(config),
+            multiples=row_multiples(config),
+            stream=plan.SFT if name == SFT else plan.PAIRS,
         )
         for name, dataset in sources.named_sets().items()
     }

@@ -195,8 +195,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda c, shape: c.spo.schedule != "sft" and c.loss.needing_reference != "" and c.reference.cache is None,
-        "loss.name: {c.loss.needing_reference} needs the reference's log-probs; set reference.cache to a folder and fill "
-        "it with `megatron-spo reference CONFIG.yaml`",
+        "loss.name: {c.loss.needing_reference} needs the reference's log-probs; set reference.cache to a folder and "
+        "fill it with `megatron-spo reference CONFIG.yaml`",
     ),
     Rule(
         lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "pair" and c.reference.cache is None,

@@ -116,10 +116,11 @@ class LossConfig(Section):
     """The preference loss (upper level), or several with weights. A null parameter takes the loss's own default."""
 
     name: Annotated[
-        Annotated[LossName, Tag("one")] | Annotated[list[LossName], Field(min_length=1), Tag("each")],
+        Annotated[LossName, Tag("one")]  # type: ignore[valid-type]
+        | Annotated[list[LossName], Field(min_length=1), Tag("each")],  # type: ignore[valid-type]
         Discriminator(_form),
     ] = "dpo"
-    """the preference loss, or a list, f = sum of weight * loss; parameters then: one for all, or a list with one each"""
+    """the preference loss, or a list (f = sum of weight * loss; parameters then: one for all, or a list of one each)"""
     weights: list[Positive] | None = None
     """weights of a list of losses; null: all 1; each > 0"""
     beta: OneOrEach[Positive] | None = None
@@ -221,7 +222,8 @@ class SpoConfig(Section):
     barrier_rate: float = Field(1.0, ge=0)
     """barrier only: how fast the SFT loss must fall, per nat of gap beyond epsilon; >= 0"""
     v: (
-        Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(_form_of_v)] | None
+        Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(_form_of_v)]
+        | None
     ) = None
     """best SFT loss, nats per chosen token: >= 0, or running_min (lowest batch so far); null: the reference's own"""
     sft_data: Sources = []

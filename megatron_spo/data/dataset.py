@@ -109,7 +109,7 @@ def build_dataset(
 ) -> TokenizedSet:
     """Read, check and tokenise the sources; any number of processes may call it at the same time.
 
-    kind: "preference" demands pairs; "any" admits SFT rows.  progress: show a bar.  cache: folder of
+    kind: "preference" demands pairs, "sft" SFT rows; "any" admits both.  progress: show a bar.  cache: folder of
     tokenised rows. UserError for unreadable sources and, unless the config drops them, for the first
     unusable row.
     """
@@ -118,9 +118,7 @@ def build_dataset(
     built = []
     for source in sources:
         raw = open_source(source)
-        tokenized = tokenize_source(
-            raw, data, tokenizer, preference=kind == "preference", progress=progress, cache=cache
-        )
+        tokenized = tokenize_source(raw, data, tokenizer, kind=kind, progress=progress, cache=cache)
         _refuse_bad_rows(tokenized, data)
         built.append(tokenized)
     result = TokenizedSet(built, [source.weight for source in sources])

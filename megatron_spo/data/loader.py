@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.plan import Sampler, plan_rows
+from megatron_spo.data.plan import PAIRS, Sampler, Stream, plan_rows
 from megatron_spo.data.rows import PackedRow, build_row
 
 if TYPE_CHECKING:
@@ -36,11 +36,21 @@ class Batch:
     row_fill: float
 
 
+@dataclass(frozen=True)
+class Multiples:
+    """What must divide a row's padded tokens and a rank's rows: the parts into which the layout cuts them."""
+
+    tokens: int = 1
+    rows: int = 1
+
+
+NO_MULTIPLES = Multiples()
+
+
 class Loader:
     """Global batches of a data set for one of `ranks` data-parallel ranks.
 
-    multiple: row lengths are padded to it (tokens).  rows_multiple: the number of a rank's rows is
-    filled up to it by empty ones.
+    multiples: what the layout asks of rows.  stream: which of the training sets it is.
     """
 
     def __init__(
@@ -52,13 +62,12 @@ class Loader:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
-        multiple: int = 1,
-        rows_multiple: int = 1,
+        multiples: Multiples = NO_MULTIPLES,
+        stream: Stream = PAIRS,
     ) -> None:
         self.dataset = dataset
         self.row_length = data.row_length or 2 * data.max_length
-        self._rank, self._ranks, self._multiple = rank, ranks, multiple
-        self._rows_multiple = rows_multiple
+        self._rank, self._ranks, self._multiples, self._stream = rank, ranks, multiples, stream
         self._size, self._seed = global_batch_size, seed
         self._shuffle, self._last_batch = data.shuffle, data.last_batch
         self._sampler: Sampler | None = None
@@ -74,6 +83,7 @@ class Loader:
                 global_batch_size=self._size,
                 shuffle=self._shuffle,
                 last_batch=self._last_batch,
+                stream=self._stream,
             )
         return self._sampler
 
@@ -95,14 +105,11 @@ class Loader:
         """A batch of any data set indices, rows spread over the ranks."""
         data = self.dataset
         tokens = data.tokens[indices]
-        plan = plan_rows(tokens, row_length=self.row_length, ranks=self._ranks, rows_multiple=self._rows_multiple)[
+        plan = plan_rows(tokens, row_length=self.row_length, ranks=self._ranks, rows_multiple=self._multiples.rows)[
             self._rank
         ]
         rows = [
-            build_row(
-                [(int(indices[i]), data.get(int(indices[i]))) for i in row],
-                multiple=self._multiple,
-            )
+            build_row([(int(indices[i]), data.get(int(indices[i]))) for i in row], multiple=self._multiples.tokens)
             for row in plan
         ]
         return Batch(

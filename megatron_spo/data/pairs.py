@@ -170,9 +170,19 @@ def parse_line(line: bytes) -> Mapping[str, Any] | None:
     return row
 
 
-def parse_row(row: Mapping[str, Any], *, preference: bool) -> Pair:
-    """Validate one row; with `preference` SFT rows are refused. RowProblem names the field."""
-    if preference or "chosen" in row or "rejected" in row:
+def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
+    """Validate one row. kind: "preference" refuses SFT rows, "sft" preference pairs, "any" neither.
+
+    RowProblem names the field.
+    """
+    paired = [field for field in ("chosen", "rejected") if row.get(field) is not None]
+    if kind == "sft" and paired:
+        raise RowProblem(
+            paired[0],
+            "belongs to a preference pair; spo.sft_data takes rows of prompt and completion, or of messages (without "
+            "spo.sft_data the SFT rows are the chosen responses of data.train)",
+        )
+    if kind == "preference" or (kind == "any" and ("chosen" in row or "rejected" in row)):
         return _parse_preference(row)
     if "messages" in row and "completion" not in row:
         messages = _text(row, "messages")
@@ -184,6 +194,8 @@ def parse_row(row: Mapping[str, Any], *, preference: bool) -> Pair:
         _check_turns(messages[:turns], messages[turns:], "messages", "messages")
         return Pair(messages[:turns], messages[turns:], None, "messages")
     if "completion" not in row:
+        if kind == "sft":
+            raise RowProblem("completion", "is missing (and there are no 'messages')")
         raise RowProblem("chosen", "is missing (and there is neither 'completion' nor 'messages')")
     completion = _text(row, "completion")
     prompt = _text(row, "prompt")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,37 +21,68 @@ ATTENTION_SCALE = 4e-5
 4096."""
 
 
+@dataclass(frozen=True)
+class Stream:
+    """One of the training sets that are drawn from side by side.
+
+    number: makes their orders independent under one seed.  data_key, size_key: the keys, for messages.
+    """
+
+    number: int
+    data_key: str
+    size_key: str
+
+
+PAIRS = Stream(0, "data.train", "training.global_batch_size")
+SFT = Stream(1, "spo.sft_data", "spo.sft_batch_size")
+
+
 def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Rows that one epoch takes from each source: round(weight * size)."""
     return [round(weight * size) for size, weight in zip(sizes, weights, strict=True)]
 
 
 def batches_per_epoch(
-    sizes: Sequence[int], weights: Sequence[float], *, global_batch_size: int, last_batch: str = "keep"
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    *,
+    global_batch_size: int,
+    last_batch: str = "keep",
+    stream: Stream = PAIRS,
 ) -> int:
     """Batches in one epoch; UserError when nothing remains."""
     rows = sum(rows_per_epoch(sizes, weights))
     if rows == 0:
-        raise UserError(f"data.train: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})")
+        raise UserError(
+            f"{stream.data_key}: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})"
+        )
     if last_batch == "keep":
         return -(-rows // global_batch_size)
     if rows < global_batch_size:
         raise UserError(
-            f"data.last_batch=drop leaves no batch: an epoch has {rows} rows, training.global_batch_size is "
-            f"{global_batch_size}; use data.last_batch=keep or a smaller batch"
+            f"data.last_batch=drop leaves no batch: an epoch of {stream.data_key} has {rows} rows, {stream.size_key} "
+            f"is {global_batch_size}; use data.last_batch=keep or a smaller batch"
         )
     return rows // global_batch_size
 
 
 def epoch_order(
-    sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int, shuffle: bool = True
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    stream: Stream = PAIRS,
 ) -> Int64:
     """Data set indices [rows of the epoch] in the order in which epoch `epoch` visits them.
 
     Sources lie one after another in the data set. A weight w takes every row floor(w) times and a random
     subset, drawn anew in each epoch, for the rest. Without `shuffle` the order is that of the files.
     """
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    generator = np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence([seed, epoch, *([stream.number] if stream.number else [])]))
+    )
     starts = np.cumsum([0, *sizes])
     parts = []
     for size, start, rows in zip(sizes, starts, rows_per_epoch(sizes, weights), strict=False):
@@ -75,12 +108,13 @@ class Sampler:
         global_batch_size: int,
         shuffle: bool = True,
         last_batch: str = "keep",
+        stream: Stream = PAIRS,
     ) -> None:
         self.steps_per_epoch = batches_per_epoch(
-            sizes, weights, global_batch_size=global_batch_size, last_batch=last_batch
+            sizes, weights, global_batch_size=global_batch_size, last_batch=last_batch, stream=stream
         )
-        self._sizes, self._weights = tuple(sizes), tuple(weights)
-        self._seed, self._shuffle, self._size = seed, shuffle, global_batch_size
+        self._order_of = partial(epoch_order, tuple(sizes), tuple(weights), seed=seed, shuffle=shuffle, stream=stream)
+        self._size = global_batch_size
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def indices_of_step(self, step: int) -> Int64:
@@ -88,7 +122,7 @@ class Sampler:
         epoch is kept, so a walk through the steps sorts once an epoch."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = epoch_order(self._sizes, self._weights, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
+            self._order = self._order_of(epoch=epoch)
             self._epoch = epoch
         return self._order[batch * self._size : (batch + 1) * self._size]
 

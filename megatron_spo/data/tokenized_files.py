@@ -106,7 +106,7 @@ def tokenize_source(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    preference: bool,
+    kind: str,
     progress: bool,
     cache: Path | None,
 ) -> TokenizedSource:
@@ -121,14 +121,12 @@ def tokenize_source(
         data.row_length or 2 * data.max_length,
     )
     key = json.dumps(
-        [VERSION, raw.fingerprint, tokenizer_fingerprint(tokenizer), asdict(limits), preference],
+        [VERSION, raw.fingerprint, tokenizer_fingerprint(tokenizer), asdict(limits), kind],
         sort_keys=True,
     )
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not folder.exists():
-        worker = functools.partial(
-            _tokenize_batch, tokenizer=RowTokenizer(tokenizer, limits), file=raw.file, preference=preference
-        )
+        worker = functools.partial(_tokenize_batch, tokenizer=RowTokenizer(tokenizer, limits), file=raw.file, kind=kind)
         try:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
@@ -185,7 +183,7 @@ def _progress(show: bool) -> Iterator[None]:
 
 
 def _tokenize_batch(
-    table: pa.Table, indices: list[int], *, tokenizer: RowTokenizer, file: Path | None, preference: bool
+    table: pa.Table, indices: list[int], *, tokenizer: RowTokenizer, file: Path | None, kind: str
 ) -> pa.Table:
     """One batch of raw rows to SCHEMA; blank lines leave no row."""
     records = []
@@ -195,7 +193,7 @@ def _tokenize_batch(
             row = parse_line(raw) if isinstance(raw, bytes) else raw
             if row is None:
                 continue
-            record.update(_record(tokenizer.tokenize(parse_row(row, preference=preference))))
+            record.update(_record(tokenizer.tokenize(parse_row(row, kind=kind))))
         except RowProblem as problem:
             record.update(_EMPTY, field=problem.field, reason=problem.reason, overlong=isinstance(problem, Overlong))
         records.append(record)

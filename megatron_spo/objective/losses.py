@@ -9,7 +9,7 @@ arguments.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.losses import LossTerm
 from megatron_spo.objective.statistics import LossStatistics
 
 ROUNDING = 4e-6
@@ -253,23 +253,36 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
 TRACKED: Mapping[str, Callable[[PairLogprobs], Tensor]] = MappingProxyType({"alpha_dpo": lambda pairs: pairs.mean_gap})
 
 
-def preference_losses(
-    name: str, pairs: PairLogprobs, parameters: Mapping[str, float | bool], statistics: LossStatistics
-) -> Tensor:
-    """The loss `name` of each pair, [pairs]; `parameters` are the resolved ones of its `LossSpec`."""
+def preference_losses(terms: Sequence[LossTerm], pairs: PairLogprobs, statistics: LossStatistics) -> Tensor:
+    """The upper level's loss of each pair, [pairs]: the sum of weight * loss over the terms."""
+    return torch.stack([term.weight * _loss(term, pairs, statistics) for term in terms]).sum(0)
+
+
+def _loss(term: LossTerm, pairs: PairLogprobs, statistics: LossStatistics) -> Tensor:
+    name = term.spec.name
     if name in TRACKED:
-        return LOSSES[name](pairs, **parameters, statistics=statistics)
-    return LOSSES[name](pairs, **parameters)
+        return LOSSES[name](pairs, **term.parameters, statistics=statistics)
+    return LOSSES[name](pairs, **term.parameters)
 
 
-def statistic_values(name: str, pairs: PairLogprobs) -> Tensor | None:
+def statistic_values(terms: Sequence[LossTerm], pairs: PairLogprobs) -> Tensor | None:
     """Per pair, what `LossStatistics.update` sums over the global batch ([pairs], detached), or None."""
-    return TRACKED[name](pairs).detach() if name in TRACKED else None
+    tracked = [term.spec.name for term in terms if term.spec.name in TRACKED]
+    return TRACKED[tracked[0]](pairs).detach() if tracked else None
 
 
-def rewards(name: str, pairs: PairLogprobs, parameters: Mapping[str, float | bool]) -> tuple[Tensor, Tensor]:
-    """Implicit rewards of both responses, [pairs], detached: beta (p - r), or beta a if reference-free."""
-    beta = parameters["beta"]
-    if LOSS_SPECS[name].needs_reference:
-        return beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
-    return beta * pairs.chosen_mean.detach(), beta * pairs.rejected_mean.detach()
+def rewards(terms: Sequence[LossTerm], pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
+    """Implicit rewards of both responses, [pairs], detached: beta (p - r), or beta a if reference-free.
+
+    Those of several losses are added up with the losses' weights, as their gradients are.
+    """
+    chosen, rejected = torch.zeros_like(pairs.chosen), torch.zeros_like(pairs.rejected)
+    for term in terms:
+        scale = term.weight * term.parameters["beta"]
+        if term.spec.needs_reference:
+            chosen += scale * pairs.chosen_ratio.detach()
+            rejected += scale * pairs.rejected_ratio.detach()
+        else:
+            chosen += scale * pairs.chosen_mean.detach()
+            rejected += scale * pairs.rejected_mean.detach()
+    return chosen, rejected

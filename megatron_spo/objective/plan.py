@@ -1,6 +1,15 @@
 """What one optimizer step does, as plain data: schedules write it, the training step carries it out."""
 
 from dataclasses import dataclass
+from enum import Flag, auto
+
+
+class Role(Flag):
+    """The terms of the objective that a data set feeds: one set feeds both, or each has its own."""
+
+    PREFERENCE = auto()
+    SFT = auto()
+    BOTH = PREFERENCE | SFT
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,10 @@ class Pass:
     slot: str = "step"
     shift: Shift | None = None
 
+    def weighs(self, role: Role) -> bool:
+        """Whether rows of this role enter the pass."""
+        return bool((self.preference and Role.PREFERENCE in role) or (self.sft and Role.SFT in role))
+
 
 @dataclass(frozen=True)
 class Add:
@@ -50,7 +63,8 @@ class StepPlan:
     """The passes of one optimizer step, in order, and how their gradients become the one that the optimizer takes.
 
     Attributes:
-        passes: at least one; the metrics of a step are measured in the first, at the present weights.
+        passes: at least one; the metrics of a step are measured at the present weights, those of a data set in the
+            first such pass that weighs it.
         lambda_: the weight of the SFT term beside f in this step (the metric `spo/lambda`); 0 where there is none.
             `Barrier` finds its own.
         combine: None takes the gradient of the only pass.

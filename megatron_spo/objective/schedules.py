@@ -25,6 +25,8 @@ class SpoSettings(Protocol):
     @property
     def constraint(self) -> str: ...
     @property
+    def v(self) -> float | str | None: ...
+    @property
     def epsilon(self) -> float: ...
     @property
     def ramp_steps(self) -> int: ...
@@ -44,6 +46,7 @@ class SpoSettings(Protocol):
     def barrier_rate(self) -> float: ...
 
 
+RUNNING_MIN = "running_min"
 GAP_ROUNDING = 1e-5
 """Nats per chosen token below which a gap above epsilon is the layout's rounding."""
 
@@ -56,11 +59,17 @@ class ScheduleState:
         lambda_: the current multiplier of `dual`; for the other schedules the configured one, unchanged.
         gap: g - v of the last global batch, nats per chosen token; None before the first.
         gap_ema: its exponential moving average, started at the first gap.
+        best_sft: the lowest g of a global batch so far, nats per chosen token; None before the first.
     """
 
     lambda_: float
     gap: float | None = None
     gap_ema: float | None = None
+    best_sft: float | None = None
+
+    def saw(self, sft: float) -> "ScheduleState":
+        """The state once a training batch had the SFT loss g = `sft`."""
+        return replace(self, best_sft=sft if self.best_sft is None else min(self.best_sft, sft))
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain numbers for the checkpoint."""
@@ -71,7 +80,7 @@ class ScheduleState:
         """The inverse of `to_dict`."""
         lambda_ = state["lambda_"]
         assert lambda_ is not None
-        return cls(lambda_, state["gap"], state["gap_ema"])
+        return cls(lambda_, state["gap"], state["gap_ema"], state["best_sft"])
 
 
 def _none(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
@@ -145,6 +154,20 @@ def initial_state(spo: SpoSettings) -> ScheduleState:
 def plan_step(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     """The plan of optimizer step `step`, counted from 0 over the whole run."""
     return SCHEDULES[spo.schedule](spo, step, state)
+
+
+def optimal_value(spo: SpoSettings, state: ScheduleState, measured: float | None) -> float | None:
+    """v, the lower level's optimal value in nats per chosen token; None where it is not known.
+
+    `spo.v` null takes `measured`, the reference's own SFT loss on the rows whose g is compared with it. A number
+    stands for itself. `running_min` is the setting without an SFT model: the lowest g of a training batch so far. In
+    training that includes the batch itself, so that its gap is never negative and the first is 0; in an evaluation,
+    whose rows are others, the gap may be of either sign. A batch's g is noisy and its minimum lies below the mean
+    that any one model reaches: the noisier the batches, the wider should epsilon be.
+    """
+    if spo.v is None:
+        return measured
+    return state.best_sft if spo.v == RUNNING_MIN else float(spo.v)
 
 
 def observe(spo: SpoSettings, state: ScheduleState, gap: float) -> ScheduleState:

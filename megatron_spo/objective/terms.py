@@ -5,22 +5,22 @@ part's value is its share, so summing over parts gives the same objective and gr
 cut into rows, micro-batches and ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.losses import LossTerm
 from megatron_spo.objective.losses import PairLogprobs, preference_losses
-from megatron_spo.objective.plan import Pass
+from megatron_spo.objective.plan import Pass, Role
 from megatron_spo.objective.schedules import SpoSettings
 from megatron_spo.objective.statistics import LossStatistics
 
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Sizes of the global batch: f is a mean over its pairs, g over all response tokens of the chosen."""
+    """Sizes of a set's global batch: f is a mean over its pairs, g over all response tokens of the chosen."""
 
     pairs: int
     chosen_tokens: int
@@ -30,25 +30,26 @@ def objective(
     pairs: PairLogprobs,
     pass_: Pass,
     *,
-    loss_name: str,
-    parameters: Mapping[str, float | bool],
+    losses: Sequence[LossTerm],
     spo: SpoSettings,
     counts: GlobalCounts,
     statistics: LossStatistics,
+    role: Role = Role.BOTH,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This part's share of the pass's objective, and what was computed per pair on the way.
 
     The objective is f + lambda * g (unit `token`) or f - lambda * beta * mean(s_w) (unit `relative`), s_w
     being the chosen log-prob as the loss uses it (sum or token mean). The value v of the reference is a
     constant and is not subtracted. With `spo.constraint: pair` a hinge on each pair takes the place of the
-    SFT term.
+    SFT term. Several losses are added up with their weights, and so are their relative terms.
 
     Args:
         pairs: the pairs of this part, possibly none.
         pass_: the weights of the two terms; see `Pass` for what the SFT weight means.
-        loss_name, parameters: the preference loss and its resolved parameters.
-        counts: of the global batch, not of this part.
+        losses: the preference loss, or several.
+        counts: of the global batch of the set that the pairs come from, not of this part.
         statistics: running statistics of the steps before this one.
+        role: the terms that these pairs feed. An SFT row of a separate set counts as a pair of its own set.
 
     Returns:
         A scalar, differentiable in the policy's log-probs, and detached [pairs] tensors by name:
@@ -56,18 +57,17 @@ def objective(
     """
     per_pair: dict[str, Tensor] = {}
     value = pairs.chosen.new_zeros(())
-    if pass_.preference:
+    if pass_.preference and Role.PREFERENCE in role:
         # Not a Python branch on the values: that would make the host wait for the device in every
         # micro-batch.
         torch._assert_async(
             (pairs.rejected_tokens > 0).all(), "a row without a rejected response has no preference loss"
         )
-        losses = preference_losses(loss_name, pairs, parameters, statistics)
-        per_pair["preference"] = losses.detach()
-        value = value + pass_.preference * losses.sum() / counts.pairs
-    if pass_.sft:
-        beta = parameters["beta"]
-        term = _penalty(pairs, loss_name, beta, spo, counts) if pass_.preference else _nll(pairs, counts)
+        values = preference_losses(losses, pairs, statistics)
+        per_pair["preference"] = values.detach()
+        value = value + pass_.preference * values.sum() / counts.pairs
+    if pass_.sft and Role.SFT in role:
+        term = _penalty(pairs, losses, spo, counts) if pass_.preference else _nll(pairs, counts)
         value = value + pass_.sft * term
     return value, per_pair
 
@@ -77,18 +77,18 @@ def _nll(pairs: PairLogprobs, counts: GlobalCounts) -> Tensor:
     return -pairs.chosen.sum() / counts.chosen_tokens
 
 
-def _penalty(pairs: PairLogprobs, loss_name: str, beta: float, spo: SpoSettings, counts: GlobalCounts) -> Tensor:
+def _penalty(pairs: PairLogprobs, losses: Sequence[LossTerm], spo: SpoSettings, counts: GlobalCounts) -> Tensor:
     """The term that lambda weighs beside a preference loss, by `spo.constraint` and `spo.lambda_unit`."""
-    relative = spo.lambda_unit == "relative"
-    statistic = LOSS_SPECS[loss_name].statistic
-    assert not relative or statistic, f"loss {loss_name} has no scale for the unit relative"
-    if spo.constraint == "pair":
-        excess = torch.relu(pairs.chosen_fall / pairs.chosen_tokens - spo.epsilon)
-        if relative:
+    excess = torch.relu(pairs.chosen_fall / pairs.chosen_tokens - spo.epsilon) if spo.constraint == "pair" else None
+    if spo.lambda_unit == "token":
+        return _nll(pairs, counts) if excess is None else excess.sum() / counts.pairs
+    value = pairs.chosen.new_zeros(())
+    for term in losses:
+        statistic, scale = term.spec.statistic, term.weight * term.parameters["beta"]
+        assert statistic, f"loss {term.spec.name} has no scale for the unit relative"
+        if excess is None:
+            value = value - scale * (pairs.chosen if statistic == "sum" else pairs.chosen_mean).sum()
+        else:
             # The hinge is per token; a loss that sums feels a nat per token n_w times.
-            excess = beta * excess * (pairs.chosen_tokens if statistic == "sum" else 1.0)
-        return excess.sum() / counts.pairs
-    if relative:
-        statistics = pairs.chosen if statistic == "sum" else pairs.chosen_mean
-        return -beta * statistics.sum() / counts.pairs
-    return _nll(pairs, counts)
+            value = value + scale * (excess * (pairs.chosen_tokens if statistic == "sum" else 1.0)).sum()
+    return value / counts.pairs

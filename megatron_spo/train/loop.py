@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from megatron_spo.config.schema import Config
+from megatron_spo.data.loader import Batch
 from megatron_spo.model.wrap import Trainable, learning_rate
+from megatron_spo.objective.plan import Role
 from megatron_spo.objective.schedules import observe, plan_step
 from megatron_spo.runtime.watchdog import Progress
 from megatron_spo.train import checkpoint
 from megatron_spo.train.anomalies import BadStep, alarm
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
-from megatron_spo.train.step import DataInUse, Engine
+from megatron_spo.train.step import DataInUse, Engine, Share
 from megatron_spo.train.stop import StopRequest
 
 Listener = Callable[[str, int, dict[str, float]], None]
@@ -29,6 +31,7 @@ class Job:
     engine: Engine
     trainable: Trainable
     train: DataInUse
+    sft: DataInUse | None
     evals: Sequence[DataInUse]
     directory: RunDirectory
     listeners: Sequence[Listener]
@@ -78,7 +81,7 @@ def evaluate(job: Job, state: TrainState) -> TrainState:
         for data in job.evals:
             begin = time.perf_counter()
             try:
-                metrics = job.engine.evaluate(pass_, data, statistics=state.statistics)
+                metrics = job.engine.evaluate(pass_, data, state=state)
             except BadStep as bad:
                 alarm(bad, state.step, job.directory, config.training.on_anomaly)
                 continue
@@ -97,25 +100,23 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     """One step; without metrics where it was skipped: then nothing but the count of steps goes on."""
     config, begin = job.config, time.perf_counter()
     job.progress.phase(f"step {state.step + 1}")
-    batch = job.train.loader.batch(state.step)
+    shares = _shares(job, state.step)
     plan = plan_step(config.spo, state.step, state.schedule)
     lr = learning_rate(state.step, job.steps, config.optimizer)
     limit = state.norms.limit(config.training.spike_factor)
     try:
-        outcome = job.engine.train_step(plan, job.train, batch, statistics=state.statistics, lr=lr, largest_norm=limit)
+        outcome = job.engine.train_step(plan, *shares, state=state, lr=lr, largest_norm=limit)
     except BadStep as bad:
         alarm(bad, state.step + 1, job.directory, config.training.on_anomaly)
         return replace(state, step=state.step + 1, norms=state.norms.skipped()), {}
     sums, metrics = outcome.sums, outcome.metrics
-    schedule, statistics = state.schedule, state.statistics
+    schedule, statistics = state.schedule.saw(metrics["loss/sft"]), state.statistics
     if "spo/gap" in metrics:
         schedule = observe(config.spo, schedule, metrics["spo/gap"])
     if job.engine.keeps_statistics and "loss/preference" in metrics:
-        statistics = statistics.update(sums["statistic"], sums["statistic_squared"], batch.pairs)
+        statistics = statistics.update(sums["statistic"], sums["statistic_squared"], shares[0].batch.pairs)
     metrics |= {
-        "tokens": batch.tokens,
-        "row_fill": batch.row_fill,
-        "epoch": (state.step + 1) / job.train.loader.steps_per_epoch,
+        **_use_of_data(job, state.step, [share.batch for share in shares if share is not None]),
         "seconds": time.perf_counter() - begin,
     }
     return TrainState(state.step + 1, schedule, statistics, state.norms.taken(metrics["grad_norm"])), metrics
@@ -123,6 +124,24 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
 
 def _falls_on(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _shares(job: Job, step: int) -> tuple[Share, Share | None]:
+    """The global batches of a step: pairs, and SFT rows where they are a set of their own."""
+    pairs = job.train.loader.batch(step)
+    if job.sft is None:
+        return Share.of(job.train, pairs, Role.BOTH), None
+    sft = job.sft.loader.batch(step)
+    return Share.of(job.train, pairs, Role.PREFERENCE), Share.of(job.sft, sft, Role.SFT)
+
+
+def _use_of_data(job: Job, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+    tokens = sum(batch.tokens for batch in batches)
+    room = sum(batch.tokens / batch.row_fill for batch in batches)
+    epochs = {"epoch": (step + 1) / job.train.loader.steps_per_epoch}
+    if job.sft is not None:
+        epochs["sft_epoch"] = (step + 1) / job.sft.loader.steps_per_epoch
+    return {"tokens": tokens, "row_fill": tokens / room, **epochs}
 
 
 def _log(job: Job, kind: str, step: int, metrics: dict[str, float], **labels: str) -> None:

@@ -62,24 +62,49 @@ def reduce_sums(per_row: list[Tensor], *, device: torch.device, contributes: boo
     return dict(zip(SUMS, total.tolist(), strict=True))
 
 
-def named_metrics(
-    sums: dict[str, float], *, counts: GlobalCounts, v: float | None, reference: bool, rejected: bool, rewarded: bool
-) -> dict[str, float]:
-    """The metrics of a batch or a data set from its global sums, under their fixed names.
+@dataclass(frozen=True)
+class Measured:
+    """Global sums of a batch or a data set, and what there was to measure.
 
-    Args:
-        v: the lower level's optimal value in nats per chosen token; None measures it by the reference, where there
-            is one.
-        reference: whether shifts and the gap can be measured by a reference.
+    Attributes:
+        sums, counts: of the same rows.
+        reference: whether shifts and v can be measured by a reference.
         rejected: whether the rows have rejected responses.
         rewarded: whether the preference loss can be computed.
     """
-    mean = {name: total / counts.pairs for name, total in sums.items()}
-    sft = -sums["chosen"] / counts.chosen_tokens
-    metrics = {"loss": sums["objective"], "loss/sft": sft, "logps/chosen": mean["chosen"]}
-    if rejected:
+
+    sums: dict[str, float]
+    counts: GlobalCounts
+    reference: bool
+    rejected: bool
+    rewarded: bool
+
+    @property
+    def sft_loss(self) -> float:
+        """g of these rows, nats per token."""
+        return -self.sums["chosen"] / self.counts.chosen_tokens
+
+    @property
+    def reference_sft_loss(self) -> float | None:
+        """The reference's g of the same rows, where there is one."""
+        return -self.sums["reference_chosen"] / self.counts.chosen_tokens if self.reference else None
+
+
+def named_metrics(pairs: Measured, lower: Measured, *, v: float | None) -> dict[str, float]:
+    """The metrics of a batch or a data set from its global sums, under their fixed names.
+
+    Args:
+        pairs: the pairs.
+        lower: the rows of the lower level: the same object where these are the pairs' chosen responses. `loss/sft` and
+            `spo/gap` are theirs, all else is the pairs'.
+        v: the lower level's optimal value in nats per chosen token, where it is known.
+    """
+    mean = {name: total / pairs.counts.pairs for name, total in pairs.sums.items()}
+    loss = pairs.sums["objective"] + (lower.sums["objective"] if lower is not pairs else 0.0)
+    metrics = {"loss": loss, "loss/sft": lower.sft_loss, "logps/chosen": mean["chosen"]}
+    if pairs.rejected:
         metrics["logps/rejected"] = mean["rejected"]
-    if rejected and rewarded:
+    if pairs.rejected and pairs.rewarded:
         metrics |= {
             "loss/preference": mean["preference"],
             "rewards/chosen": mean["reward_chosen"],
@@ -87,11 +112,11 @@ def named_metrics(
             "rewards/accuracies": mean["accuracy"],
             "rewards/margins": mean["reward_chosen"] - mean["reward_rejected"],
         }
-    if reference:
+    if pairs.reference:
         metrics["spo/chosen_shift"] = mean["chosen_shift"]
-        if rejected:
+        if pairs.rejected:
             metrics |= {"spo/rejected_shift": mean["rejected_shift"], "spo/both_down": mean["both_down"]}
-        v = -sums["reference_chosen"] / counts.chosen_tokens if v is None else v
     if v is not None:
-        metrics["spo/gap"] = sft - v
-    return {**metrics, "pairs": counts.pairs}
+        metrics["spo/gap"] = lower.sft_loss - v
+    metrics["pairs"] = pairs.counts.pairs
+    return metrics if lower is pairs else {**metrics, "sft_rows": lower.counts.pairs}

@@ -18,7 +18,8 @@ from megatron_spo.data.reference_store import ReferenceStore
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.objective.losses import TRACKED, PairLogprobs, preference_losses, rewards, statistic_values
-from megatron_spo.objective.plan import Add, Barrier, Pass, StepPlan
+from megatron_spo.objective.plan import Add, Barrier, Pass, Role, StepPlan
+from megatron_spo.objective.schedules import ScheduleState, optimal_value
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.objective.terms import GlobalCounts, objective
 from megatron_spo.runtime.processes import Runtime
@@ -26,7 +27,8 @@ from megatron_spo.train import gradients
 from megatron_spo.train.anomalies import BadStep
 from megatron_spo.train.forward import run_rows
 from megatron_spo.train.gradients import Gradient
-from megatron_spo.train.metrics import SUMS, PairValues, named_metrics, reduce_sums, row_sums
+from megatron_spo.train.metrics import SUMS, Measured, PairValues, named_metrics, reduce_sums, row_sums
+from megatron_spo.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,23 @@ class DataInUse:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A batch of a data set: its share of an objective, whose terms (`role`) are divided by `counts`."""
+
+    data: DataInUse
+    batch: Batch
+    role: Role
+    counts: GlobalCounts
+
+    @classmethod
+    def of(cls, data: DataInUse, batch: Batch, role: Role) -> "Share":
+        """A global batch, which is divided by its own counts."""
+        return cls(data, batch, role, GlobalCounts(batch.pairs, batch.chosen_tokens))
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What one sweep over a global batch gave: global sums (train/metrics.py) and the named metrics made of them."""
+    """What a step gave: the pairs' global sums (train/metrics.py) and the named metrics of the step."""
 
     sums: dict[str, float]
     metrics: dict[str, float]
@@ -51,43 +68,63 @@ class Engine:
 
     def __init__(self, trainable: Trainable, runtime: Runtime, *, loss: LossConfig, spo: SpoConfig) -> None:
         self._trainable, self._runtime = trainable, runtime
-        self._loss, self._spo = loss, spo
-        self._parameters = loss.parameters()
-        self.keeps_statistics = loss.name in TRACKED
+        self._losses, self._spo = loss.terms(), spo
+        self._needs_reference = bool(loss.needing_reference)
+        self.keeps_statistics = any(name in TRACKED for name in loss.names)
 
     def train_step(
         self,
         plan: StepPlan,
-        data: DataInUse,
-        batch: Batch,
+        pairs: Share,
+        sft: Share | None,
         *,
-        statistics: LossStatistics,
+        state: TrainState,
         lr: float,
         largest_norm: float = math.inf,
     ) -> Outcome:
-        """One optimizer step as planned; the metrics are measured in its first pass, at the present weights.
+        """One optimizer step as planned; the metrics are measured at the present weights.
+
+        Args:
+            pairs: the global batch of training pairs.
+            sft: that of the separate SFT set, where there is one. A pass runs the rows that it weighs; a set that no
+                pass at the present weights weighs is measured by a forward pass of its own.
 
         Raises:
             BadStep: on every rank, before weights or optimizer are changed: a number is not finite, or the gradient's
                 norm exceeds `largest_norm`.
         """
-        counts = GlobalCounts(batch.pairs, batch.chosen_tokens)
-        sums: dict[str, float] = {}
+        shares = [pairs] if sft is None else [pairs, sft]
+        sums = self._measure_idle(plan, shares, state.statistics)
         taken: dict[str, Gradient] = {}
         for pass_ in plan.passes:
             gradients.clear(self._trainable)
+            weighed = [share for share in shares if pass_.weighs(share.role)]
             with self._weights_of(pass_, taken):
-                swept = self._sweep(pass_, data, batch, counts=counts, statistics=statistics, backward=True)
+                swept = self._sweep(pass_, weighed, statistics=state.statistics, backward=True)
             self._trainable.optimizer.prepare_grads()
             if plan.combine is not None:
                 taken[pass_.slot] = gradients.take(self._trainable)
-            sums = sums or swept
+            if pass_.shift is None:
+                sums = swept | sums
         lambda_ = self._combine(plan, taken)
-        metrics = self._named(sums, data, counts)
+        measured = [self._measured(share, sums[share.data.name]) for share in shares]
+        metrics = self._named(measured[0], measured[-1], state.schedule.saw(measured[-1].sft_loss))
         if len(plan.passes) > 1:
             metrics["loss"] = metrics["loss/preference"] + lambda_ * metrics["loss/sft"]
-        metrics |= {"grad_norm": self._apply(lr, data, batch, largest_norm), "learning_rate": lr, "spo/lambda": lambda_}
-        return Outcome(sums, metrics)
+        metrics |= {
+            "grad_norm": self._apply(lr, shares, largest_norm),
+            "learning_rate": lr,
+            "spo/lambda": lambda_,
+        }
+        return Outcome(measured[0].sums, metrics)
+
+    def _measure_idle(
+        self, plan: StepPlan, shares: Sequence[Share], statistics: LossStatistics
+    ) -> dict[str, dict[str, float]]:
+        """Sums of the sets that no pass at the present weights weighs, by their names."""
+        present = [pass_ for pass_ in plan.passes if pass_.shift is None]
+        idle = [share for share in shares if not any(pass_.weighs(share.role) for pass_ in present)]
+        return self._sweep(present[0], idle, statistics=statistics, backward=False) if idle else {}
 
     def _weights_of(self, pass_: Pass, taken: dict[str, Gradient]) -> AbstractContextManager[None]:
         """The weights at which a pass is taken: the present ones, or shifted along an earlier pass's gradient."""
@@ -108,8 +145,10 @@ class Engine:
             return lambda_
         return plan.lambda_
 
-    def evaluate(self, pass_: Pass, data: DataInUse, *, statistics: LossStatistics) -> dict[str, float]:
-        """Metrics of a whole set under the present weights; nothing is changed.
+    def evaluate(self, pass_: Pass, data: DataInUse, *, state: TrainState) -> dict[str, float]:
+        """Metrics of a whole set under the present weights, its chosen responses being the lower level.
+
+        Nothing is changed.
 
         Raises:
             BadStep: on every rank.
@@ -118,63 +157,68 @@ class Engine:
         counts = GlobalCounts(len(dataset), int(dataset.chosen_tokens.sum()))
         totals = dict.fromkeys(SUMS, 0.0)
         for batch in data.loader.eval_batches():
-            sums = self._sweep(pass_, data, batch, counts=counts, statistics=statistics, backward=False)
+            share = Share(data, batch, Role.BOTH, counts)
+            sums = self._sweep(pass_, [share], statistics=state.statistics, backward=False)[data.name]
             totals = {name: totals[name] + sums[name] for name in SUMS}
-        return self._named(totals, data, counts)
+        measured = self._measured(share, totals)
+        return self._named(measured, measured, state.schedule)
 
     def _sweep(
-        self,
-        pass_: Pass,
-        data: DataInUse,
-        batch: Batch,
-        *,
-        counts: GlobalCounts,
-        statistics: LossStatistics,
-        backward: bool,
-    ) -> dict[str, float]:
-        """Global sums of one pass over one batch; `counts` are what the objective divides by."""
+        self, pass_: Pass, shares: Sequence[Share], *, statistics: LossStatistics, backward: bool
+    ) -> dict[str, dict[str, float]]:
+        """One pass over the rows of all shares, as micro-batches of one run; global sums by the sets' names."""
+        owners = {id(row): share for share in shares for row in share.batch.rows}
 
         def row_objective(row: PackedRow, sums: Tensor) -> tuple[Tensor, Tensor]:
-            pairs = _pair_logprobs(row, sums, data.reference)
+            share = owners[id(row)]
+            pairs = _pair_logprobs(row, sums, share.data.reference)
             value, _ = objective(
                 pairs,
                 pass_,
-                loss_name=self._loss.name,
-                parameters=self._parameters,
+                losses=self._losses,
                 spo=self._spo,
-                counts=counts,
+                counts=share.counts,
                 statistics=statistics,
+                role=share.role,
             )
-            return value, row_sums(value, self._values(pairs, data, statistics))
+            return value, row_sums(value, self._values(pairs, share.data, statistics))
 
-        per_row = run_rows(self._trainable.wrapped, batch.rows, row_objective, runtime=self._runtime, backward=backward)
-        sums = reduce_sums(per_row, device=self._runtime.device, contributes=self._runtime.holds_results)
-        if not all(math.isfinite(value) for value in sums.values()):
-            bad = [row for row, values in zip(batch.rows, per_row, strict=False) if not torch.isfinite(values).all()]
-            raise self._non_finite(data, [int(i) for row in bad for i in row.pairs])
-        return sums
+        rows = [row for share in shares for row in share.batch.rows]
+        per_row = run_rows(self._trainable.wrapped, rows, row_objective, runtime=self._runtime, backward=backward)
+        swept, suspects = {}, []
+        for share in shares:
+            own, per_row = per_row[: len(share.batch.rows)], per_row[len(share.batch.rows) :]
+            sums = reduce_sums(own, device=self._runtime.device, contributes=self._runtime.holds_results)
+            swept[share.data.name] = sums
+            if not all(math.isfinite(value) for value in sums.values()):
+                bad = [row for row, values in zip(share.batch.rows, own, strict=False) if not values.isfinite().all()]
+                suspects.append((share, [int(i) for row in bad for i in row.pairs]))
+        if suspects:
+            raise self._non_finite(suspects)
+        return swept
 
     def _values(self, pairs: PairLogprobs, data: DataInUse, statistics: LossStatistics) -> PairValues:
         """What is measured of a row whatever the pass: the preference loss and the rewards, where they exist."""
-        if not data.loader.dataset.has_rejected or (self._loss.spec.needs_reference and data.reference is None):
+        if not data.loader.dataset.has_rejected or (self._needs_reference and data.reference is None):
             return PairValues(pairs, None, None, None, rewards_are_ratios=False)
         with torch.no_grad():
             return PairValues(
                 pairs,
-                preference_losses(self._loss.name, pairs, self._parameters, statistics),
-                rewards(self._loss.name, pairs, self._parameters),
-                statistic_values(self._loss.name, pairs),
-                rewards_are_ratios=self._loss.spec.needs_reference,
+                preference_losses(self._losses, pairs, statistics),
+                rewards(self._losses, pairs),
+                statistic_values(self._losses, pairs),
+                rewards_are_ratios=all(term.spec.needs_reference for term in self._losses),
             )
 
-    def _apply(self, lr: float, data: DataInUse, batch: Batch, largest_norm: float) -> float:
+    def _apply(self, lr: float, shares: Sequence[Share], largest_norm: float) -> float:
         """Clip and step the optimizer; returns the gradient's norm before clipping."""
         optimizer = self._trainable.optimizer
         norm = float(optimizer.get_grad_norm())
         if not norm <= largest_norm or math.isinf(norm):  # all ranks hold the same reduced norm; NaN compares false
             spike = f"the gradient's norm {norm:.4g} exceeds {largest_norm:.4g} (training.spike_factor)"
             reason = spike if math.isfinite(norm) else "the gradient is not a finite number"
-            raise BadStep(data.name, reason, [data.loader.dataset.describe(int(i)) for i in batch.indices])
+            rows = [share.data.loader.dataset.describe(int(i)) for share in shares for i in share.batch.indices]
+            raise BadStep(_names(shares), reason, rows)
         for inner in optimizer.chained_optimizers:
             for group in inner.optimizer.param_groups:
                 group["lr"] = lr
@@ -183,24 +227,30 @@ class Engine:
         optimizer.step_with_ready_grads()
         return norm
 
-    def _non_finite(self, data: DataInUse, suspects: Sequence[int]) -> BadStep:
-        """The error that names the pairs of all ranks; every rank must ask for it."""
-        gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, list(suspects) if self._runtime.holds_results else [])
-        pairs = sorted({index for part in gathered for index in part})
-        described = [data.loader.dataset.describe(index) for index in pairs]
-        return BadStep(data.name, "the loss is not a finite number", described)
+    def _non_finite(self, suspects: Sequence[tuple[Share, Sequence[int]]]) -> BadStep:
+        """The error that names the rows of all ranks; every rank must ask for it, with its own rows of each share."""
+        gathered: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
+        mine = [list(rows) if self._runtime.holds_results else [] for _, rows in suspects]
+        dist.all_gather_object(gathered, mine)
+        named = [
+            share.data.loader.dataset.describe(index)
+            for (share, _), parts in zip(suspects, zip(*gathered, strict=True), strict=True)
+            for index in sorted({index for part in parts for index in part})
+        ]
+        return BadStep(_names([share for share, _ in suspects]), "the loss is not a finite number", named)
 
-    def _named(self, sums: dict[str, float], data: DataInUse, counts: GlobalCounts) -> dict[str, float]:
-        rewarded = data.reference is not None or not self._loss.spec.needs_reference
-        return named_metrics(
+    def _measured(self, share: Share, sums: dict[str, float]) -> Measured:
+        reference = share.data.reference is not None
+        return Measured(
             sums,
-            counts=counts,
-            v=self._spo.v,
-            reference=data.reference is not None,
-            rejected=data.loader.dataset.has_rejected,
-            rewarded=rewarded,
+            share.counts,
+            reference=reference,
+            rejected=share.data.loader.dataset.has_rejected,
+            rewarded=reference or not self._needs_reference,
         )
+
+    def _named(self, pairs: Measured, lower: Measured, schedule: ScheduleState) -> dict[str, float]:
+        return named_metrics(pairs, lower, v=optimal_value(self._spo, schedule, lower.reference_sft_loss))
 
 
 def _pair_logprobs(row: PackedRow, sums: Tensor, reference: ReferenceStore | None) -> PairLogprobs:
@@ -218,3 +268,7 @@ def _pair_logprobs(row: PackedRow, sums: Tensor, reference: ReferenceStore | Non
         reference_chosen=chosen,
         reference_rejected=rejected,
     )
+
+
+def _names(shares: Sequence[Share]) -> str:
+    return " and ".join(share.data.name for share in shares)

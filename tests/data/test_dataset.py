@@ -13,7 +13,7 @@ import pytest
 
 from megatron_spo.config.schema import DataConfig, DataSource
 from megatron_spo.data.dataset import Dropped, TokenizedSet
-from megatron_spo.data.loader import Loader
+from megatron_spo.data.loader import Loader, Multiples
 from megatron_spo.data.pairs import open_source
 from megatron_spo.errors import UserError
 from tests.data.helpers import QWEN_TEMPLATE, build, byte_tokenizer, chat, lines, pair
@@ -281,7 +281,7 @@ def test_loader(tmp_path: Path) -> None:
     rows = [pair(str(i), "x" * (1 + i % 7), "y" * (1 + i % 5)) for i in range(30)]
     file = lines(tmp_path / "a.jsonl", rows)
     data, config = build(file), DataConfig(train=[str(file)], max_length=16, row_length=40)
-    ranks = [Loader(data, config, global_batch_size=8, seed=1, rank=r, ranks=2, multiple=4) for r in range(2)]
+    ranks = [Loader(data, config, global_batch_size=8, seed=1, rank=r, ranks=2, multiples=Multiples(tokens=4)) for r in range(2)]
     assert ranks[0].steps_per_epoch == 4
     seen: list[int] = []
     for step in range(4):

@@ -48,7 +48,7 @@ def test_every_step_can_be_asked_for_in_any_order() -> None:
 def test_last_batch() -> None:
     assert batches_per_epoch([10], [1.0], global_batch_size=4, last_batch="keep") == 3
     assert batches_per_epoch([10], [1.0], global_batch_size=4, last_batch="drop") == 2
-    with pytest.raises(UserError, match="data.last_batch=drop leaves no batch: an epoch has 3 rows"):
+    with pytest.raises(UserError, match="data.last_batch=drop leaves no batch: an epoch of data.train has 3 rows"):
         batches_per_epoch([3], [1.0], global_batch_size=4, last_batch="drop")
     with pytest.raises(UserError, match="an epoch holds no rows"):
         batches_per_epoch([3], [0.1], global_batch_size=4)

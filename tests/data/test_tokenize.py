@@ -23,7 +23,7 @@ def tokenize(
     row: dict, tokenizer: PreTrainedTokenizerFast, *, length: int = 1000, cut: str | None = None, row_length: int = 2000
 ) -> Example:
     rows = RowTokenizer(tokenizer, Limits(length, cut, row_length))
-    return rows.tokenize(parse_row(row, preference="chosen" in row))
+    return rows.tokenize(parse_row(row, kind="preference" if "chosen" in row else "any"))
 
 
 def texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, str]:

@@ -1,11 +1,12 @@
 """Pairs and settings shared by the tests of the objective."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.losses import LOSS_SPECS, LossTerm
 from megatron_spo.objective.losses import PairLogprobs
 from megatron_spo.objective.statistics import LossStatistics
 
@@ -29,6 +30,7 @@ class Spo:
     preference_steps: int = 1
     lookahead_lr: float = 1e-3
     barrier_rate: float = 1.0
+    v: float | str | None = None
 
 
 def make_pairs(
@@ -60,3 +62,8 @@ def random_pairs(count: int, *, seed: int = 0, dtype: torch.dtype = torch.float6
 def defaults(name: str, **changes: float | bool) -> dict[str, float | bool]:
     """The loss's own parameters."""
     return {**LOSS_SPECS[name].parameters, **changes}
+
+
+def only(name: str, parameters: Mapping[str, float | bool] | None = None, *, weight: float = 1.0) -> tuple[LossTerm]:
+    """One loss as upper level, with its own parameters if none are given."""
+    return (LossTerm(LOSS_SPECS[name], weight, defaults(name) if parameters is None else parameters),)

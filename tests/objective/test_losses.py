@@ -15,7 +15,7 @@ from megatron_spo.objective.losses import (
     statistic_values,
 )
 from megatron_spo.objective.statistics import STD_FLOOR, LossStatistics
-from tests.objective.samples import STATISTICS, defaults, make_pairs, random_pairs
+from tests.objective.samples import STATISTICS, defaults, make_pairs, only, random_pairs
 
 # p_w = -4, p_l = -9 over 2 and 3 tokens, r_w = -5, r_l = -8: log-ratios 1 and -1, h = 2, per token .5 and
 # -1/3.
@@ -54,7 +54,7 @@ def test_golden(name: str, parameters: dict[str, float], expected: float) -> Non
     pairs = make_pairs([-4.0], [-9.0], ([2], [3]), ([-5.0], [-8.0]))
     # Two pairs with values 1/2 -+ 1/8 sqrt(2): mean .5, deviation .25, so z = (5/6 - 1/2) / (1/4) = 4/3.
     statistics = LossStatistics().update(total=1.0, total_of_squares=0.5625, count=2)
-    value = preference_losses(name, pairs, defaults(name, **parameters), statistics)
+    value = preference_losses(only(name, defaults(name, **parameters)), pairs, statistics)
     assert value.tolist() == pytest.approx([expected], abs=1e-9)
 
 
@@ -67,7 +67,7 @@ def test_dpop_penalises_only_a_fallen_chosen() -> None:
 def test_at_the_reference_nothing_is_preferred(name: str) -> None:
     pairs = make_pairs([-3.0], [-7.0], ([2], [3]), ([-3.0], [-7.0]))
     expected = {"exo_pair": 2.7612307, "discopop": 0.8465736}.get(name, 0.6931472)
-    value = preference_losses(name, pairs, defaults(name), STATISTICS)
+    value = preference_losses(only(name), pairs, STATISTICS)
     assert value.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -86,8 +86,8 @@ def test_gradients(name: str) -> None:
         )
         if name in TRACKED:  # its margin is a constant to the gradient, so it must not move with the inputs here
             frozen = defaults(name, alpha=0.0)
-            return preference_losses(name, moved, frozen, STATISTICS)
-        return preference_losses(name, moved, defaults(name), STATISTICS)
+            return preference_losses(only(name, frozen), moved, STATISTICS)
+        return preference_losses(only(name), moved, STATISTICS)
 
     assert torch.autograd.gradcheck(value, (pairs.chosen, pairs.rejected))
 
@@ -102,7 +102,7 @@ def test_extreme_inputs_stay_finite(name: str, tokens: int, dtype: torch.dtype) 
     reference = (grid[:, 2].tolist(), grid[:, 3].tolist())
     pairs = make_pairs(grid[:, 0], grid[:, 1], (sizes, sizes), reference, dtype)
     statistics = LossStatistics().update(0.0, 0.0, 8)
-    value = preference_losses(name, pairs, defaults(name), statistics)
+    value = preference_losses(only(name), pairs, statistics)
     value.sum().backward()
     for tensor in (value.detach(), pairs.chosen.grad, pairs.rejected.grad):
         assert tensor is not None
@@ -112,8 +112,8 @@ def test_extreme_inputs_stay_finite(name: str, tokens: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", [n for n, spec in LOSS_SPECS.items() if not spec.needs_reference])
 def test_reference_free_losses_take_none(name: str) -> None:
     pairs = make_pairs([-4.0], [-9.0], ([2], [3]))
-    assert preference_losses(name, pairs, defaults(name), STATISTICS).isfinite().all()
-    chosen, rejected = rewards(name, pairs, {"beta": 2.0})
+    assert preference_losses(only(name), pairs, STATISTICS).isfinite().all()
+    chosen, rejected = rewards(only(name, {"beta": 2.0}), pairs)
     assert (chosen.item(), rejected.item()) == (-4.0, -6.0)
     assert not chosen.requires_grad
 
@@ -121,12 +121,12 @@ def test_reference_free_losses_take_none(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, spec in LOSS_SPECS.items() if spec.needs_reference])
 def test_other_losses_say_what_is_missing(name: str) -> None:
     with pytest.raises(ValueError, match="reference"):
-        preference_losses(name, make_pairs([-4.0], [-9.0], ([2], [3])), defaults(name), STATISTICS)
+        preference_losses(only(name), make_pairs([-4.0], [-9.0], ([2], [3])), STATISTICS)
 
 
 def test_rewards_with_reference() -> None:
     pairs = make_pairs([-4.0], [-9.0], ([2], [3]), ([-5.0], [-8.0]))
-    chosen, rejected = rewards("dpo", pairs, {"beta": 0.5})
+    chosen, rejected = rewards(only("dpo", {"beta": 0.5}), pairs)
     assert (chosen.item(), rejected.item()) == (0.5, -0.5)
 
 
@@ -150,7 +150,7 @@ def test_statistics_floor_the_spread() -> None:
 
 def test_only_tracked_losses_have_statistics() -> None:
     pairs = random_pairs(3)
-    values = statistic_values("alpha_dpo", pairs)
+    values = statistic_values(only("alpha_dpo"), pairs)
     assert values is not None
     assert not values.requires_grad
     gap = pairs.chosen_mean - pairs.rejected_mean
@@ -158,4 +158,4 @@ def test_only_tracked_losses_have_statistics() -> None:
     assert pairs.reference_rejected is not None
     gap = gap - pairs.reference_chosen / pairs.chosen_tokens + pairs.reference_rejected / pairs.rejected_tokens
     torch.testing.assert_close(values, gap.detach())
-    assert statistic_values("dpo", pairs) is None
+    assert statistic_values(only("dpo"), pairs) is None

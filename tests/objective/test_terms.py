@@ -10,7 +10,7 @@ from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.objective.losses import LOSSES, PairLogprobs, preference_losses
 from megatron_spo.objective.plan import Pass
 from megatron_spo.objective.terms import GlobalCounts, objective
-from tests.objective.samples import STATISTICS, Spo, defaults, make_pairs, random_pairs
+from tests.objective.samples import STATISTICS, Spo, defaults, make_pairs, only, random_pairs
 
 BOTH = Pass(preference=1.0, sft=2.0)
 RELATIVE = [name for name, spec in LOSS_SPECS.items() if spec.statistic]
@@ -27,8 +27,7 @@ def value_of(pairs: PairLogprobs, name: str, pass_: Pass, spo: Spo, counts: Glob
     value, _ = objective(
         pairs,
         pass_,
-        loss_name=name,
-        parameters=defaults(name),
+        losses=only(name),
         spo=spo,
         counts=counts,
         statistics=STATISTICS,
@@ -57,7 +56,7 @@ def part(pairs: PairLogprobs, indices: list[int]) -> PairLogprobs:
 )
 def test_penalty(name: str, unit: str, term: float) -> None:
     pairs = two_pairs()
-    preference = preference_losses(name, pairs, defaults(name), STATISTICS).mean()
+    preference = preference_losses(only(name), pairs, STATISTICS).mean()
     value = value_of(pairs, name, BOTH, Spo(lambda_unit=unit))
     assert (value - preference).item() == pytest.approx(2.0 * term)
 
@@ -74,7 +73,7 @@ def test_hinge_on_pairs(name: str, unit: str, term: float) -> None:
     # b_w - a_w - eps: the first pair rose by .5 and is inside, the second fell by .5 and is .4 outside.
     pairs = two_pairs()
     spo = Spo(lambda_unit=unit, constraint="pair", epsilon=0.1)
-    preference = preference_losses(name, pairs, defaults(name), STATISTICS).mean()
+    preference = preference_losses(only(name), pairs, STATISTICS).mean()
     assert (value_of(pairs, name, BOTH, spo) - preference).item() == pytest.approx(2.0 * term)
 
 
@@ -95,8 +94,7 @@ def test_relative_unit_means_the_same_pull_for_any_beta() -> None:
         value, _ = objective(
             pairs,
             Pass(1.0, 1.0),
-            loss_name="dpo",
-            parameters=parameters,
+            losses=only("dpo", parameters),
             spo=Spo(),
             counts=counts,
             statistics=STATISTICS,
@@ -127,13 +125,12 @@ def test_per_pair_values_are_the_unweighted_losses() -> None:
     _, per_pair = objective(
         pairs,
         Pass(0.5, 3.0),
-        loss_name="dpo",
-        parameters=defaults("dpo"),
+        losses=only("dpo"),
         spo=Spo(),
         counts=GlobalCounts(8, 50),
         statistics=STATISTICS,
     )
-    expected = preference_losses("dpo", pairs, defaults("dpo"), STATISTICS).detach()
+    expected = preference_losses(only("dpo"), pairs, STATISTICS).detach()
     torch.testing.assert_close(per_pair["preference"], expected)
     assert not per_pair["preference"].requires_grad
 

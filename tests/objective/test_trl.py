@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_spo.objective.losses import PairLogprobs, preference_losses
-from tests.objective.samples import STATISTICS, defaults, make_pairs, random_pairs
+from tests.objective.samples import STATISTICS, defaults, make_pairs, only, random_pairs
 
 trl = pytest.importorskip("trl")
 
@@ -109,7 +109,7 @@ def assert_same(ours: Tensor, theirs: Tensor, pairs: PairLogprobs, *, rtol: floa
 def test_dpo_trainer(name: str, settings: dict[str, float]) -> None:
     pairs = random_pairs(9)
     parameters = defaults(name, **settings)
-    ours = preference_losses(name, pairs, parameters, STATISTICS).mean()
+    ours = preference_losses(only(name, parameters), pairs, STATISTICS).mean()
     assert_same(ours, trl_dpo(TRL_NAMES.get(name, name), pairs, **parameters), pairs)
 
 
@@ -118,21 +118,21 @@ def test_label_smoothing_of_dpo_is_the_one_trl_keeps_in_aot() -> None:
     # nothing.
     for seed in range(5):
         pairs = random_pairs(1, seed=seed)
-        ours = preference_losses("dpo", pairs, defaults("dpo", label_smoothing=0.3), STATISTICS).mean()
+        ours = preference_losses(only("dpo", defaults("dpo", label_smoothing=0.3)), pairs, STATISTICS).mean()
         assert_same(ours, trl_dpo("aot", pairs, beta=0.1, label_smoothing=0.3), pairs)
 
 
 def test_ipo_of_sums() -> None:
     # TRL's DPO trainer averages only; its CPO trainer has the same square on whatever log-probs it is given.
     pairs = random_pairs(9)
-    ours = preference_losses("ipo", pairs, defaults("ipo", average=False), STATISTICS)
+    ours = preference_losses(only("ipo", defaults("ipo", average=False)), pairs, STATISTICS)
     assert_same(ours, trl_cpo(pairs.chosen_ratio, pairs.rejected_ratio, "ipo", beta=0.1), pairs)
 
 
 def test_simpo() -> None:
     pairs = random_pairs(9)
     parameters = {"beta": 2.5, "gamma_beta_ratio": 0.3, "label_smoothing": 0.1}
-    ours = preference_losses("simpo", pairs, parameters, STATISTICS)
+    ours = preference_losses(only("simpo", parameters), pairs, STATISTICS)
     theirs = trl_cpo(pairs.chosen_mean, pairs.rejected_mean, "simpo", beta=2.5, simpo_gamma=0.75, label_smoothing=0.1)
     assert_same(ours, theirs, pairs)
 
@@ -143,14 +143,14 @@ def test_alpha_dpo_is_simpo_with_a_margin_per_pair() -> None:
     parameters = defaults("alpha_dpo", label_smoothing=0.1)
     gap = (pairs.mean_gap.detach() - STATISTICS.mean) / STATISTICS.std
     gamma = 2.5 * (0.2 * gap + 0.6)
-    ours = preference_losses("alpha_dpo", pairs, parameters, STATISTICS)
+    ours = preference_losses(only("alpha_dpo", parameters), pairs, STATISTICS)
     theirs = trl_cpo(pairs.chosen_mean, pairs.rejected_mean, "simpo", beta=2.5, simpo_gamma=gamma, label_smoothing=0.1)
     assert_same(ours, theirs, pairs)
 
 
 def test_cpo() -> None:
     pairs = random_pairs(9)
-    ours = preference_losses("cpo", pairs, defaults("cpo", label_smoothing=0.1), STATISTICS)
+    ours = preference_losses(only("cpo", defaults("cpo", label_smoothing=0.1)), pairs, STATISTICS)
     theirs = trl_cpo(pairs.chosen, pairs.rejected, "sigmoid", beta=0.1, label_smoothing=0.1)
     assert_same(ours, theirs, pairs)
 
@@ -161,7 +161,7 @@ def test_odds_ratio_term_of_orpo() -> None:
     trainer: Any = object.__new__(ORPOTrainer)
     trainer.__dict__.update(beta=0.2, accelerator=_accelerator())
     pairs = random_pairs(9)
-    odds = preference_losses("orpo", pairs, {"beta": 0.2}, STATISTICS) + pairs.chosen_mean
+    odds = preference_losses(only("orpo", {"beta": 0.2}), pairs, STATISTICS) + pairs.chosen_mean
     theirs = -trainer.odds_ratio_loss(pairs.chosen_mean, pairs.rejected_mean)[0].double()
     assert_same(odds, theirs, pairs, rtol=2e-5, atol=1e-6)  # TRL computes it in fp32
 
@@ -222,7 +222,7 @@ def test_nll_of_cpo_and_orpo(name: str, chosen_lengths: list[int]) -> None:
     pairs = PairLogprobs(chosen, rejected, *counts)
     weight = 0.7 if name == "cpo" else 1.0
     parameters = {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.7} if name == "cpo" else {"beta": 0.1}
-    ours = preference_losses(name, pairs, parameters, STATISTICS).mean()
+    ours = preference_losses(only(name, parameters), pairs, STATISTICS).mean()
     token_mean, pair_mean = -chosen.sum() / counts[0].sum(), -pairs.chosen_mean.mean()
     if len(set(chosen_lengths)) == 1:
         assert token_mean.item() == pytest.approx(pair_mean.item())
@@ -241,5 +241,5 @@ def test_dpop_is_dpo_where_the_chosen_rose_and_moves_the_margin_where_it_fell() 
         (pairs.chosen_tokens.int().tolist(), pairs.rejected_tokens.int().tolist()),
         (pairs.reference_chosen.tolist(), pairs.reference_rejected.tolist()),
     )
-    ours = preference_losses("dpop", pairs, defaults("dpop"), STATISTICS).mean()
+    ours = preference_losses(only("dpop"), pairs, STATISTICS).mean()
     torch.testing.assert_close(ours, trl_dpo("sigmoid", shifted, beta=0.3), rtol=1e-9, atol=1e-12)

@@ -11,7 +11,7 @@ from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.objective.losses import PairLogprobs
 from megatron_spo.objective.plan import Pass
 from megatron_spo.objective.terms import GlobalCounts, objective
-from tests.objective.samples import STATISTICS, Spo
+from tests.objective.samples import STATISTICS, Spo, only
 from tests.oracles.reference_loop import TokenisedPair, reference_trajectory, response_logprob
 from tests.support.tiny import tiny_model
 
@@ -124,8 +124,7 @@ def test_its_objective_is_ours(model_dir: Path, loss: str, unit: str) -> None:
     value, per_pair = objective(
         pairs,
         Pass(1.0, 1.5),
-        loss_name=loss,
-        parameters=parameters,
+        losses=only(loss, parameters),
         spo=Spo(lambda_unit=unit),
         counts=GlobalCounts(len(batch), int(counts[:, 0].sum())),
         statistics=STATISTICS,
