@@ -281,7 +281,10 @@ def test_loader(tmp_path: Path) -> None:
     rows = [pair(str(i), "x" * (1 + i % 7), "y" * (1 + i % 5)) for i in range(30)]
     file = lines(tmp_path / "a.jsonl", rows)
     data, config = build(file), DataConfig(train=[str(file)], max_length=16, row_length=40)
-    ranks = [Loader(data, config, global_batch_size=8, seed=1, rank=r, ranks=2, multiples=Multiples(tokens=4)) for r in range(2)]
+    ranks = [
+        Loader(data, config, global_batch_size=8, seed=1, rank=r, ranks=2, multiples=Multiples(tokens=4))
+        for r in range(2)
+    ]
     assert ranks[0].steps_per_epoch == 4
     seen: list[int] = []
     for step in range(4):
