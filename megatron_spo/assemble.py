@@ -16,8 +16,10 @@ from megatron_spo.data.loader import Multiples
 from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
-from megatron_spo.model.build import PairModel, build_model, fill_randomly, load_hf_weights, transformer_config
+from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.hf_files import file_digest, locate_model, shard_files
+from megatron_spo.model.settings import transformer_config
+from megatron_spo.model.weights import fill_randomly, load_hf_weights
 from megatron_spo.runtime.processes import Runtime, agree
 
 TRAIN, SFT = "train", "sft"

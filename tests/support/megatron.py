@@ -23,7 +23,9 @@ def one_process() -> Runtime:
 def load_model(folder: Path):  # type: ignore[no-untyped-def]
     """The fp32 Megatron model of a Hugging Face folder."""
     one_process()
-    from megatron_spo.model.build import build_model, load_hf_weights, transformer_config
+    from megatron_spo.model.build import build_model
+    from megatron_spo.model.settings import transformer_config
+    from megatron_spo.model.weights import load_hf_weights
 
     shape = read_model_shape(folder)
     (model,) = build_model(shape, transformer_config(shape, ParallelConfig(), PrecisionConfig(dtype="fp32")))

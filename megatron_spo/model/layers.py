@@ -1,0 +1,35 @@
+"""What the transformer layers of the model are made of."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.model.attention import PairAttention
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose gradient Megatron sums over the tensor-parallel ranks under sequence parallelism.
+
+    Megatron's own wrapper of torch's norm refuses sequence parallelism (megatron-core 0.16.1).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one chunk of the model."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+    layer.self_attention.submodules.core_attention = PairAttention
+    if shape.qk_norm:
+        layer.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm
+        layer.self_attention.submodules.k_layernorm = SequenceParallelRMSNorm
+    here = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * here, layer_norm=SequenceParallelRMSNorm)

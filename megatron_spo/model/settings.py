@@ -1,0 +1,75 @@
+"""Megatron's configuration of the model, from ours."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer import TransformerConfig
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
+from megatron_spo.config.topology import stage_layers
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
+    """Megatron's configuration of the model: the one place that makes it."""
+    dtype = DTYPES[precision.dtype]
+    interleaved = parallel.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(shape, parallel),
+        # with two stages, a batched exchange would mix up what the same neighbour sends as previous and as next
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        **RECOMPUTE[parallel.recompute],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=True,  # rows are as long as their pairs
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, even without experts
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # every tensor is filled from its global key below
+        gradient_accumulation_fusion=False,  # the fusions need Transformer Engine or apex
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in Megatron's words."""
+    if parallel.pipeline == 1:
+        return None
+    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn)
+    counts = stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]

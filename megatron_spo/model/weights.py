@@ -1,0 +1,81 @@
+"""Fill the model from a Hugging Face folder or at random.
+
+Weights are addressed by the global key, shape and offset that Megatron's sharded state dict gives for each local
+tensor, so the same code serves every tensor and pipeline layout, and each rank reads only its slices.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.errors import UserError
+from megatron_spo.model.build import PairModel
+from megatron_spo.model.families import Mapping, mappings
+from megatron_spo.model.hf_files import HFWeights
+from megatron_spo.model.tensors import PaddedVocabulary
+
+
+def _local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:
+    """Each local tensor with its row of the family table and the part of the global tensor that it is."""
+    table = {(row.key, row.layer): row for row in mappings(shape)}
+    sharded = model.sharded_state_dict()
+    apply_factories(sharded)
+    for tensor in nested_values(sharded):
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        stacked = tensor.prepend_axis_num
+        layer = int(tensor.global_offset[0]) if stacked else None
+        index = tuple(
+            slice(int(offset), int(offset) + int(size))
+            for offset, size in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
+        )
+        yield table[tensor.key, layer], tensor, index
+
+
+@torch.no_grad()
+def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
+    """Fill the model from a Hugging Face folder; only this rank's slices are read.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or belongs to no part of the model.
+    """
+    with HFWeights(folder) as weights:
+        known = {name for row in mappings(shape) for name in row.sources}
+        ignored = {"lm_head.weight"} if shape.tied else set()
+        stray = {n for n in weights.names() - known - ignored if not n.endswith("rotary_emb.inv_freq")}
+        if stray:
+            raise UserError(f"{folder} holds {min(stray)}, which a {shape.family} model of its config.json does "
+                            f"not have ({len(stray)} such tensors)")  # fmt: skip
+        for row, tensor, index in _local_tensors(model, shape):
+            sources = [weights.slice(name) for name in row.sources]
+            expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))
+            for name, source, shape_expected in zip(row.sources, sources, expected, strict=True):
+                if tuple(source.get_shape()) != shape_expected:
+                    raise UserError(f"{folder}: {name} has shape {tuple(source.get_shape())}, but its config.json "
+                                    f"calls for {shape_expected}")  # fmt: skip
+            tensor.data.copy_(row.transform.read(sources, index).view(tensor.data.shape))
+
+
+@torch.no_grad()
+def fill_randomly(model: PairModel, shape: ModelShape, seed: int) -> None:
+    """Draw the weights as transformers does for a new model: normal matrices, norms of one, biases of zero.
+
+    Each global tensor has a generator of its own, seeded by its name, so the model is the same in every layout.
+    """
+    for row, tensor, index in _local_tensors(model, shape):
+        if row.is_norm:
+            tensor.data.fill_(1.0)
+        elif row.key.endswith("bias"):
+            tensor.data.zero_()
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {row.key} {row.layer}".encode()))
+            rows, columns = (int(size) for size in tensor.global_shape[tensor.prepend_axis_num :])
+            full = torch.randn(rows, columns, generator=generator) * shape.initializer_range
+            if isinstance(row.transform, PaddedVocabulary):
+                full[shape.vocab :] = 0
+            tensor.data.copy_(full[index].view(tensor.data.shape))
