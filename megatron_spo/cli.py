@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_spo import __version__
-from megatron_spo.errors import Anomaly, LostRank, Stopped, UserError
+from megatron_spo.errors import Anomaly, LostRank, NotSaved, Stopped, UserError
 from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.quiet import quiet_third_parties
 from megatron_spo.runtime.signals import signals
@@ -19,9 +19,9 @@ from megatron_spo.runtime.watch_thread import watch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0 done, 2 the input is wrong, 3 an anomaly in training, 4 another process died or hangs, 75 stopped by a signal or
-    the time limit: the same command goes on; 128 + number: a second signal, 1: a bug. Under torchrun the caller sees
-    the agent's code, 1 for all but 0: read status.json.
+    0 done, 2 the input is wrong, 3 an anomaly in training, 4 another process died or hangs, 5 the last checkpoint could
+    not be written, 75 stopped by a signal or the time limit: the same command goes on; 128 + number: a second signal,
+    1: a bug. Under torchrun the caller sees the agent's code, 1 for all but 0: read status.json.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(with_keys=bool({"-h", "--help"} & set(given[1:]))).parse_args(given)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.command(options)
         except KeyboardInterrupt:
             return 130
-        except (UserError, Anomaly, LostRank, Stopped) as error:
+        except (UserError, Anomaly, LostRank, NotSaved, Stopped) as error:
             return _ended(error)
         except BaseException as error:  # some of PyTorch's are no Exception
             if world_size() > 1 and not isinstance(error, SystemExit):
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _ended(error: UserError | Anomaly | LostRank | Stopped) -> int:
+def _ended(error: UserError | Anomaly | LostRank | NotSaved | Stopped) -> int:
     stopped_at_once = isinstance(error, Stopped) and not signals.is_over
     watch().explain(error, ours=not stopped_at_once)  # torchrun sends a signal to those whose peer has died
     signals.over(error.code)

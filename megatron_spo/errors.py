@@ -22,6 +22,12 @@ class LostRank(Exception):
     code = 4
 
 
+class NotSaved(Exception):
+    """The last checkpoint could not be written; the earlier ones are as they were."""
+
+    code = 5
+
+
 class Stopped(BaseException):
     """A signal or the time limit asked for the end; the same command goes on from here.
 

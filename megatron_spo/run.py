@@ -1,9 +1,12 @@
 """The composition root of training: the one file that knows every floor."""
 
+import json
 import math
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from megatron_spo.assemble import (
     SFT,
@@ -15,23 +18,24 @@ from megatron_spo.assemble import (
     row_multiples,
     weights_fingerprint,
 )
-from megatron_spo.config.load import dump_config
+from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data import plan
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
+from megatron_spo.model.checkpoint_files import LATEST, Checkpoint
 from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.report import write_report
 from megatron_spo.runtime import env, processes
-from megatron_spo.runtime.processes import Runtime, agree
+from megatron_spo.runtime.processes import Runtime, agree, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.train import checkpoint, loop
-from megatron_spo.train.resume import check_resumable
+from megatron_spo.train.resume import changes
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
@@ -50,10 +54,12 @@ def train(config: Config) -> None:
         threads=config.training.threads,
         hang_minutes=config.training.hang_timeout,
     )
-    found = checkpoint.latest(Path(config.output) / "checkpoints")
-    check_resumable(config, Path(config.output), found)
+    found = checkpoint.find(Path(config.output) / "checkpoints")
+    if found:
+        changes(found, plain(config), {})
     directory = RunDirectory(Path(config.output), is_main=runtime.is_main)
-    directory.status("running", _last_step(found), **({"checkpoint": found.name} if found else {}))
+    on_main(directory.make, UserError)
+    directory.status("running", found.step if found else 0, **({"checkpoint": found.path.name} if found else {}))
     signals.before_exit = directory.ended
     watch().on_loss = lambda verdict: directory.ended(verdict.code, verdict.message, anyway=True)
     try:
@@ -61,15 +67,15 @@ def train(config: Config) -> None:
     except BaseException as error:
         directory.ended(getattr(error, "code", 1), str(error) or type(error).__name__)
         raise
-    finally:
-        directory.close()
 
 
-def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Path | None) -> None:
+def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
     sources = read_sources(config, runtime)
+    record = _record(config, sources)
+    changed = changes(found, record["config"], record["data"]) if found else []
     runtime.progress.phase("building and loading", times=4)
     references = _open_references(config, sources)
-    _write_provenance(config, directory, sources)
+    on_main(lambda: _write_provenance(config, directory, sources), UserError)
     chunks = make_model(config, sources)
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
     loaders = _loaders(config, sources, runtime)
@@ -77,7 +83,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
     job = loop.Job(
         config=config,
         engine=Engine(trainable, runtime, loss=config.loss, spo=config.spo),
-        trainable=trainable,
+        saver=checkpoint.Saver(directory.checkpoints, trainable, record, keep=config.checkpoint.keep),
         train=data.pop(TRAIN),
         sft=data.pop(SFT, None),
         evals=list(data.values()),
@@ -87,16 +93,16 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
     )
-    state = _start(config, trainable, found, runtime)
+    state = _start(config, trainable, found, changed, runtime)
     directory.open_metrics(after_step=state.step, evaluation_owed=state.evaluation_owed)
     directory.status("running", state.step, steps=job.steps)
     signals.after_step()
     state = loop.run(job, state)
     runtime.progress.phase("report", times=4)
-    directory.status("done", state.step, checkpoint=checkpoint.step_name(state.step), steps=job.steps)
+    directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:
         write_report([directory.path], directory.path / "report.html")
-        print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / checkpoint.LATEST}")
+        print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 
 
 def _open_references(config: Config, sources: Sources) -> dict[str, ReferenceStore]:
@@ -139,27 +145,37 @@ def _steps(config: Config, loader: Loader) -> int:
     return max(1, math.ceil((config.training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
 
 
-def _start(config: Config, trainable: Trainable, found: Path | None, runtime: Runtime) -> TrainState:
+def _record(config: Config, sources: Sources) -> dict[str, Any]:
+    """What decides how the training goes on, for its checkpoints."""
+    data = {TRAIN: sources.train, **({} if sources.sft is None else {SFT: sources.sft})}
+    return {
+        "config": plain(config),
+        "data": {name: dataset.fingerprint for name, dataset in data.items()},
+    }
+
+
+def _start(
+    config: Config, trainable: Trainable, found: Checkpoint | None, changed: Sequence[str], runtime: Runtime
+) -> TrainState:
     """The state to go on from: that of the checkpoint, or a fresh one."""
     if found is None:
         return TrainState(0, initial_state(config.spo), LossStatistics())
     state = checkpoint.load(found, trainable)
     if runtime.is_main:
-        print(f"{config.output}: going on from {found.name}", file=sys.stderr)
+        what = f"; changed: {'; '.join(changed)}" if changed else ""
+        print(f"{config.output}: going on from {found.path.name}{what}", file=sys.stderr)
     return state
 
 
 def _write_provenance(config: Config, directory: RunDirectory, sources: Sources) -> None:
     """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
-    directory.write("config.yaml", dump_config(config))
-    directory.write_json(
-        "provenance.json",
-        {
-            "versions": {name: _version(name) for name in ("megatron-spo", "megatron-core", "torch", "transformers")},
-            "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
-            "model": str(sources.folder),
-        },
-    )
+    directory.write_kept("config.yaml", dump_config(config))
+    provenance = {
+        "versions": {name: _version(name) for name in ("megatron-spo", "megatron-core", "torch", "transformers")},
+        "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
+        "model": str(sources.folder),
+    }
+    directory.write_kept("provenance.json", json.dumps(provenance, indent=1))
     dropped = [(name, row) for name, dataset in sources.named_sets().items() for row in dataset.dropped]
     directory.write_rows("dropped_rows.jsonl", [{"set": name, **vars(row)} for name, row in dropped])
     if dropped and directory.is_main:
@@ -187,7 +203,3 @@ def _listeners(config: Config, runtime: Runtime) -> list[loop.Listener]:
         config=config.model_dump(mode="json", by_alias=True),
     )
     return [lambda kind, step, metrics: run.log({f"{kind}/{name}": v for name, v in metrics.items()}, step=step)]
-
-
-def _last_step(found: Path | None) -> int:
-    return int(found.name.removeprefix("step_")) if found is not None else 0

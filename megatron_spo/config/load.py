@@ -41,13 +41,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal configuration; keys that have no effect are left out."""
+    return format_yaml(plain(config))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, by YAML names, without the keys that have no effect."""
     unused = unused_keys(config)
     result: dict[str, Any] = {}
     for name, value in config.model_dump(mode="json", by_alias=True).items():
         if isinstance(value, dict):
             value = {key: entry for key, entry in value.items() if f"{name}.{key}" not in unused}
         result[name] = value
-    return format_yaml(result)
+    return result
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.model_shape import ModelShape
-from megatron_spo.config.schema import Config, LossConfig, keys_of
+from megatron_spo.config.schema import Config, LossConfig, keys_of, section_class
 from megatron_spo.config.topology import make_topology
 from megatron_spo.errors import UserError
 
@@ -137,6 +137,12 @@ def _unavailable(key: str, only: int) -> Rule:
     )
 
 
+def _unknown(names: Iterable[str]) -> list[str]:
+    """Names that are neither sections nor keys."""
+    known = {f"{section}.{key}" for section in Config.model_fields for key in keys_of(section_class(section) or Config)}
+    return [name for name in names if name not in {*known, *Config.model_fields}]
+
+
 RULES: tuple[Rule, ...] = (
     # layout
     _not_divisible("tensor", "heads", "attention heads"),
@@ -227,6 +233,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda c, shape: c.training.eval_every > 0 and not c.data.eval,
         "training.eval_every = {c.training.eval_every} without data.eval; name held-out data, or remove it",
+    ),
+    Rule(
+        lambda c, shape: c.checkpoint.best is not None and not c.data.eval,
+        "checkpoint.best = {c.checkpoint.best} without data.eval; name held-out data, or remove it",
+    ),
+    Rule(
+        lambda c, shape: bool(_unknown(c.checkpoint.allow_changed)),
+        "checkpoint.allow_changed = {c.checkpoint.allow_changed} holds what is neither a key nor a section",
     ),
     Rule(
         lambda c, shape: c.logging.wandb != "off" and not installed("wandb"),

@@ -310,6 +310,12 @@ class TrainingConfig(Section):
     """gradient norm, relative to its running mean, that counts as an anomaly after 20 steps; null: none; > 1"""
 
 
+BestMetric = Literal[
+    "loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_down",
+    "rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen", "spo/chosen_shift",
+]  # fmt: skip
+
+
 class CheckpointConfig(Section):
     """What is kept of a run."""
 
@@ -317,6 +323,12 @@ class CheckpointConfig(Section):
     """optimizer steps between checkpoints; 0: only at the end; >= 0"""
     keep: int = Field(2, ge=1)
     """newest checkpoints kept; >= 1"""
+    best: BestMetric | None = None
+    """metric of the first data.eval set at whose best a checkpoint is written and kept (losses: lowest); null: none"""
+    async_: bool = Field(True, alias="async")
+    """write checkpoints while the training goes on; only the one at the end is waited for"""
+    allow_changed: list[str] = []
+    """keys or sections that may differ from those of the checkpoint, though they alter the training"""
 
 
 class LoggingConfig(Section):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.errors import UserError
+from megatron_spo.model.checkpoint_files import Checkpoint, Damaged, locate, open_checkpoint
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.model.hf_files import copy_side_files, locate_model, write_shards
 
@@ -28,20 +28,19 @@ def to_hf(source: Path, target: Path) -> None:
     Raises:
         UserError: no checkpoint there, it lacks a tensor, or `target` exists and is not empty.
     """
-    checkpoint, run = _locate(source)
+    found = _open(locate(source))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    origin = locate_model(config["model"]["path"])
+    model = found.record["config"]["model"]
+    origin = locate_model(model["path"])
     shape = read_model_shape(origin)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_side_files(origin, partial)
-    if config["model"].get("tokenizer"):
-        copy_side_files(locate_model(config["model"]["tokenizer"]), partial)
-    reader = dcp.FileSystemReader(checkpoint)
-    dtype = _write_weights(reader, shape, partial, checkpoint)
+    if model["tokenizer"]:
+        copy_side_files(locate_model(model["tokenizer"]), partial)
+    dtype = _write_weights(dcp.FileSystemReader(found.path), shape, partial, found.path)
     written = {**shape.raw, "dtype": str(dtype).removeprefix("torch.")}
     written.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -50,14 +49,11 @@ def to_hf(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _locate(source: Path) -> tuple[Path, Path]:
-    """The checkpoint folder and its run directory."""
-    if (source / "checkpoints" / "latest").exists():
-        return source / "checkpoints" / (source / "checkpoints" / "latest").read_text().strip(), source
-    run = source.parent.parent
-    if (source / "metadata.json").exists() and (run / "config.yaml").exists():
-        return source, run
-    raise UserError(f"{source} is neither a run directory with a checkpoint nor a checkpoint inside one")
+def _open(folder: Path) -> Checkpoint:
+    try:
+        return open_checkpoint(folder)
+    except Damaged as error:
+        raise UserError(f"{error}; name another checkpoint") from error
 
 
 def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path, checkpoint: Path) -> torch.dtype:

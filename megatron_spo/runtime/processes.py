@@ -3,8 +3,10 @@
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from megatron_spo.runtime import cpu_bridge, env
 from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.runtime.watchdog import DAY, Progress
 
+T = TypeVar("T")
 COLLECTIVES = timedelta(seconds=DAY)
 """How long a collective may wait: the watch, which knows who is late, ends the job long before."""
 
@@ -119,6 +122,25 @@ def _say_goodbye() -> None:
     """At the interpreter's end: done, or broken by an exception that nobody caught."""
     error = getattr(sys, "last_value", None)
     watch().leave(0 if error is None else 1, f"{type(error).__name__}: {error}")
+
+
+def on_main(action: Callable[[], T], failure: type[Exception]) -> T:
+    """What the main process makes of `action`, on all processes; it may meet an OSError.
+
+    Raises:
+        failure: on all ranks alike, where it did.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except OSError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise failure(outcome[1])
+    result: T = outcome[0]
+    return result
 
 
 def agree(error: UserError | None) -> None:

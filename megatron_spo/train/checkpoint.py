@@ -1,120 +1,304 @@
-"""Checkpoints in Megatron's torch_dist format, loadable in any layout.
+"""Write and read the state of the training, in Megatron's torch_dist format, loadable in any layout.
 
-    checkpoints/step_00000200/   Megatron's shards and metadata, and trainer.json (TrainState)
-    checkpoints/latest           the name of the newest complete one
-
-A checkpoint is written under a name of its own and renamed when it is complete on every rank; `latest` moves last.
+A checkpoint is written under a name of its own and gets its final one when it is complete on every rank; the marker
+`latest` moves last. Files are written by a forked child of each rank, so training can go on meanwhile.
 """
 
-import json
 import os
-import queue
+import pickle
+import secrets
 import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import load as load_distributed
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spo.errors import UserError
+from megatron_spo.model import checkpoint_files
 from megatron_spo.model.build import PairModel
+from megatron_spo.model.checkpoint_files import BEST, LATEST, Checkpoint, Damaged, step_name
 from megatron_spo.model.wrap import Trainable
+from megatron_spo.runtime.processes import on_main
 from megatron_spo.train.state import TrainState
 
-LATEST = "latest"
-STATE_FILE = "trainer.json"
 _SHARDING = "fully_reshardable"
+_BACKEND = ("torch_dist", 1)
 
 
-def step_name(step: int) -> str:
-    """Name of the checkpoint folder after `step` steps."""
-    return f"step_{step:08d}"
+class SaveFailed(Exception):
+    """A checkpoint could not be written; raised on every rank alike. The earlier ones are as they were."""
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a `checkpoints` folder, or None.
+class Saver:
+    """Writes checkpoints from all ranks together, at most one at a time."""
+
+    def __init__(self, folder: Path, trainable: Trainable, record: dict[str, Any], *, keep: int) -> None:
+        """`folder` is the run's `checkpoints`; `record` goes into the seal; `keep` newest checkpoints stay."""
+        self.folder, self.last_saved = folder, ""
+        self._trainable, self._record, self._keep = trainable, record, keep
+        self._open: _Writing | None = None
+        if not hasattr(filesystem_async, "_results_queue"):
+            raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: revise _Results")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._open is not None
+
+    def start(self, state: TrainState, *, in_background: bool) -> None:
+        """Begin to write the present weights, optimizer and `state`; `finished` completes it.
+
+        In the background, the weights may change as soon as this returns.
+
+        Raises:
+            SaveFailed: there is no room, or the folder cannot be written to.
+        """
+        assert self._open is None
+        partial = Path(on_main(lambda: str(self._make_partial(state.step)), SaveFailed))
+        self._trainable.gather_weights()
+        sharded, common = save_preprocess(contents(self._trainable, loading=False))
+        self._check_room(sharded)
+        strategy = _Strategy(*_BACKEND)
+        on_main(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)), SaveFailed)
+        filesystem_async._results_queue = results = _Results()
+        request = strategy.async_save(sharded, str(partial))
+        request = request._replace(async_fn=request.async_fn and _WriteAndSum(request.async_fn))
+        caller = TemporalAsyncCaller()
+        if in_background:
+            caller.schedule_async_call(request)
+        else:
+            _write_here(request)
+        self._open = _Writing(state, partial, strategy, results, caller)
+
+    def finished(self, *, wait: bool) -> bool:
+        """Complete the open checkpoint, where all ranks have written it or this may `wait` for that.
+
+        Raises:
+            SaveFailed
+        """
+        if self._open is None or not self._open.caller.is_current_async_call_done(blocking=wait):
+            return False
+        writing, self._open = self._open, None
+        try:
+            self._complete(writing)
+        except SaveFailed:
+            on_main(lambda: shutil.rmtree(writing.partial, ignore_errors=True), SaveFailed)
+            raise
+        self.last_saved = step_name(writing.state.step)
+        return True
+
+    def _make_partial(self, step: int) -> Path:
+        """A folder of no other attempt: the children of a killed job may still write into theirs."""
+        partial = self.folder / f".{step_name(step)}.partial-{secrets.token_hex(4)}"
+        checkpoint_files.remove_unfinished(self.folder)
+        partial.mkdir(parents=True)
+        return partial
+
+    def _check_room(self, sharded: dict[str, Any]) -> None:
+        tensors = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
+        here = sum(t.data.nbytes for t in tensors if t.data is not None and is_main_replica(t.replica_id))
+        total = torch.tensor([here], dtype=torch.int64, device=next(self._trainable.chunks[0].parameters()).device)
+        dist.all_reduce(total)
+
+        def check() -> None:
+            free = shutil.disk_usage(self.folder).free
+            if free < int(total):
+                raise OSError(f"the checkpoint needs {int(total):,} bytes and {free:,} are free")
+
+        on_main(check, SaveFailed)
+
+    def _complete(self, writing: "_Writing") -> None:
+        written = _plain(writing.strategy.writer.retrieve_write_results())
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (written, writing.results.sums))
+        failures = [f"rank {rank}: {result}" for rank, (result, _) in enumerate(outcomes) if isinstance(result, str)]
+        if failures:
+            raise SaveFailed("; ".join(failures[:4]))
+
+        def complete() -> None:
+            partial, step = writing.partial, writing.state.step
+            writing.strategy.writer.finish(writing.strategy.index, [result for result, _ in outcomes])
+            save_config(CheckpointingConfig(*_BACKEND), str(partial))
+            sums = {name: entry for _, some in outcomes for name, entry in some.items()}
+            checkpoint_files.seal(partial, writing.state.to_dict(), self._record, sums)
+            checkpoint_files.put_in_place(partial, self.folder / step_name(step))
+            checkpoint_files.write_durably(self.folder / LATEST, step_name(step))
+            protected = self._mark_best(writing.state)
+            checkpoint_files.prune(self.folder, upto=step, keep=self._keep, protected=protected)
+
+        on_main(complete, SaveFailed)
+
+    def _mark_best(self, state: TrainState) -> list[str]:
+        if state.best is None:
+            return []
+        name = step_name(state.best.step)
+        if (self.folder / name).exists():
+            checkpoint_files.write_durably(self.folder / BEST, name)
+        return [name]
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint on its way."""
+
+    state: TrainState
+    partial: Path
+    strategy: "_Strategy"
+    results: "_Results"
+    caller: TemporalAsyncCaller
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Megatron's, which also tells its writer and the index to write at the end.
+
+    Megatron's own last step (megatron-core 0.16.1, save_state_dict_async_finalize) leaves the other ranks waiting for
+    ever where the main one cannot write the index.
+    """
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+        self.writer, self.index = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned)
+
+
+class _Results:
+    """Where the child leaves what it has written, in place of the queue that Megatron would start a process for.
+
+    Memory without a name: it needs no room on the disk that may be full, goes with the processes, and unlike a pipe
+    it takes any amount before someone reads.
+    """
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("checkpoint"), "w+b")  # noqa: SIM115  (open as long as the object lives)
+        self._held: Any = None
+        self.sums: dict[str, list[int | str]] = {}
+
+    def put(self, results: Any) -> None:
+        """Megatron's writer hands over what it wrote, or an exception."""
+        self._held = results
+
+    def send(self, sums: dict[str, list[int | str]]) -> None:
+        """In the child: leave it all, with the checksums of the files."""
+        pickle.dump((self._held, sums), self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Megatron's writer asks for what was written."""
+        self._file.seek(0)
+        try:
+            results, self.sums = pickle.load(self._file)
+        except EOFError:
+            return RuntimeError("the process that wrote it ended early")
+        return results
+
+
+class _WriteAndSum:
+    """In the child: write, then take the checksums while the content is still in memory."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+
+    def __call__(self, rank: int, buckets: list[Any], results: _Results) -> None:
+        self._write(rank, buckets, results)
+        files = [Path(path) for path, *_ in buckets]
+        results.send({path.name: checkpoint_files.checksum(path) for path in files if path.exists()})
+
+
+def _write_here(request: AsyncRequest) -> None:
+    if request.async_fn is not None:
+        rank, _, results = request.async_fn_args
+        request.async_fn(rank, request.preload_fn(), results)
+
+
+def _plain(results: Any) -> Any:
+    """Write results, or a text that says why there are none (torch's wrapped exceptions bring a traceback along)."""
+    return results if isinstance(results, list) else str(results[0]).removeprefix("Worker failure: ")
+
+
+def find(folder: Path) -> Checkpoint | None:
+    """The checkpoint to go on from: the one that `latest` names, or the newest whole one; None where there is none.
+
+    The ranks share the comparing of checksums. A damaged checkpoint is named on screen and set aside.
 
     Raises:
-        UserError: `latest` names one that is not there.
+        UserError: on every rank alike: there are checkpoints, and none is whole.
     """
-    marker = folder / LATEST
-    if not marker.exists():
-        return None
-    path = folder / marker.read_text().strip()
-    if not (path / STATE_FILE).exists():
-        raise UserError(f"{marker} names {path.name}, which is not a complete checkpoint; write the name of another "
-                        f"folder of {folder} into it, or remove it to start anew")  # fmt: skip
-    return path
+    lists: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        checkpoint_files.remove_unfinished(folder)
+        lists = list(checkpoint_files.candidates(folder))
+    dist.broadcast_object_list(lists, src=0)
+    paths, oddities = lists
+    for i, path in enumerate(paths):
+        found, damage = _open_together(path)
+        if found is None:
+            oddities.append(damage)
+            continue
+        if dist.get_rank() == 0:
+            for oddity in oddities:
+                print(f"warning: {oddity}; going on from {path.name}", file=sys.stderr)
+            for damaged in paths[:i]:
+                checkpoint_files.set_aside(damaged)
+        return found
+    if paths:
+        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(oddities)}. Bring back a copy of one, or "
+                        "remove that folder to start anew")  # fmt: skip
+    return None
 
 
-def save(folder: Path, trainable: Trainable, state: TrainState, *, keep: int) -> Path:
-    """Write a checkpoint from all ranks together and move `latest` to it; returns its path.
-
-    Older checkpoints beyond `keep` are removed. An interrupted save leaves the earlier ones as they were.
-    """
-    final, partial = folder / step_name(state.step), folder / f".{step_name(state.step)}.partial"
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _collect_results_here()
-    trainable.gather_weights()
-    dist_checkpointing.save(_contents(trainable, loading=False), str(partial))
-    dist.barrier()
-    if is_main:
-        (partial / STATE_FILE).write_text(json.dumps(state.to_dict(), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        marker = folder / f".{LATEST}.new"
-        marker.write_text(final.name)
-        os.replace(marker, folder / LATEST)
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+def _open_together(path: Path) -> tuple[Checkpoint | None, str]:
+    """A checkpoint if all ranks find their part of it whole, else None and what is wrong."""
+    found, damage = None, ""
+    try:
+        found = checkpoint_files.open_checkpoint(path, part=dist.get_rank(), parts=dist.get_world_size())
+    except Damaged as error:
+        damage = str(error)
+    damages = [""] * dist.get_world_size()
+    dist.all_gather_object(damages, damage)
+    worst = next((message for message in damages if message), "")
+    return (None if worst else found), worst
 
 
-def _collect_results_here() -> None:
-    """Give Megatron's writer a queue within this process, which is where a synchronous save hands over its results.
-
-    megatron-core 0.16.1 would start a manager process for it (filesystem_async.py), 2 s of every run.
-    """
-    if not hasattr(filesystem_async, "_results_queue"):
-        raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: drop this function")
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-
-
-def load(path: Path, trainable: Trainable) -> TrainState:
+def load(found: Checkpoint, trainable: Trainable) -> TrainState:
     """Fill model and optimizer from a checkpoint written in any layout.
 
     Raises:
-        UserError: it is damaged, or of another model.
+        UserError: it is of another model.
     """
     try:
-        found = dist_checkpointing.load(_contents(trainable, loading=True), str(path))
-    except (Exception, CheckpointException) as error:  # many kinds, for files that are torn or of another model
+        stored = load_distributed(contents(trainable, loading=True), str(found.path))
+    except (Exception, CheckpointException) as error:  # many kinds; the files themselves are whole
         first_line = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{path} cannot be loaded ({type(error).__name__}: {first_line}); it is damaged or of another model: "
-            f"name an earlier one in {path.parent / LATEST}"
+            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); is model.path the model that "
+            "this run was started with?"
         ) from error
     for name, chunk in _named_chunks(trainable):
-        chunk.load_state_dict(found[name])
+        chunk.load_state_dict(stored[name])
     with torch.no_grad():
         for i, inner in enumerate(trainable.optimizer.chained_optimizers):
             state = inner.state_dict()
             for group in state["optimizer"]["param_groups"]:
-                group["step"] = found["optimizer_step"]
-            inner.load_state_dict({**state, **found["optimizer"][str(i)], "param_state_sharding_type": _SHARDING})
-    return TrainState.from_dict(json.loads((path / STATE_FILE).read_text()))
+                group["step"] = stored["optimizer_step"]
+            inner.load_state_dict({**state, **stored["optimizer"][str(i)], "param_state_sharding_type": _SHARDING})
+    return TrainState.from_dict(found.state)
 
 
-def _contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
+def contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
     """The sharded state dict of model and optimizer.
 
     Each inner optimizer is asked by itself: the keys that megatron-core 0.16.1 makes for several ("chained_0.") bind

@@ -1,24 +1,31 @@
 """The training loop."""
 
+import contextlib
+import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from megatron_spo.config.schema import Config
 from megatron_spo.data.loader import Batch
-from megatron_spo.model.wrap import Trainable, learning_rate
+from megatron_spo.errors import NotSaved, UserError
+from megatron_spo.model.wrap import learning_rate
 from megatron_spo.objective.plan import Role
 from megatron_spo.objective.schedules import observe, plan_step
 from megatron_spo.runtime.watchdog import Progress
-from megatron_spo.train import checkpoint
 from megatron_spo.train.anomalies import BadStep, alarm
+from megatron_spo.train.checkpoint import SaveFailed, Saver
 from megatron_spo.train.run_directory import RunDirectory
-from megatron_spo.train.state import TrainState
+from megatron_spo.train.state import Best, TrainState
 from megatron_spo.train.step import DataInUse, Engine, Share
 from megatron_spo.train.stop import StopRequest
 
+RETRY = 10.0
+"""Seconds between attempts to write the last checkpoint."""
+LOWER_IS_BETTER = ("loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_down")
 Listener = Callable[[str, int, dict[str, float]], None]
 """Called with (kind, step, metrics) for every line of metrics.jsonl."""
 
@@ -29,7 +36,7 @@ class Job:
 
     config: Config
     engine: Engine
-    trainable: Trainable
+    saver: Saver
     train: DataInUse
     sft: DataInUse | None
     evals: Sequence[DataInUse]
@@ -64,8 +71,8 @@ def run(job: Job, state: TrainState) -> TrainState:
             state = replace(state, evaluation_owed=due)
             if due and not stop:
                 state = evaluate(job, state)
-            if last or stop or _falls_on(config.checkpoint.every, state.step):
-                _save(job, state)
+            best_yet = state.best is not None and state.best.step == state.step
+            _save(job, state, surely=last or bool(stop), due=best_yet or _falls_on(config.checkpoint.every, state.step))
             if stop and (state.evaluation_owed or not last):
                 job.stop.end(stop, state.step)
     return state
@@ -83,17 +90,99 @@ def evaluate(job: Job, state: TrainState) -> TrainState:
             try:
                 metrics = job.engine.evaluate(pass_, data, state=state)
             except BadStep as bad:
-                alarm(bad, state.step, job.directory, config.training.on_anomaly)
+                _raise_alarm(job, bad, state, state.step)
                 continue
             _log(job, "eval", state.step, {**metrics, "seconds": time.perf_counter() - begin}, name=data.name)
+            if data is job.evals[0]:
+                state = replace(state, best=_better(config.checkpoint.best, metrics, state))
     return replace(state, evaluation_owed=False)
 
 
-def _save(job: Job, state: TrainState) -> None:
-    job.progress.phase(f"saving step {state.step}", times=4)
-    with job.stop.timing("save"):
-        path = checkpoint.save(job.directory.checkpoints, job.trainable, state, keep=job.config.checkpoint.keep)
-    job.directory.status("running", state.step, checkpoint=path.name, steps=job.steps)
+def _better(metric: str | None, metrics: dict[str, float], state: TrainState) -> Best | None:
+    """The best evaluation including one with these metrics."""
+    if metric is None:
+        return state.best
+    if metric not in metrics:
+        raise UserError(f"checkpoint.best: {metric} is not measured in this run; measured are {', '.join(metrics)}")
+    value, best = metrics[metric], state.best
+    if best is None or (value < best.value if metric in LOWER_IS_BETTER else value > best.value):
+        return Best(value, state.step)
+    return best
+
+
+def _save(job: Job, state: TrainState, *, surely: bool, due: bool) -> None:
+    """Complete a checkpoint that is being written, if it is ready or must be, and begin one that is due.
+
+    `surely`: the training ends here, so a checkpoint must be on the disk before this returns.
+    """
+    if surely or (due and job.saver.is_open):
+        job.progress.phase(f"saving step {state.step}", times=4)
+    _complete(job, state, wait=surely or due)
+    if surely:
+        with job.stop.timing("save"):
+            _save_now(job, state)
+    elif due:
+        with _reported(job, state):
+            job.saver.start(state, in_background=job.config.checkpoint.async_)
+        _complete(job, state, wait=not job.config.checkpoint.async_)
+
+
+def _complete(job: Job, state: TrainState, *, wait: bool) -> None:
+    with _reported(job, state):
+        if job.saver.finished(wait=wait):
+            job.directory.restore()
+            job.directory.status("running", state.step, checkpoint=job.saver.last_saved, steps=job.steps)
+
+
+def _raise_alarm(job: Job, bad: BadStep, state: TrainState, step: int) -> None:
+    """Tell of a bad step or evaluation; a checkpoint on its way is completed first, as this may be the end.
+
+    Raises:
+        Anomaly: on every rank, where training.on_anomaly says so.
+    """
+    _complete(job, state, wait=True)
+    alarm(bad, step, job.directory, job.config.training.on_anomaly)
+
+
+@contextlib.contextmanager
+def _reported(job: Job, state: TrainState) -> Iterator[None]:
+    """A checkpoint that cannot be written does not end the training."""
+    try:
+        yield
+    except SaveFailed as error:
+        reason = f"no checkpoint could be written into {job.directory.checkpoints}: {error}"
+        job.directory.log("alarm", state.step, {"reason": reason})
+        if job.directory.is_main:
+            print(f"warning: step {state.step}: {reason}. The training goes on; make room there", file=sys.stderr)
+
+
+def _save_now(job: Job, state: TrainState) -> None:
+    """Write the checkpoint at the end, trying again while someone may make room for it.
+
+    Raises:
+        NotSaved: on every rank.
+    """
+    attempts = max(1, math.ceil(job.config.training.hang_timeout * 60 / RETRY))
+    for left in range(attempts - 1, -1, -1):
+        try:
+            job.saver.start(state, in_background=False)
+            job.saver.finished(wait=True)
+            break
+        except SaveFailed as error:
+            where = f"step {state.step} could not be saved in {job.directory.checkpoints}: {error}"
+            if left == 0:
+                raise NotSaved(f"{where}. Its weights are lost; the same command goes on from the checkpoint before") \
+                    from error  # fmt: skip
+            if job.directory.is_main:
+                print(
+                    f"warning: {where}. Its weights are still in memory: make room there, or make the folder writable; "
+                    f"trying again every {RETRY:g} seconds, {left} times more",
+                    file=sys.stderr,
+                )
+        time.sleep(RETRY)
+        job.progress.tick()
+    job.directory.restore()
+    job.directory.status("running", state.step, checkpoint=job.saver.last_saved, steps=job.steps)
 
 
 def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -107,7 +196,7 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     try:
         outcome = job.engine.train_step(plan, *shares, state=state, lr=lr, largest_norm=limit)
     except BadStep as bad:
-        alarm(bad, state.step + 1, job.directory, config.training.on_anomaly)
+        _raise_alarm(job, bad, state, state.step + 1)
         return replace(state, step=state.step + 1, norms=state.norms.skipped()), {}
     sums, metrics = outcome.sums, outcome.metrics
     schedule, statistics = state.schedule.saw(metrics["loss/sft"]), state.statistics

@@ -1,13 +1,10 @@
-"""Which keys may change when a run goes on from a checkpoint."""
+"""What may change when a run goes on from a checkpoint."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from megatron_spo.config.schema import Config
 from megatron_spo.errors import UserError
+from megatron_spo.model.checkpoint_files import Checkpoint
 
 FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.eval", "data.num_proc",
         "training.steps", "training.eval_every", "training.threads", "training.time_limit", "training.hang_timeout",
@@ -16,30 +13,43 @@ FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.
 only where it would have ended (training.on_anomaly, training.spike_factor)."""
 
 
-def check_resumable(config: Config, output: Path, found: Path | None) -> None:
-    """Refuse to go on from a checkpoint under a config that alters the trajectory.
+def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
+    """What differs from the checkpoint's run and may, one line each.
+
+    Args:
+        found: the checkpoint.
+        config: the resolved configuration, as plain data.
+        data: fingerprints of the training sets by their names.
 
     Raises:
-        UserError: names each key with its old and its new value.
+        UserError: something alters the training and is not listed in checkpoint.allow_changed.
     """
-    written = output / "config.yaml"
-    if found is None or not written.exists():
-        return
-    free = FREE if config.optimizer.decay == "constant" else tuple(key for key in FREE if key != "training.steps")
-    old = dict(_flat(yaml.safe_load(written.read_text()), free))
-    new = dict(_flat(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json", by_alias=True))), free))
-    changed = [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)]
-    if changed:
-        raise UserError(f"{found} was trained with another configuration: {'; '.join(changed)}. Restore the keys, or "
-                        "choose another output folder")  # fmt: skip
+    old, new = dict(_flat(found.record["config"])), dict(_flat(config))
+    free = FREE if new["optimizer.decay"] == "constant" else [key for key in FREE if key != "training.steps"]
+    differ = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new)
+              if old.get(key) != new.get(key)}  # fmt: skip
+    for name, fingerprint in data.items():
+        if found.record["data"].get(name) != fingerprint:
+            key = "spo.sft_data" if name == "sft" else "data.train"
+            differ.setdefault(key, f"{key}: the rows are other ones than those of the checkpoint")
+    allowed = [*free, *config["checkpoint"]["allow_changed"]]
+    refused = [text for key, text in differ.items() if not _covers(allowed, key)]
+    if refused:
+        raise UserError(
+            f"{found.path} was trained with another configuration: {'; '.join(refused)}. Restore these keys, choose "
+            "another output folder, or list them in checkpoint.allow_changed"
+        )
+    return [text for key, text in differ.items() if not _covers(("checkpoint.allow_changed", "output"), key)]
 
 
-def _flat(values: dict[str, Any], free: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _covers(names: Sequence[str], key: str) -> bool:
+    """Whether a key, or a section it is in, is among the names."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        key = prefix + name
-        if key in free:
-            continue
         if isinstance(value, dict):
-            yield from _flat(value, free, key + ".")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield key, value
+            yield prefix + name, value

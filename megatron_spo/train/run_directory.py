@@ -1,11 +1,14 @@
 """The files of a run: the only interface between a run and whoever looks at it."""
 
+import contextlib
+import errno
 import json
 import os
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_spo.errors import Stopped
 
@@ -16,10 +19,14 @@ class RunDirectory:
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
         self.checkpoints = path / "checkpoints"
-        self._metrics: TextIO | None = None
         self._status: dict[str, Any] = {"step": 0}
-        if is_main:
-            path.mkdir(parents=True, exist_ok=True)
+        self._kept: dict[str, str] = {}
+        self._metrics: Path | None = None
+        self._unwritten = ""
+
+    def make(self) -> None:
+        """Make the folder; on the main process."""
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, text: str, *, anyway: bool = False) -> None:
         """Replace a file as a whole; `anyway`: also where this process is not main."""
@@ -32,10 +39,24 @@ class RunDirectory:
         """Replace a file as a whole by a JSON object."""
         self.write(name, json.dumps(values, indent=1))
 
+    def write_kept(self, name: str, text: str) -> None:
+        """Write a file that `restore` brings back."""
+        self._kept[name] = text
+        self.write(name, text)
+
+    def restore(self) -> None:
+        """Make the folder again, with what describes the run, where someone has removed it."""
+        for name, text in self._kept.items():
+            if self.is_main and not (self.path / name).exists():
+                with self._tolerated(name):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    self.write(name, text)
+
     def status(self, state: str, step: int, **more: Any) -> None:
         """Replace status.json: state is running or done; what `more` held before is kept."""
         self._status = {**self._status, "state": state, "step": step, **more}
-        self.write_json("status.json", self._status)
+        with self._tolerated("status.json"):
+            self.write_json("status.json", self._status)
 
     def ended(self, code: int, reason: str, *, anyway: bool = False) -> None:
         """Status.json at an end before the last step: stopped (the same command goes on) or failed, code and reason."""
@@ -63,19 +84,37 @@ class RunDirectory:
             if not again:
                 kept.append(text.rstrip("\n") + "\n")
         self.write("metrics.jsonl", "".join(kept))
-        self._metrics = path.open("a")
+        self._metrics = path
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
-            self._metrics.flush()
+        """Append one line to metrics.jsonl; what cannot be written now is written with a later line."""
+        if self._metrics is None:
+            return
+        self._unwritten += json.dumps({"kind": kind, "step": step, **metrics}) + "\n"
+        with self._tolerated("metrics.jsonl"):
+            _append_all(self._metrics, self._unwritten.encode())
+            self._unwritten = ""
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace a JSONL file."""
         self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def close(self) -> None:
-        """Close metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.close()
+    @contextlib.contextmanager
+    def _tolerated(self, name: str) -> Iterator[None]:
+        """A full disk or a vanished folder must not end a training whose weights are in memory."""
+        try:
+            yield
+        except OSError as error:
+            print(f"warning: {self.path / name} cannot be written now: {error}", file=sys.stderr)
+
+
+def _append_all(path: Path, content: bytes) -> None:
+    """Append all of it or nothing."""
+    with path.open("ab", buffering=0) as file:
+        begin = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(begin)
+            raise

@@ -9,6 +9,14 @@ from megatron_spo.train.anomalies import GradientNorms
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, by checkpoint.best, and the step it was made after."""
+
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Steps done, and what the schedule and the loss remember of them; the position in the data follows from `step`."""
 
@@ -18,6 +26,7 @@ class TrainState:
     norms: GradientNorms = GradientNorms()
     evaluation_owed: bool = False
     """The run was stopped before the evaluation that belongs to this step."""
+    best: Best | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
@@ -27,6 +36,7 @@ class TrainState:
             "statistics": self.statistics.to_dict(),
             "norms": asdict(self.norms),
             "evaluation_owed": self.evaluation_owed,
+            "best": self.best and asdict(self.best),
         }
 
     @classmethod
@@ -38,4 +48,5 @@ class TrainState:
             LossStatistics.from_dict(state["statistics"]),
             GradientNorms(**state["norms"]),
             state["evaluation_owed"],
+            state["best"] and Best(**state["best"]),
         )
