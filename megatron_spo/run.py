@@ -101,7 +101,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     runtime.progress.phase("report", times=4)
     directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:
-        write_report([directory.path], directory.path / "report.html")
+        with directory.tolerated("report.html"):
+            write_report([directory.path], directory.path / "report.html")
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 
 

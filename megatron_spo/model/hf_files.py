@@ -51,6 +51,10 @@ def shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if stray := [name for name in names if Path(name).name != name]:
+            raise UserError(
+                f"{index} names {stray[0]!r}, which lies outside of the folder; copy the model folder again"
+            )
         if absent := [name for name in names if not (folder / name).exists()]:
             raise UserError(f"{index} names {absent[0]}, which is not there; copy the whole model folder")
         return [folder / name for name in names]

@@ -48,14 +48,14 @@ class RunDirectory:
         """Make the folder again, with what describes the run, where someone has removed it."""
         for name, text in self._kept.items():
             if self.is_main and not (self.path / name).exists():
-                with self._tolerated(name):
+                with self.tolerated(name):
                     self.path.mkdir(parents=True, exist_ok=True)
                     self.write(name, text)
 
     def status(self, state: str, step: int, **more: Any) -> None:
         """Replace status.json: state is running or done; what `more` held before is kept."""
         self._status = {**self._status, "state": state, "step": step, **more}
-        with self._tolerated("status.json"):
+        with self.tolerated("status.json"):
             self.write_json("status.json", self._status)
 
     def ended(self, code: int, reason: str, *, anyway: bool = False) -> None:
@@ -91,7 +91,7 @@ class RunDirectory:
         if self._metrics is None:
             return
         self._unwritten += json.dumps({"kind": kind, "step": step, **metrics}) + "\n"
-        with self._tolerated("metrics.jsonl"):
+        with self.tolerated("metrics.jsonl"):
             _append_all(self._metrics, self._unwritten.encode())
             self._unwritten = ""
 
@@ -100,7 +100,7 @@ class RunDirectory:
         self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     @contextlib.contextmanager
-    def _tolerated(self, name: str) -> Iterator[None]:
+    def tolerated(self, name: str) -> Iterator[None]:
         """A full disk or a vanished folder must not end a training whose weights are in memory."""
         try:
             yield
