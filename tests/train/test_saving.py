@@ -143,9 +143,7 @@ def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way
         assert train(folder, run, "training.steps=7") == 0
 
 
-def test_a_disk_that_stays_full_leaves_the_earlier_checkpoint(
-    folder: Path, tmp_path: Path, capsys, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+def test_a_disk_that_stays_full_costs_the_last_checkpoint(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(loop, "RETRY", 1.0)
     with small_disk(tmp_path / "disk", folder, 1.5) as disk:
         run = disk / "run"
