@@ -66,17 +66,17 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
     if on_gpu:
         torch.cuda.set_device(device)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // env.local_world_size()))
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        store = _meet(hang_minutes) if env.launched() else dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
-        atexit.register(dist.destroy_process_group)
+    store = _store(hang_minutes)
     watch().progress.start_up(hang_minutes * 60)
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if parallel_state.model_parallel_is_initialized():  # an earlier command of this process
+    if dist.is_initialized():  # an earlier command of this process: its groups would keep their threads
+        dist.barrier()
         parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
@@ -97,6 +97,19 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         progress=watch().progress,
     )
+
+
+_meetings: list[dist.Store] = []
+"""The store in which the processes meet, and views of it under prefixes: one for each set of groups."""
+
+
+def _store(minutes: float) -> dist.Store:
+    """Where the processes find each other, for one set of groups."""
+    if not _meetings:
+        _meetings.append(_meet(minutes) if env.launched() else dist.HashStore())
+        atexit.register(dist.destroy_process_group)
+    _meetings.append(dist.PrefixStore(f"groups {len(_meetings)}", _meetings[0]))
+    return _meetings[-1]
 
 
 def _meet(minutes: float) -> dist.Store:

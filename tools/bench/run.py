@@ -50,14 +50,8 @@ def main() -> None:
 
 def _ways(folder: Path, prompt: int, response: int) -> dict[str, Callable[[], list[float]]]:
     """Each returns the seconds of `STEPS` steps on the same pairs."""
-    rng = random.Random(0)
-
-    def text(median: int) -> str:
-        return "".join(rng.choices(LETTERS, k=max(2, round(rng.lognormvariate(0, 0.5) * median))))
-
-    pairs = [{"prompt": text(prompt), "chosen": text(response), "rejected": text(response)} for _ in range(BATCH)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    _write_model(folder / "model")
+    pairs = write_pairs(folder / "pairs.jsonl", BATCH, prompt=prompt, response=response)
+    write_model(folder / "model", hidden=256)
     longest = max(len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) + 2 for p in pairs)
     config = {
         "model": {"path": str(folder / "model")},
@@ -85,14 +79,29 @@ def _ways(folder: Path, prompt: int, response: int) -> dict[str, Callable[[], li
     }
 
 
-def _write_model(folder: Path) -> None:
+def write_pairs(path: Path, count: int, *, prompt: int, response: int) -> list[dict[str, str]]:
+    """Pairs of random letters, lengths lognormal around these medians (a letter is a token)."""
+    rng = random.Random(0)
+
+    def text(median: int) -> str:
+        return "".join(rng.choices(LETTERS, k=max(2, round(rng.lognormvariate(0, 0.5) * median))))
+
+    pairs = [{"prompt": text(prompt), "chosen": text(response), "rejected": text(response)} for _ in range(count)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
+def write_model(folder: Path, *, hidden: int) -> int:
+    """A random Llama of 4 layers with a tokenizer of letters; returns the number of its parameters."""
     vocab = {character: i for i, character in enumerate(["<pad>", "<eos>", *LETTERS])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
-    config = LlamaConfig(vocab_size=1024, num_key_value_heads=4, max_position_embeddings=8192, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shape = {"hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=8192, **shape, **heads))
+    model.save_pretrained(folder)
+    return model.num_parameters()
 
 
 def _plain(folder: Path, pairs: list[dict[str, str]]) -> list[float]:
