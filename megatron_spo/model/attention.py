@@ -22,6 +22,11 @@ from torch import Tensor
 from megatron_spo.data.rows import PackedRow
 
 
+BLOCK = 16
+"""Queries and keys of a pair are padded to multiples of this: what torch's kernels sum in vectors of at most so many
+is then the same whatever other pairs are in the row, and so is bf16's rounding."""
+
+
 @dataclass
 class RowOnDevice(PackedSeqParams):
     """A packed row as the model takes it; Megatron hands it to every layer of every stage as `packed_seq_params`.
@@ -90,14 +95,14 @@ def _geometry(
         segments = np.array([[0, length, 0, 0]])
     start, shared, chosen = segments[:, 0], segments[:, 1], segments[:, 2]
     lengths = segments[:, 1:].sum(1)
-    key = np.arange(int(lengths.max()))
+    key = np.arange(_in_blocks(int(lengths.max())))
     keys = np.where(key[None] < lengths[:, None], start[:, None] + key[None], 0)
     pair = np.searchsorted(start, here, side="right") - 1
     real = here < start[pair] + lengths[pair]
     local, pair = np.flatnonzero(real), pair[real]
     counts = np.bincount(pair, minlength=len(segments))
     at = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)  # number within the pair, of those here
-    most = max(int(counts.max()), 1)
+    most = _in_blocks(max(int(counts.max()), 1))
     queries, inside = np.zeros((2, len(segments), most), dtype=np.int64)
     queries[pair, at], inside[pair, at] = local, here[local] - start[pair]
     unblock = np.zeros(len(here), dtype=np.int64)
@@ -106,6 +111,10 @@ def _geometry(
     in_rejected = inside >= (shared + chosen)[:, None]
     visible = (inside[:, :, None] >= key) & ~(in_rejected[:, :, None] & in_chosen[:, None, :])
     return queries, keys, visible[:, None], unblock
+
+
+def _in_blocks(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
 
 
 class _GatherOverRanks(torch.autograd.Function):

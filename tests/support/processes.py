@@ -15,7 +15,7 @@ Job = tuple[str, str, list[str]]
 """(command, config file, overrides)"""
 
 
-def launch(arguments: Sequence[str], processes: int, timeout: int = 400) -> subprocess.CompletedProcess[str]:
+def launch(arguments: Sequence[str], processes: int, timeout: int = 900) -> subprocess.CompletedProcess[str]:
     """Run a Python script or `-m module` with its arguments in so many processes."""
     python = [sys.executable]
     if processes > 1:

@@ -1,0 +1,57 @@
+"""bf16 weights with fp32 main parameters: the trajectory stays near that of fp32, and starts at ln 2 exactly."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_spo.cli import main
+from tests.support.processes import read_metrics
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+STEPS = 20
+BOUNDS = {"loss": 0.03, "spo/chosen_shift": 0.15, "spo/rejected_shift": 0.15}
+"""Largest absolute distance from fp32 over all steps; bf16 keeps 8 bits, and a response has some 5 tokens."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16")
+    tiny_model(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(32))
+    (folder / "config.yaml").write_text(
+        f"""
+output: {folder}/unset
+model: {{path: {folder}/model}}
+data: {{train: {folder}/pairs.jsonl, max_length: 64}}
+loss: {{name: dpo}}
+optimizer: {{lr: 1e-3, warmup_steps: 2}}
+training: {{global_batch_size: 8, steps: {STEPS}, threads: 1}}
+logging: {{progress: false}}
+"""
+    )
+    for dtype in ("fp32", "bf16"):
+        assert run(folder, "reference", dtype) == 0
+    return folder
+
+
+def run(folder: Path, command: str, dtype: str, *overrides: str) -> int:
+    given = [f"precision.dtype={dtype}", f"reference.cache={folder}/cache-{dtype}", *overrides]
+    return main([command, str(folder / "config.yaml"), *given])
+
+
+@pytest.mark.parametrize("schedule", ["penalty", "lookahead", "barrier"])
+def test_bf16_stays_near_fp32(folder: Path, schedule: str) -> None:
+    lines = {}
+    for dtype in ("fp32", "bf16"):
+        output = folder / f"{schedule}-{dtype}"
+        assert run(folder, "train", dtype, f"spo.schedule={schedule}", f"output={output}") == 0
+        lines[dtype] = read_metrics(output)
+    first = lines["bf16"]["train", "", 1]
+    assert first["loss/preference"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["spo/chosen_shift"] == first["spo/rejected_shift"] == 0
+    moved = abs(lines["fp32"]["train", "", STEPS]["spo/rejected_shift"])
+    for name, bound in BOUNDS.items():
+        distance = max(abs(line[name] - lines["fp32"][key][name]) for key, line in lines["bf16"].items())
+        assert distance < bound, name
+    assert moved > 5 * BOUNDS["spo/rejected_shift"]  # the bound would notice a run that stands still
