@@ -22,6 +22,7 @@ from megatron_spo.data import plan
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
+from megatron_spo.model.lora import add_adapters
 from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
@@ -31,7 +32,8 @@ from megatron_spo.runtime.processes import Runtime, agree
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.train import checkpoint, loop
-from megatron_spo.train.resume import check_resumable
+from megatron_spo.train.reference_sums import AdaptersOff, CachedSums, ReferenceSums
+from megatron_spo.train.resume import check_base, check_resumable
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
@@ -68,11 +70,18 @@ def train(config: Config) -> None:
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Path | None) -> None:
     sources = read_sources(config, runtime)
     runtime.progress.phase("building and loading", times=4)
-    references = _open_references(config, sources)
-    _write_provenance(config, directory, sources)
+    weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
+    stores = _open_references(config, sources, weights)
+    if config.lora.rank:
+        check_base(directory.path, found, weights)
+    _write_provenance(config, directory, sources, weights)
     chunks = make_model(config, sources)
+    add_adapters(chunks, sources.shape, config.lora, config.training.seed)
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
     loaders = _loaders(config, sources, runtime)
+    references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}
+    if config.runs_reference:
+        references = {name: AdaptersOff(trainable, runtime) for name in loaders}
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
     job = loop.Job(
         config=config,
@@ -99,11 +108,10 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / checkpoint.LATEST}")
 
 
-def _open_references(config: Config, sources: Sources) -> dict[str, ReferenceStore]:
+def _open_references(config: Config, sources: Sources, weights: str | None) -> dict[str, ReferenceStore]:
     """The cache of every data set, or {} where the config names none."""
-    if config.reference.cache is None:
+    if config.reference.cache is None or weights is None:
         return {}
-    weights = weights_fingerprint(config, sources)
     stores: dict[str, ReferenceStore] = {}
     error: UserError | None = None
     try:
@@ -149,7 +157,7 @@ def _start(config: Config, trainable: Trainable, found: Path | None, runtime: Ru
     return state
 
 
-def _write_provenance(config: Config, directory: RunDirectory, sources: Sources) -> None:
+def _write_provenance(config: Config, directory: RunDirectory, sources: Sources, weights: str | None) -> None:
     """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
     directory.write("config.yaml", dump_config(config))
     directory.write_json(
@@ -158,6 +166,7 @@ def _write_provenance(config: Config, directory: RunDirectory, sources: Sources)
             "versions": {name: _version(name) for name in ("megatron-spo", "megatron-core", "torch", "transformers")},
             "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
             "model": str(sources.folder),
+            "weights": weights,
         },
     )
     dropped = [(name, row) for name, dataset in sources.named_sets().items() for row in dataset.dropped]

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
+from megatron_spo.model.lora import load_trained, trained_only
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.train.state import TrainState
 
@@ -104,7 +105,7 @@ def load(path: Path, trainable: Trainable) -> TrainState:
             f"name an earlier one in {path.parent / LATEST}"
         ) from error
     for name, chunk in _named_chunks(trainable):
-        chunk.load_state_dict(found[name])
+        load_trained(chunk, found[name])
     with torch.no_grad():
         for i, inner in enumerate(trainable.optimizer.chained_optimizers):
             state = inner.state_dict()
@@ -125,7 +126,7 @@ def _contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     contents: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(trainable)
+        name: trained_only(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)
     }
     inner = trainable.optimizer.chained_optimizers
     parts = [one.sharded_state_dict(contents, is_loading=loading, metadata=metadata) for one in inner]
