@@ -22,7 +22,7 @@ from megatron_spo.data import plan
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
-from megatron_spo.model.lora import add_adapters
+from megatron_spo.model.lora import add_adapters, check_base
 from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
@@ -33,7 +33,7 @@ from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.train import checkpoint, loop
 from megatron_spo.train.reference_sums import AdaptersOff, CachedSums, ReferenceSums
-from megatron_spo.train.resume import check_base, check_resumable
+from megatron_spo.train.resume import check_resumable
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
@@ -72,8 +72,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
     runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
     stores = _open_references(config, sources, weights)
-    if config.lora.rank:
-        check_base(directory.path, found, weights)
+    if config.lora.rank and found:
+        check_base(directory.path, weights)
     _write_provenance(config, directory, sources, weights)
     chunks = make_model(config, sources)
     add_adapters(chunks, sources.shape, config.lora, config.training.seed)

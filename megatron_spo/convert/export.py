@@ -2,52 +2,79 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.config.schema import LoraConfig
+from megatron_spo.convert.adapters import merged_tensors, write_peft
+from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.model.hf_files import copy_side_files, locate_model, write_shards
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """A checkpoint, the run it belongs to and its config.yaml, and the model folder that the run started from."""
+
+    checkpoint: Path
+    run: Path
+    config: dict[str, Any]
+    origin: Path
+    shape: ModelShape
+    lora: LoraConfig
+
+
 def to_hf(source: Path, target: Path) -> None:
     """Write the model of a run directory (its latest checkpoint) or of one checkpoint as a Hugging Face folder.
 
-    Config, tokenizer and generation config come from the model the run started from. The folder appears under its
-    name when it is complete.
+    Config, tokenizer and generation config come from the model the run started from; adapters are merged into its
+    weights. The folder appears under its name when it is complete.
 
     Raises:
         UserError: no checkpoint there, it lacks a tensor, or `target` exists and is not empty.
     """
+    trained = _open(source)
+    with _new_folder(target, trained) as folder:
+        raw = dict(trained.shape.raw)
+        if trained.lora.rank:
+            write_shards(
+                folder,
+                merged_tensors(trained.checkpoint, trained.run, trained.origin, trained.shape, trained.lora),
+            )
+        else:
+            raw.pop("torch_dtype", None)
+            raw["dtype"] = str(_write_weights(trained, folder)).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def to_peft(source: Path, target: Path) -> None:
+    """Write the adapters of a run directory or of one checkpoint as PEFT keeps them, with the tokenizer.
+
+    Raises:
+        UserError: as `to_hf`, and where the run has no adapters.
+    """
+    trained = _open(source)
+    if not trained.lora.rank:
+        raise UserError(f"{trained.run} trained all weights and has no adapters (lora.rank: 0); use --to hf")
+    with _new_folder(target, trained) as folder:
+        write_peft(folder, trained.checkpoint, trained.shape, trained.lora, trained.config["model"]["path"])
+
+
+def _open(source: Path) -> _Trained:
     checkpoint, run = _locate(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
     config = yaml.safe_load((run / "config.yaml").read_text())
     origin = locate_model(config["model"]["path"])
-    shape = read_model_shape(origin)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    copy_side_files(origin, partial)
-    if config["model"].get("tokenizer"):
-        copy_side_files(locate_model(config["model"]["tokenizer"]), partial)
-    reader = dcp.FileSystemReader(checkpoint)
-    dtype = _write_weights(reader, shape, partial, checkpoint)
-    written = {**shape.raw, "dtype": str(dtype).removeprefix("torch.")}
-    written.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    lora = LoraConfig.model_validate(config.get("lora", {}))
+    return _Trained(checkpoint, run, config, origin, read_model_shape(origin), lora)
 
 
 def _locate(source: Path) -> tuple[Path, Path]:
@@ -60,28 +87,36 @@ def _locate(source: Path) -> tuple[Path, Path]:
     raise UserError(f"{source} is neither a run directory with a checkpoint nor a checkpoint inside one")
 
 
-def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path, checkpoint: Path) -> torch.dtype:
-    stored = reader.read_metadata().state_dict_metadata
-    rows = mappings(shape)
-    absent = sorted({row.key for row in rows} - set(stored))
-    if absent:
-        raise UserError(f"{checkpoint} lacks {absent[0]}, which the run's model has; it is damaged or of another model")
-    write_shards(folder, _tensors(reader, stored, rows))
-    first = stored[rows[0].key]
-    assert isinstance(first, TensorStorageMetadata)
-    return first.properties.dtype
+@contextmanager
+def _new_folder(target: Path, trained: _Trained) -> Iterator[Path]:
+    """A folder with the run's tokenizer, which takes the name `target` when the context ends well."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    copy_side_files(trained.origin, partial)
+    if trained.config["model"].get("tokenizer"):
+        copy_side_files(locate_model(trained.config["model"]["tokenizer"]), partial)
+    yield partial
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
 
 
-def _tensors(reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
+def _write_weights(trained: _Trained, folder: Path) -> torch.dtype:
+    rows = mappings(trained.shape)
+    stored = StoredTensors(trained.checkpoint, [row.key for row in rows])
+    write_shards(folder, _tensors(stored, rows))
+    return stored.dtype(rows[0].key)
+
+
+def _tensors(stored: StoredTensors, rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor; one Megatron tensor, all its layers stacked, is in memory at a time."""
     for key in dict.fromkeys(row.key for row in rows):
-        metadata: TensorStorageMetadata = stored[key]
-        whole = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-            dcp.load(whole, storage_reader=reader, no_dist=True)
+        whole = stored.load(key)
         for row in rows:
             if row.key == key:
-                full = whole[key] if row.layer is None else whole[key][row.layer]
+                full = whole if row.layer is None else whole[row.layer]
                 for name, tensor in zip(row.sources, row.transform.split(full), strict=True):
                     yield name, tensor.clone()

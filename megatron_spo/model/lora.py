@@ -8,10 +8,12 @@ Under tensor parallelism B is cut by rows with a column-parallel layer, A by col
 of the two is whole on every rank. What is communicated is always the product with A: r numbers per token.
 """
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from torch.nn import Module, Parameter
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
+from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
 from megatron_spo.model.families import mappings
 from megatron_spo.model.tensors import GroupedQKV
@@ -54,6 +57,10 @@ class Site:
     linear: str
     modules: Mapping[str, str]
     by_group: bool
+
+    def adapted(self, targets: Sequence[str]) -> list[str]:
+        """Its projections that have adapters."""
+        return [projection for projection in self.modules if projection in targets]
 
     def key(self, projection: str, side: str) -> str:
         """Checkpoint key of A or B (`side`) of a projection, all layers stacked."""
@@ -89,7 +96,7 @@ class LoraAdapter(Module):
         super().__init__()
         self.active = True
         self._rank, self._scale = lora.rank, lora.alpha / lora.rank
-        self._adapted = [projection for projection in site.modules if projection in lora.targets]
+        self._adapted = site.adapted(lora.targets)
         self._row_parallel = site.linear.endswith(ROW_PARALLEL)
         self._sequence_parallel = config.sequence_parallel
         ranks = config.tensor_model_parallel_size
@@ -216,6 +223,24 @@ def adapters_off(chunks: Sequence[PairModel]) -> Iterator[None]:
     finally:
         for adapter in adapters:
             adapter.active = True
+
+
+def check_base(run: Path, weights: str | None) -> None:
+    """Refuse to use a run's adapters with other weights than those they were trained on.
+
+    Args:
+        run: the run directory, whose provenance.json names the weights.
+        weights: fingerprint of what model.path holds now.
+
+    Raises:
+        UserError
+    """
+    provenance = run / "provenance.json"
+    recorded = json.loads(provenance.read_text()).get("weights") if provenance.exists() else None
+    if recorded != weights:
+        raise UserError(f"the adapters in {run} belong to weights with the fingerprint {recorded} ({provenance.name}), "
+                        f"but those in model.path have {weights}; restore that model, or train anew in another output "
+                        "folder")  # fmt: skip
 
 
 def trained_only(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Which keys may change when a run goes on from a checkpoint."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,24 +32,6 @@ def check_resumable(config: Config, output: Path, found: Path | None) -> None:
     if changed:
         raise UserError(f"{found} was trained with another configuration: {'; '.join(changed)}. Restore the keys, or "
                         "choose another output folder")  # fmt: skip
-
-
-def check_base(output: Path, found: Path | None, weights: str | None) -> None:
-    """Refuse to go on with adapters that belong to other weights than model.path now holds.
-
-    Args:
-        weights: fingerprint of the model that the adapters are put on.
-
-    Raises:
-        UserError
-    """
-    if found is None:
-        return
-    written = output / "provenance.json"
-    recorded = json.loads(written.read_text()).get("weights") if written.exists() else None
-    if recorded != weights:
-        raise UserError(f"{found} holds adapters of a model with the fingerprint {recorded} ({written}), but that of "
-                        f"model.path is {weights}; restore that model, or choose another output folder")  # fmt: skip
 
 
 def _flat(values: dict[str, Any], free: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
