@@ -111,7 +111,7 @@ class ReferenceConfig(Section):
     """The frozen reference's log-probs."""
 
     cache: str | None = None
-    """folder of the cache that `megatron-spo reference` fills; null: none (lora: the model without adapters is run)"""
+    """folder of the cache that `megatron-spo reference` fills; null: none (lora: the bare model is run)"""
 
 
 class LossConfig(Section):

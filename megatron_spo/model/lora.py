@@ -175,7 +175,8 @@ def add_adapters(chunks: Sequence[PairModel], shape: ModelShape, lora: LoraConfi
         return
     where = list(sites(shape, lora.targets))
     for chunk in chunks:
-        chunk.requires_grad_(False)
+        for parameter in chunk.requires_grad_(False).parameters():
+            parameter.of_base = True
         if chunk.pre_process:
             chunk.embedding.register_forward_hook(_require_gradient)
         for layer in chunk.decoder.layers:
@@ -189,17 +190,24 @@ def _adapt(
 ) -> None:
     parent, _, name = site.linear.rpartition(".")
     linear: Any = layer.get_submodule(site.linear)
-    assert not hasattr(linear, "layer_norm_weight"), "its input is not yet normalised, so it is not the adapters'"
     adapter = LoraAdapter(site, lora, shape, config, device=linear.weight.device, seed=seed)
     layer.get_submodule(parent).add_module(f"{name}_lora", adapter)
-    linear.register_forward_hook(_adding(adapter))
+    linear.register_forward_hook(_adding(adapter, config.layernorm_epsilon))
 
 
-def _adding(adapter: LoraAdapter) -> Callable[..., Any]:
-    """Forward hook of a linear layer, whose outputs are (product, bias)."""
+def _adding(adapter: LoraAdapter, epsilon: float) -> Callable[..., Any]:
+    """Forward hook of a linear layer, whose outputs are (product, bias).
+
+    Transformer Engine's may begin with the norm; the adapters then need it a second time.
+    """
 
     def hook(linear: Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]) -> Any:
-        return (outputs[0] + adapter(inputs[0]), outputs[1]) if adapter.active else outputs
+        if not adapter.active:
+            return outputs
+        hidden, norm = inputs[0], getattr(linear, "layer_norm_weight", None)
+        if norm is not None:
+            hidden = F.rms_norm(hidden, norm.shape, norm, epsilon)
+        return outputs[0] + adapter(hidden), outputs[1]
 
     return hook
 
@@ -243,20 +251,20 @@ def check_base(run: Path, weights: str | None) -> None:
                         "folder")  # fmt: skip
 
 
-def trained_only(state: dict[str, Any]) -> dict[str, Any]:
-    """A chunk's sharded state dict without frozen parameters: what a checkpoint must hold.
+def without_base(state: dict[str, Any]) -> dict[str, Any]:
+    """A chunk's sharded state dict without the model that adapters were put on: what a checkpoint must hold.
 
-    All of it where nothing is frozen.
+    All of it where there are no adapters.
     """
-    return {
-        name: entry
-        for name, entry in state.items()
-        if not isinstance(data := getattr(entry, "data", None), Parameter) or data.requires_grad
-    }
+    return {name: entry for name, entry in state.items() if not _is_of_base(getattr(entry, "data", None))}
 
 
-def load_trained(chunk: PairModel, state: dict[str, Any]) -> None:
-    """Fill a chunk from what `trained_only` left; its frozen parameters stay as they are."""
-    frozen = {name for name, parameter in chunk.named_parameters() if not parameter.requires_grad}
+def load_beside_base(chunk: PairModel, state: dict[str, Any]) -> None:
+    """Fill a chunk from what `without_base` left; the model that the adapters were put on stays as it is."""
+    base = {name for name, parameter in chunk.named_parameters() if _is_of_base(parameter)}
     absent, stray = chunk.load_state_dict(state, strict=False)
-    assert set(absent) <= frozen and not stray, f"absent {sorted(set(absent) - frozen)}, stray {stray}"
+    assert set(absent) == base and not stray, f"absent {sorted(set(absent) ^ base)}, stray {stray}"
+
+
+def _is_of_base(data: Any) -> bool:
+    return getattr(data, "of_base", False)

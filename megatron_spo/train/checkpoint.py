@@ -1,6 +1,7 @@
 """Checkpoints in Megatron's torch_dist format, loadable in any layout.
 
-    checkpoints/step_00000200/   Megatron's shards and metadata, and trainer.json (TrainState)
+    checkpoints/step_00000200/   Megatron's shards (of adapters alone, where a model has them) and metadata, and
+                                 trainer.json (TrainState)
     checkpoints/latest           the name of the newest complete one
 
 A checkpoint is written under a name of its own and renamed when it is complete on every rank; `latest` moves last.
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
-from megatron_spo.model.lora import load_trained, trained_only
+from megatron_spo.model.lora import load_beside_base, without_base
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.train.state import TrainState
 
@@ -105,7 +106,7 @@ def load(path: Path, trainable: Trainable) -> TrainState:
             f"name an earlier one in {path.parent / LATEST}"
         ) from error
     for name, chunk in _named_chunks(trainable):
-        load_trained(chunk, found[name])
+        load_beside_base(chunk, found[name])
     with torch.no_grad():
         for i, inner in enumerate(trainable.optimizer.chained_optimizers):
             state = inner.state_dict()
@@ -126,7 +127,7 @@ def _contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     contents: dict[str, Any] = {
-        name: trained_only(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)
+        name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)
     }
     inner = trainable.optimizer.chained_optimizers
     parts = [one.sharded_state_dict(contents, is_loading=loading, metadata=metadata) for one in inner]

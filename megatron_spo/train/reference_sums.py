@@ -40,7 +40,7 @@ class CachedSums:
 
 
 class AdaptersOff:
-    """Measured by a forward pass over the same rows with the adapters switched off: a third of a step more."""
+    """Measured by a forward pass over the same rows with the adapters switched off: about a third of a step more."""
 
     def __init__(self, trainable: Trainable, runtime: Runtime) -> None:
         self._trainable, self._runtime = trainable, runtime

@@ -94,6 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     two = [train(name, objective, *LAYOUTS[name]) for name, wanted in IN_LAYOUT.items() for objective in wanted]
     two.append(job("train", "resharded", "training.steps=2", *LAYOUTS["tp2-sp"]))
+    two.append(job("train", "resharded", "training.steps=4", *LAYOUTS["pp2"]))
     one = [train("one", objective) for objective in OBJECTIVES]
     caches = [f"reference.cache={folder}/{name}" for name in ("cache", "tied-cache")]
     one += [job("reference", "unset", *more, cache) for more, cache in zip((SEPARATE, TIED), caches, strict=True)]
@@ -102,10 +103,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (settings, _) in ORACLES.items():
         one.append(job("train", f"oracle/{name}", *settings))
         one.append(job("train", f"start/{name}", *settings, "optimizer.lr=1e-300", "training.steps=1"))
-    one.append(job("train", "resharded", "training.steps=4"))
+    one.append(job("train", "resharded"))
     run_jobs(two, 2)
     run_jobs(one, 1)
-    run_jobs([job("train", "resharded", *LAYOUTS["pp2"])], 2)
     return folder
 
 
@@ -132,7 +132,7 @@ def test_recomputed_layers_have_gradients_behind_a_frozen_embedding(runs: Path) 
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_in_other_layouts(runs: Path) -> None:
-    """Two steps at TP2 with SP, two in one process, the last at PP2."""
+    """Two steps at TP2 with SP, two at PP2, the last in one process."""
     whole = read_metrics(runs / "one/penalty")
     for step in range(1, STEPS + 1):
         for key in (("train", "", step), ("eval", "held-out", step)):
