@@ -121,7 +121,7 @@ class LoraAdapter(Module):
         if side == self._cut_side:
             axis = 1 if self._row_parallel else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
-        else:  # each rank saw its own tokens
+        else:  # under sequence parallelism each rank has seen its own tokens only
             parameter.sequence_parallel = self._sequence_parallel  # type: ignore[attr-defined]
 
     @property

@@ -33,6 +33,8 @@ LAYOUTS = {
 SEPARATE = ["spo.sft_data={folder}/sft.jsonl", "spo.sft_batch_size=5"]
 TIED = ["model.path={folder}/tied", "lora.targets=[q_proj,v_proj,up_proj,down_proj]", "lora.alpha=3"]
 """A Qwen3 with tied embeddings, and adapters on some of what a fused layer holds."""
+BIASED = ["model.path={folder}/biased"]
+"""A Qwen2, whose query, key and value projections have biases."""
 OBJECTIVES: dict[str, list[str]] = {
     "penalty": [],
     "penalty-pair-tied": ["spo.constraint=pair", *TIED],
@@ -42,7 +44,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "barrier-separate": ["spo.schedule=barrier", "spo.barrier_rate=40", *SEPARATE],
 }
 ORACLES: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "dpo": (["spo.schedule=none", "loss.beta=0.3"], {"loss": "dpo", "beta": 0.3}),
+    "dpo": (["spo.schedule=none", "loss.beta=0.3", *BIASED], {"loss": "dpo", "beta": 0.3}),
     "simpo-token": (
         ["loss.name=simpo", "loss.gamma_beta_ratio=0.3", "spo.lambda_unit=token", "spo.lambda=5", *TIED],
         {"loss": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.3, "schedule": "penalty", "lam": 5.0},
@@ -82,6 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     tiny_model(folder / "model")
     tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
+    tiny_model(folder / "biased", "qwen2")
     sft = [{"prompt": f"Add {r['prompt']}", "completion": f"the sum is {r['chosen']}"} for r in arithmetic_pairs(12)]
     write_jsonl(folder / "sft.jsonl", sft)
     config = write_config(folder)
@@ -157,7 +160,7 @@ def export(source: Path, target: Path, form: str) -> Path:
 def test_steps_equal_a_loop_with_peft(runs: Path, name: str, tmp_path: Path) -> None:
     """From the same adapters; then the trained ones are compared as well."""
     settings, case = ORACLES[name]
-    model = runs / ("tied" if TIED[0] in settings else "model")
+    model = runs / ("tied" if TIED[0] in settings else "biased")
     start = export(runs / "start" / name, tmp_path / "start", "peft")
     pairs = pairs_of(model, arithmetic_pairs(STEPS * BATCH))
     batches = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
