@@ -124,13 +124,13 @@ def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> N
 def test_the_model_without_adapters_is_the_cached_reference(runs: Path, objective: str) -> None:
     assert "spo/gap" in read_metrics(runs / "one" / objective)["train", "", 1]
     difference, where = largest_difference(runs / "one" / objective, runs / "cached" / objective)
-    assert difference < 3e-6, where  # of sums over tokens that were packed otherwise, to fp32
+    assert difference < 1e-5, where  # fp32 sums of some 50 nats, over rows that were packed otherwise
 
 
 @pytest.mark.slow
 def test_recomputed_layers_have_gradients_behind_a_frozen_embedding(runs: Path) -> None:
     difference, where = largest_difference(runs / "one-recomputed/penalty", runs / "one/penalty")
-    assert difference < 3e-6, where
+    assert difference < 1e-5, where
 
 
 @pytest.mark.slow
