@@ -49,6 +49,7 @@ setup(
             "hypothesis>=6",
             "import-linter>=2",
             "mypy>=1.13",
+            "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",

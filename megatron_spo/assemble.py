@@ -17,7 +17,7 @@ from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel, build_model
-from megatron_spo.model.hf_files import file_digest, locate_model, shard_files
+from megatron_spo.model.hf_files import file_digest, locate_model, shard_files, weights_digest
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
 from megatron_spo.runtime.processes import Runtime, agree
@@ -139,17 +139,15 @@ def weights_fingerprint(config: Config, sources: Sources) -> str:
 
     Random weights are fixed by shape and seed.
     """
-    digest = hashlib.sha256(json.dumps(sources.shape.raw, sort_keys=True).encode())
     if config.model.init == "random":
+        digest = hashlib.sha256(json.dumps(sources.shape.raw, sort_keys=True).encode())
         digest.update(f"random, seed {config.training.seed}".encode())
         return digest.hexdigest()
     files = shard_files(sources.folder)
     mine = {file.name: file_digest(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
-    for name, content in sorted((name, content) for part in parts for name, content in part.items()):
-        digest.update(f"{name} {content}".encode())
-    return digest.hexdigest()
+    return weights_digest(sources.shape.raw, {name: content for part in parts for name, content in part.items()})
 
 
 def row_multiples(config: Config) -> Multiples:

@@ -98,7 +98,7 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     convert = add("convert", _convert, "convert a checkpoint or a model")
     convert.add_argument("source", metavar="SRC", type=Path, help="run directory, or a checkpoint in it")
     convert.add_argument("target", metavar="DST", type=Path, help="folder to write")
-    convert.add_argument("--to", choices=["hf"], required=True, help="format to write")
+    convert.add_argument("--to", choices=["hf", "peft"], required=True, help="a model, or its adapters alone")
 
     generate = add("generate", _generate, "write a model's answers to the prompts of a file")
     generate.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
@@ -140,9 +140,9 @@ def _reference(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from megatron_spo.convert.export import to_hf
+    from megatron_spo.convert.export import to_hf, to_peft
 
-    to_hf(options.source, options.target)
+    {"hf": to_hf, "peft": to_peft}[options.to](options.source, options.target)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Fills the reference cache: the forward-only sibling of run.py."""
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_spo.assemble import (
@@ -17,12 +16,11 @@ from megatron_spo.config.topology import make_topology
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceWriter
-from megatron_spo.data.rows import PackedRow
 from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import lower_precision
 from megatron_spo.runtime import env, processes
 from megatron_spo.runtime.processes import Runtime, agree
-from megatron_spo.train.forward import run_rows
+from megatron_spo.train.forward import score_rows
 
 
 def fill(config: Config) -> None:
@@ -87,12 +85,8 @@ def _score(
     for chunk in tqdm(mine, unit="chunk", desc="reference", disable=not (runtime.is_main and config.logging.progress)):
         indices = writer.chunk_indices(chunk)
         batch = loader.batch_of(indices)
-        scored = run_rows(chunks, batch.rows, _collect, runtime=runtime, backward=False)
+        scored = score_rows(chunks, batch.rows, runtime=runtime)
         if runtime.holds_results:
             order = torch.cat([torch.from_numpy(row.pairs) for row in batch.rows])
             sums = torch.cat(scored).cpu()[torch.argsort(order)].numpy()
             writer.write_chunk(chunk, sums[:, 0], sums[:, 1])
-
-
-def _collect(row: PackedRow, sums: Tensor) -> tuple[Tensor, Tensor]:
-    return sums.sum(), sums

@@ -26,6 +26,7 @@ from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
 from megatron_spo.model.checkpoint_files import LATEST, Checkpoint
+from megatron_spo.model.lora import add_adapters, check_base
 from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
@@ -35,6 +36,7 @@ from megatron_spo.runtime.processes import Runtime, agree, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.train import checkpoint, loop
+from megatron_spo.train.reference_sums import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.train.resume import changes
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
@@ -74,11 +76,20 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     record = _record(config, sources)
     changed = changes(found, record["config"], record["data"]) if found else []
     runtime.progress.phase("building and loading", times=4)
-    references = _open_references(config, sources)
-    on_main(lambda: _write_provenance(config, directory, sources), UserError)
+    weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
+    stores = _open_references(config, sources, weights)
+    if config.lora.rank:
+        record["weights"] = weights
+        if found:
+            check_base(found, weights)
+    on_main(lambda: _write_provenance(config, directory, sources, weights), UserError)
     chunks = make_model(config, sources)
+    add_adapters(chunks, sources.shape, config.lora, config.training.seed)
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
     loaders = _loaders(config, sources, runtime)
+    references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}
+    if config.runs_reference:
+        references = {name: AdaptersOff(trainable, runtime) for name in loaders}
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
     job = loop.Job(
         config=config,
@@ -106,11 +117,10 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 
 
-def _open_references(config: Config, sources: Sources) -> dict[str, ReferenceStore]:
+def _open_references(config: Config, sources: Sources, weights: str | None) -> dict[str, ReferenceStore]:
     """The cache of every data set, or {} where the config names none."""
-    if config.reference.cache is None:
+    if config.reference.cache is None or weights is None:
         return {}
-    weights = weights_fingerprint(config, sources)
     stores: dict[str, ReferenceStore] = {}
     error: UserError | None = None
     try:
@@ -168,13 +178,14 @@ def _start(
     return state
 
 
-def _write_provenance(config: Config, directory: RunDirectory, sources: Sources) -> None:
+def _write_provenance(config: Config, directory: RunDirectory, sources: Sources, weights: str | None) -> None:
     """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
     directory.write_kept("config.yaml", dump_config(config))
     provenance = {
         "versions": {name: _version(name) for name in ("megatron-spo", "megatron-core", "torch", "transformers")},
         "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
         "model": str(sources.folder),
+        "weights": weights,
     }
     directory.write_kept("provenance.json", json.dumps(provenance, indent=1))
     dropped = [(name, row) for name, dataset in sources.named_sets().items() for row in dataset.dropped]

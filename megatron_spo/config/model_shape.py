@@ -12,6 +12,8 @@ from megatron_spo.errors import UserError
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 FAMILIES = tuple(DEFAULT_POSITIONS)
 ROPE_TYPES = ("default", "linear", "llama3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers within a layer, under Hugging Face's names."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class ModelShape:
     sliding_window: int | None
     initializer_range: float
     raw: dict[str, Any]
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of each of PROJECTIONS."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = [(self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden)]
+        mlp = [(self.hidden, self.ffn), (self.hidden, self.ffn), (self.ffn, self.hidden)]
+        return dict(zip(PROJECTIONS, [*attention, *mlp], strict=True))
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_spo.config.losses import LOSS_SPECS
-from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.model_shape import PROJECTIONS, ModelShape
 from megatron_spo.config.schema import Config, LossConfig, keys_of, section_class
 from megatron_spo.config.topology import make_topology
 from megatron_spo.errors import UserError
@@ -85,6 +85,8 @@ def unused_keys(config: Config) -> dict[str, str]:
         unused["spo.epsilon"] = _no_effect("spo.epsilon", "spo.constraint: none", users)
     if not config.spo.sft_data or "spo.sft_data" in unused:
         unused["spo.sft_batch_size"] = "spo.sft_batch_size has no effect without spo.sft_data"
+    if config.lora.rank == 0:
+        unused |= {f"lora.{key}": f"lora.{key} has no effect without lora.rank > 0" for key in ("alpha", "targets")}
     if config.optimizer.decay == "constant":
         key = "optimizer.min_lr_ratio"
         unused[key] = _no_effect(key, "optimizer.decay: constant", ("linear", "cosine"))
@@ -107,7 +109,7 @@ def _weighs_sft(config: Config) -> bool:
 
 
 def _knows_gap(config: Config) -> bool:
-    return config.reference.cache is not None or config.spo.v is not None
+    return config.has_reference or config.spo.v is not None
 
 
 def _not_divisible(key: str, attribute: str, what: str) -> Rule:
@@ -123,6 +125,23 @@ def _beyond(attribute: str, what: str) -> Rule:
     return Rule(
         lambda c, shape: c.data.max_length > (getattr(shape, attribute, None) or c.data.max_length),
         f"data.max_length = {{c.data.max_length}} exceeds the model's {what} of {{shape.{attribute}}} tokens",
+    )
+
+
+def _thinner_than_rank(projection: str) -> Rule:
+    """`lora.rank` must not exceed the dimensions of the projections; told of the smallest one only."""
+
+    def broken(config: Config, shape: ModelShape | None) -> bool:
+        if shape is None:
+            return False
+        smallest = {name: min(shape.projections[name]) for name in config.lora.targets}
+        return projection == min(smallest, key=smallest.__getitem__) and config.lora.rank > smallest[projection]
+
+    return Rule(
+        broken,
+        f"lora.rank = {{c.lora.rank}} exceeds a dimension of {projection}, which takes "
+        f"{{shape.projections[{projection}][0]}} features to {{shape.projections[{projection}][1]}}; lower it, or take "
+        f"{projection} out of lora.targets",
     )
 
 
@@ -174,6 +193,13 @@ RULES: tuple[Rule, ...] = (
         "parallel.layers_per_stage = {c.parallel.layers_per_stage} must add up to the model's {shape.layers} layers",
     ),
     _unavailable("expert", 1),
+    # adapters
+    *(_thinner_than_rank(projection) for projection in PROJECTIONS),
+    Rule(
+        lambda c, shape: c.lora.rank > 0 and c.model.init == "random",
+        "lora.rank = {c.lora.rank} adapts a trained model, but model.init: random draws one; set model.init=load, or "
+        "lora.rank=0",
+    ),
     # precision
     Rule(
         lambda c, shape: c.precision.fp8 is not None and not installed("transformer_engine"),
@@ -200,12 +226,12 @@ RULES: tuple[Rule, ...] = (
         "the chosen log-prob; set spo.lambda_unit=token",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule != "sft" and c.loss.needing_reference != "" and c.reference.cache is None,
+        lambda c, shape: c.spo.schedule != "sft" and c.loss.needing_reference != "" and not c.has_reference,
         "loss.name: {c.loss.needing_reference} needs the reference's log-probs; set reference.cache to a folder and "
         "fill it with `megatron-spo reference CONFIG.yaml`",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "pair" and c.reference.cache is None,
+        lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "pair" and not c.has_reference,
         "spo.constraint: pair compares each pair with the reference; set reference.cache",
     ),
     Rule(

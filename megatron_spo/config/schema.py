@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from megatron_spo.config.losses import LOSS_SPECS, LossTerm
+from megatron_spo.config.model_shape import PROJECTIONS
 
 T = TypeVar("T")
 FORMS = ("one", "each", "word")
@@ -65,6 +66,7 @@ Sources = Annotated[list[DataSource], BeforeValidator(_sources)]
 OneOrEach = Annotated[Annotated[T, Tag("one")] | Annotated[list[T | None], Tag("each")], Discriminator(_form)]
 RunningMin = Literal["running_min"]
 LossName = Literal[tuple(LOSS_SPECS)]  # type: ignore[valid-type]
+Projection = Literal[PROJECTIONS]  # type: ignore[valid-type]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -109,7 +111,7 @@ class ReferenceConfig(Section):
     """The frozen reference's log-probs."""
 
     cache: str | None = None
-    """folder of the cache that `megatron-spo reference` fills; null: none"""
+    """folder of the cache that `megatron-spo reference` fills; null: none (lora: the bare model is run)"""
 
 
 class LossConfig(Section):
@@ -230,6 +232,17 @@ class SpoConfig(Section):
     """SFT rows (prompt, completion; or messages) as lower level; forms as data.train; []: the chosen responses"""
     sft_batch_size: int | None = Field(None, ge=1)
     """rows of spo.sft_data per optimizer step; null: training.global_batch_size; >= 1"""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: the model is frozen, their product alpha / rank * B A beside its projections is trained."""
+
+    rank: int = Field(0, ge=0)
+    """rank of the adapters; 0: none, all weights are trained; >= 0"""
+    alpha: float = Field(16.0, gt=0)
+    """scale of the adapters, of which alpha / rank counts; > 0"""
+    targets: list[Projection] = Field(list(PROJECTIONS), min_length=1)
+    """projections that get adapters, in every layer"""
 
 
 class OptimizerConfig(Section):
@@ -354,12 +367,23 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     loss: LossConfig = LossConfig()
     spo: SpoConfig = SpoConfig()
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether the reference is the model run without its adapters, for want of a cache."""
+        return self.lora.rank > 0 and self.reference.cache is None and self.spo.schedule != "sft"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference's log-probs are known."""
+        return self.reference.cache is not None or self.runs_reference
 
 
 def section_class(name: str) -> type[Section] | None:

@@ -2,82 +2,110 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.config.schema import LoraConfig
+from megatron_spo.convert.adapters import merged_tensors, write_peft
+from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
 from megatron_spo.model.checkpoint_files import Checkpoint, Damaged, locate, open_checkpoint
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.model.hf_files import copy_side_files, locate_model, write_shards
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """A checkpoint, the section `model` of its configuration, and the model folder that the run started from."""
+
+    checkpoint: Checkpoint
+    model: dict[str, Any]
+    origin: Path
+    shape: ModelShape
+    lora: LoraConfig
+
+
 def to_hf(source: Path, target: Path) -> None:
     """Write the model of a run directory (its latest checkpoint) or of one checkpoint as a Hugging Face folder.
 
-    Config, tokenizer and generation config come from the model the run started from. The folder appears under its
-    name when it is complete.
+    Config, tokenizer and generation config come from the model the run started from; adapters are merged into its
+    weights. The folder appears under its name when it is complete.
 
     Raises:
         UserError: no checkpoint there, it lacks a tensor, or `target` exists and is not empty.
     """
-    found = _open(locate(source))
+    trained = _open(locate(source))
+    with _new_folder(target, trained) as folder:
+        raw = dict(trained.shape.raw)
+        if trained.lora.rank:
+            write_shards(folder, merged_tensors(trained.checkpoint, trained.origin, trained.shape, trained.lora))
+        else:
+            raw.pop("torch_dtype", None)
+            raw["dtype"] = str(_write_weights(trained, folder)).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def to_peft(source: Path, target: Path) -> None:
+    """Write the adapters of a run directory or of one checkpoint as PEFT keeps them, with the tokenizer.
+
+    Raises:
+        UserError: as `to_hf`, and where the run has no adapters.
+    """
+    trained = _open(locate(source))
+    if not trained.lora.rank:
+        raise UserError(f"{source} was trained with all weights and has no adapters (lora.rank: 0); use --to hf")
+    with _new_folder(target, trained) as folder:
+        write_peft(folder, trained.checkpoint.path, trained.shape, trained.lora, trained.model["path"])
+
+
+def _open(folder: Path) -> _Trained:
+    try:
+        checkpoint = open_checkpoint(folder)
+    except Damaged as error:
+        raise UserError(f"{error}; name another checkpoint") from error
+    config = checkpoint.record["config"]
+    origin = locate_model(config["model"]["path"])
+    lora = LoraConfig.model_validate(config["lora"])
+    return _Trained(checkpoint, config["model"], origin, read_model_shape(origin), lora)
+
+
+@contextmanager
+def _new_folder(target: Path, trained: _Trained) -> Iterator[Path]:
+    """A folder with the run's tokenizer, which takes the name `target` when the context ends well."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
-    model = found.record["config"]["model"]
-    origin = locate_model(model["path"])
-    shape = read_model_shape(origin)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    copy_side_files(origin, partial)
-    if model["tokenizer"]:
-        copy_side_files(locate_model(model["tokenizer"]), partial)
-    dtype = _write_weights(dcp.FileSystemReader(found.path), shape, partial, found.path)
-    written = {**shape.raw, "dtype": str(dtype).removeprefix("torch.")}
-    written.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    copy_side_files(trained.origin, partial)
+    if trained.model["tokenizer"]:
+        copy_side_files(locate_model(trained.model["tokenizer"]), partial)
+    yield partial
     if target.exists():
         target.rmdir()
     partial.rename(target)
 
 
-def _open(folder: Path) -> Checkpoint:
-    try:
-        return open_checkpoint(folder)
-    except Damaged as error:
-        raise UserError(f"{error}; name another checkpoint") from error
+def _write_weights(trained: _Trained, folder: Path) -> torch.dtype:
+    rows = mappings(trained.shape)
+    stored = StoredTensors(trained.checkpoint.path, [row.key for row in rows])
+    write_shards(folder, _tensors(stored, rows))
+    return stored.dtype(rows[0].key)
 
 
-def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path, checkpoint: Path) -> torch.dtype:
-    stored = reader.read_metadata().state_dict_metadata
-    rows = mappings(shape)
-    absent = sorted({row.key for row in rows} - set(stored))
-    if absent:
-        raise UserError(f"{checkpoint} lacks {absent[0]}, which the run's model has; it is damaged or of another model")
-    write_shards(folder, _tensors(reader, stored, rows))
-    first = stored[rows[0].key]
-    assert isinstance(first, TensorStorageMetadata)
-    return first.properties.dtype
-
-
-def _tensors(reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(stored: StoredTensors, rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor; one Megatron tensor, all its layers stacked, is in memory at a time."""
     for key in dict.fromkeys(row.key for row in rows):
-        metadata: TensorStorageMetadata = stored[key]
-        whole = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-            dcp.load(whole, storage_reader=reader, no_dist=True)
+        whole = stored.load(key)
         for row in rows:
             if row.key == key:
-                full = whole[key] if row.layer is None else whole[key][row.layer]
+                full = whole if row.layer is None else whole[row.layer]
                 for name, tensor in zip(row.sources, row.transform.split(full), strict=True):
                     yield name, tensor.clone()

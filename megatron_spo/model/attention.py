@@ -21,7 +21,6 @@ from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
 
-
 BLOCK = 16
 """Queries and keys of a pair are padded to multiples of this: what torch's kernels sum in vectors of at most so many
 is then the same whatever other pairs are in the row, and so is bf16's rounding."""

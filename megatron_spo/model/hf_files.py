@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +105,14 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(raw: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """What identifies a model: its config.json and the digests of its safetensors files, by their names."""
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
+    for name, content in sorted(digests.items()):
+        digest.update(f"{name} {content}".encode())
+    return digest.hexdigest()
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -59,17 +59,18 @@ class VocabParallelLogProb(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(targets), len(weight)):
             scale = gradients[0][part]
             d_logits = (_logits(hidden[part], weight) - normaliser[part, None]).exp_().mul_(-scale[:, None])
             local, here = _local(targets[part], ctx.first_row, len(weight))
             d_logits[here, local[here]] += scale[here]
             d_hidden[part] = (d_logits.to(weight.dtype) @ weight).to(hidden.dtype)
-            d_weight += d_logits.t() @ hidden[part].float()
+            if d_weight is not None:
+                d_weight += d_logits.t() @ hidden[part].float()
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(entries: int, vocabulary: int) -> list[slice]:

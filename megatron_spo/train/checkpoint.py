@@ -1,7 +1,8 @@
 """Write and read the state of the training, in Megatron's torch_dist format, loadable in any layout.
 
 A checkpoint is written under a name of its own and gets its final one when it is complete on every rank; the marker
-`latest` moves last. Files are written by a forked child of each rank, so training can go on meanwhile.
+`latest` moves last. Files are written by a forked child of each rank, so training can go on meanwhile. Of a model with
+adapters, these alone are written.
 """
 
 import os
@@ -32,6 +33,7 @@ from megatron_spo.errors import UserError
 from megatron_spo.model import checkpoint_files
 from megatron_spo.model.build import PairModel
 from megatron_spo.model.checkpoint_files import BEST, LATEST, Checkpoint, Damaged, step_name
+from megatron_spo.model.lora import load_beside_base, without_base
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.runtime.processes import on_main
 from megatron_spo.train.state import TrainState
@@ -288,7 +290,7 @@ def load(found: Checkpoint, trainable: Trainable) -> TrainState:
             "this run was started with?"
         ) from error
     for name, chunk in _named_chunks(trainable):
-        chunk.load_state_dict(stored[name])
+        load_beside_base(chunk, stored[name])
     with torch.no_grad():
         for i, inner in enumerate(trainable.optimizer.chained_optimizers):
             state = inner.state_dict()
@@ -309,7 +311,7 @@ def contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     contents: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(trainable)
+        name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)
     }
     inner = trainable.optimizer.chained_optimizers
     parts = [one.sharded_state_dict(contents, is_loading=loading, metadata=metadata) for one in inner]

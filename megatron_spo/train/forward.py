@@ -36,6 +36,11 @@ def response_sums(row: PackedRow, entries: Tensor, logprobs: Tensor) -> Tensor:
     return sums + (total - sums.detach())
 
 
+def score_rows(chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, runtime: Runtime) -> list[Tensor]:
+    """Response sums [pairs, 2] of each of this rank's rows, on the last pipeline stage; [] elsewhere."""
+    return run_rows(chunks, rows, lambda row, sums: (sums.sum(), sums), runtime=runtime, backward=False)
+
+
 def run_rows(
     chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],

@@ -76,6 +76,10 @@ def _spread(trainable: Trainable) -> None:
         inner._copy_main_params_to_model_params()
     for chunk in trainable.wrapped:
         chunk.start_param_sync(force_sync=True)
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            # megatron-core 0.16.1 would take these weights for those of the optimizer step that follows, and with
+            # overlap_param_gather never gather the latter
+            group.param_gather_dispatched = False
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_spo.config.schema import LossConfig, SpoConfig
 from megatron_spo.data.loader import Batch, Loader
-from megatron_spo.data.reference_store import ReferenceStore
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.objective.losses import TRACKED, PairLogprobs, preference_losses, rewards, statistic_values
@@ -28,16 +27,17 @@ from megatron_spo.train.anomalies import BadStep
 from megatron_spo.train.forward import run_rows
 from megatron_spo.train.gradients import Gradient
 from megatron_spo.train.metrics import SUMS, Measured, PairValues, named_metrics, reduce_sums, row_sums
+from megatron_spo.train.reference_sums import ReferenceSums
 from megatron_spo.train.state import TrainState
 
 
 @dataclass(frozen=True)
 class DataInUse:
-    """A loader with what is needed to score its pairs: the reference's log-probs, where there is a cache."""
+    """A loader with what is needed to score its pairs: the reference's log-probs, where they are known."""
 
     name: str
     loader: Loader
-    reference: ReferenceStore | None
+    reference: ReferenceSums | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Share:
     def of(cls, data: DataInUse, batch: Batch, role: Role) -> "Share":
         """A global batch, which is divided by its own counts."""
         return cls(data, batch, role, GlobalCounts(batch.pairs, batch.chosen_tokens))
+
+    def prepare(self) -> None:
+        """Have the reference's log-probs at hand, before the first pass over the batch."""
+        if self.data.reference is not None:
+            self.data.reference.prepare(self.batch.rows)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class Engine:
                 norm exceeds `largest_norm`.
         """
         shares = [pairs] if sft is None else [pairs, sft]
+        for share in shares:
+            share.prepare()
         sums = self._measure_idle(plan, shares, state.statistics)
         taken: dict[str, Gradient] = {}
         for pass_ in plan.passes:
@@ -158,6 +165,7 @@ class Engine:
         totals = dict.fromkeys(SUMS, 0.0)
         for batch in data.loader.eval_batches():
             share = Share(data, batch, Role.BOTH, counts)
+            share.prepare()
             sums = self._sweep(pass_, [share], statistics=state.statistics, backward=False)[data.name]
             totals = {name: totals[name] + sums[name] for name in SUMS}
         measured = self._measured(share, totals)
@@ -253,13 +261,13 @@ class Engine:
         return named_metrics(pairs, lower, v=optimal_value(self._spo, schedule, lower.reference_sft_loss))
 
 
-def _pair_logprobs(row: PackedRow, sums: Tensor, reference: ReferenceStore | None) -> PairLogprobs:
-    """The row's pairs with policy sums [pairs, 2] and the reference's sums from the cache, where there is one."""
+def _pair_logprobs(row: PackedRow, sums: Tensor, reference: ReferenceSums | None) -> PairLogprobs:
+    """The row's pairs with policy sums [pairs, 2] and the reference's sums, where they are known."""
 
     def put(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array.astype(np.float32)).to(sums.device)
 
-    chosen, rejected = (None, None) if reference is None else map(put, reference.get(row.pairs))
+    chosen, rejected = (None, None) if reference is None else reference.of(row).unbind(1)
     return PairLogprobs(
         chosen=sums[:, 0],
         rejected=sums[:, 1],

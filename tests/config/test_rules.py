@@ -63,6 +63,16 @@ Load = Callable[..., Config]
             "optimizer.warmup_steps = 6 exceeds training.steps = 5",
         ),
         ("training.eval_every=5", "training.eval_every = 5 without data.eval"),
+        ("lora.alpha=8", "lora.alpha has no effect without lora.rank > 0"),
+        ("lora.rank=0 lora.targets=[q_proj]", "lora.targets has no effect without lora.rank > 0"),
+        ("lora.rank=8 lora.targets=[q_proj,qkv_proj]", "lora.targets[1] = 'qkv_proj': must be 'q_proj', 'k_proj'"),
+        ("lora.rank=8 lora.targets=[]", "lora.targets = []"),
+        ("lora.rank=17", "lora.rank = 17 exceeds a dimension of k_proj, which takes 32 features to 16; lower it, or"),
+        (
+            "lora.rank=33 lora.targets=[up_proj]",
+            "lora.rank = 33 exceeds a dimension of up_proj, which takes 32 features",
+        ),
+        ("lora.rank=8 model.init=random", "lora.rank = 8 adapts a trained model, but model.init: random draws one"),
     ],
 )
 def test_refused(load: Load, overrides: str, part: str) -> None:
@@ -86,6 +96,9 @@ def test_refused(load: Load, overrides: str, part: str) -> None:
         "optimizer.decay=cosine optimizer.min_lr_ratio=0.1",
         "training.steps=5 optimizer.warmup_steps=5",
         "data.eval=held_out.jsonl training.eval_every=5",
+        "lora.rank=16 reference.cache=null spo.constraint=pair",
+        "lora.rank=16 reference.cache=null spo.schedule=dual",
+        "lora.rank=32 lora.targets=[q_proj,up_proj] lora.alpha=64",
     ],
 )
 def test_accepted(load: Load, overrides: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -105,6 +106,7 @@ def reference_trajectory(
     eps: float = 1e-8,
     clip: float = 1.0,
     final_weights: dict[str, Tensor] | None = None,
+    adapter: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the model of `model_dir`, which is also the reference, one optimizer step per batch.
 
@@ -117,6 +119,7 @@ def reference_trajectory(
         lr, betas, eps: AdamW, constant rate, no weight decay.
         clip: largest gradient norm; 0 switches clipping off.
         final_weights: filled with the trained parameters if given.
+        adapter: a PEFT folder; its adapters are then trained and the model of `model_dir` is left as it is.
 
     Returns:
         One dict per step with the metric names of metrics.jsonl. `loss` is the optimised value (v not
@@ -126,8 +129,11 @@ def reference_trajectory(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     reference_model = copy.deepcopy(model).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
     trajectory = []
     for batch in batches:
         counts = torch.tensor([[float(len(chosen)), float(len(rejected))] for _, chosen, rejected in batch])
@@ -144,7 +150,7 @@ def reference_trajectory(
             objective = objective + lam * _penalty(loss, policy, counts, beta, lambda_unit)
         optimizer.zero_grad()
         objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)
         optimizer.step()
         trajectory.append({"loss": objective.item(), "grad_norm": norm.item(), **metrics})
     if final_weights is not None:
