@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
+from megatron_spo.config.fp8 import RECIPES, Recipe
 from megatron_spo.config.losses import LOSS_SPECS, LossTerm
 
 T = TypeVar("T")
@@ -281,8 +282,20 @@ class PrecisionConfig(Section):
 
     dtype: Literal["fp32", "bf16"] = "bf16"
     """format of weights and activations"""
-    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """recipe of Transformer Engine's fp8 matrix products; null: off; not available in this version"""
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """what computes the layers; auto: Transformer Engine for bf16 where it and an NVIDIA GPU are there, else torch"""
+    fp8: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
+    """recipe of the layers' fp8 matrix products by Transformer Engine, needs bf16; null: off (README: GPU)"""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The facts of the fp8 recipe, None without fp8."""
+        return None if self.fp8 is None else RECIPES[self.fp8]
+
+    @property
+    def reason(self) -> str:
+        """The key that asks for Transformer Engine, as messages name it."""
+        return f"precision.layers: {self.layers}" if self.fp8 is None else f"precision.fp8 = {self.fp8}"
 
 
 class TrainingConfig(Section):
