@@ -285,7 +285,7 @@ class PrecisionConfig(Section):
     layers: Literal["auto", "torch", "transformer_engine"] = "auto"
     """what computes the layers; auto: Transformer Engine for bf16 where it and an NVIDIA GPU are there, else torch"""
     fp8: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
-    """recipe of the layers' fp8 matrix products by Transformer Engine, needs bf16; null: off (README: GPU)"""
+    """recipe of the layers' fp8 matrix products by Transformer Engine, needs bf16 and a GPU for it; null: off"""
 
     @property
     def recipe(self) -> Recipe | None:

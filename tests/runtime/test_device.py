@@ -1,5 +1,7 @@
 """Without a GPU: layers are torch's, and what needs one is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from megatron_spo.config.schema import PrecisionConfig
 from megatron_spo.errors import UserError
 from megatron_spo.runtime import cpu_bridge
 from megatron_spo.runtime.device import check_device, to_device, uses_transformer_engine
+from tests.support.processes import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
@@ -29,3 +32,13 @@ def test_to_device() -> None:
     cpu_bridge.install()
     tensor = to_device(np.arange(6)[::2], torch.device("cpu"), torch.float32)
     assert tensor.dtype == torch.float32 and tensor.tolist() == [0, 2, 4]
+
+
+def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> None:
+    """Megatron would take their optimizer, which cannot run."""
+    for package in cpu_bridge.HIDDEN:
+        (tmp_path / f"{package}.py").write_text("raise RuntimeError('must not be imported')")
+    script = "from megatron_spo.runtime import cpu_bridge; cpu_bridge.install(); import megatron.core.optimizer"
+    (tmp_path / "script.py").write_text(script)
+    done = launch([str(tmp_path / "script.py")], 1)
+    assert done.returncode == 0, done.stderr
