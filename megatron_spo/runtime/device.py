@@ -13,7 +13,7 @@ from megatron_spo.errors import UserError
 
 def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`array` on `device`; a GPU gets it from pinned memory, so that the process need not wait for it."""
-    tensor = torch.from_numpy(array).to(dtype)
+    tensor = torch.from_numpy(array).to(dtype).contiguous()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
