@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
-from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
+from megatron_spo.config.topology import make_topology
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.loader import Multiples
 from megatron_spo.data.reference_store import ReferenceFingerprint
@@ -20,6 +21,8 @@ from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.hf_files import file_digest, locate_model, shard_files, weights_digest
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
+from megatron_spo.runtime import env, processes
+from megatron_spo.runtime.device import check_device, uses_transformer_engine
 from megatron_spo.runtime.processes import Runtime, agree
 
 TRAIN, SFT = "train", "sft"
@@ -41,6 +44,27 @@ class Sources:
         """All data sets by name: those of training, and the held-out ones."""
         separate = {} if self.sft is None else {SFT: self.sft}
         return {TRAIN: self.train, **separate, **self.evals}
+
+
+def join(config: Config) -> Runtime:
+    """Join the job's processes in the configured layout.
+
+    Raises:
+        UserError: on every rank alike; some process has no device that runs what the config asks for.
+    """
+    runtime = processes.start(
+        make_topology(config.parallel, env.world_size()),
+        seed=config.training.seed,
+        threads=config.training.threads,
+        hang_minutes=config.training.hang_timeout,
+    )
+    error: UserError | None = None
+    try:
+        check_device(config.precision)
+    except UserError as raised:
+        error = raised
+    agree(error)
+    return runtime
 
 
 def read_sources(config: Config, runtime: Runtime) -> Sources:
@@ -129,9 +153,15 @@ def reference_fingerprint(
         weights=weights,
         tokenizer=tokenizer_fingerprint(sources.tokenizer),
         truncation=f"{config.data.truncation} at {config.data.max_length} tokens",
-        precision=config.precision.dtype,
+        precision=numerics(config.precision),
         dataset=dataset.fingerprint,
     )
+
+
+def numerics(precision: PrecisionConfig) -> str:
+    """What computes the log-probs, as far as it shows in their digits."""
+    engine = ", Transformer Engine" if uses_transformer_engine(precision) else ""
+    return precision.dtype + engine + (f", fp8 {precision.fp8}" if precision.fp8 else "")
 
 
 def weights_fingerprint(config: Config, sources: Sources) -> str:
@@ -151,9 +181,12 @@ def weights_fingerprint(config: Config, sources: Sources) -> str:
 
 
 def row_multiples(config: Config) -> Multiples:
-    """Sequence and context parallelism cut a row into equal parts, an interleaved pipeline takes rows in groups."""
-    parallel = config.parallel
+    """Sequence and context parallelism cut a row into equal parts, fp8 multiplies each in blocks, and an interleaved
+    pipeline takes rows in groups."""
+    parallel, recipe = config.parallel, config.precision.recipe
+    parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+    block = 1 if recipe is None else recipe.gathered if parallel.sequence else recipe.multiple
     return Multiples(
-        tokens=(parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1),
+        tokens=parts * block,
         rows=parallel.pipeline if parallel.virtual_pipeline else 1,
     )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_spo.config.fp8 import RECIPES, obstacle
 from megatron_spo.config.rules import installed
 
 
@@ -22,15 +23,22 @@ class Finding(NamedTuple):
 
 def report() -> str:
     """The table as text. Imports torch only where an NVIDIA driver is there to be asked through it."""
+    gpu, apex = _gpu(), _apex()
     findings = [
         _python(),
         _package("torch", "torch", "nothing runs without it: make venv", required=True),
-        _gpu(),
+        gpu,
         _package("megatron-core", "megatron.core", "no training: pip install -e .", required=True),
         _package("transformers", "transformers", "no tokenizers, no generation: pip install -e .", required=True),
         _package("datasets", "datasets", "no data can be read: pip install -e .", required=True),
-        _package("transformer-engine", "transformer_engine", "no fused kernels: pip install -e '.[gpu]'"),
-        _apex(),
+        _package(
+            "transformer-engine",
+            "transformer_engine",
+            "torch's layers and no fp8: pip install --no-build-isolation -e '.[gpu]' on a GPU machine",
+        ),
+        apex,
+        _adam(apex),
+        _fp8(gpu),
         _package("nemo-toolkit", "nemo", "no NeMo checkpoints: pip install -e '.[nemo]'"),
         _package("wandb", "wandb", "logging.wandb stays off: pip install -e '.[wandb]'"),
         _package("lm-eval", "lm_eval", "no benchmark scores: pip install -e '.[eval]'"),
@@ -94,7 +102,7 @@ def _apex() -> Finding:
             "apex",
             "missing",
             "-",
-            "optional; without it torch's AdamW; NVIDIA's builds from its sources on a GPU machine",
+            "optional; NVIDIA's builds from its sources on a GPU machine",
         )
     if not any((Path(folder) / "optimizers").is_dir() for folder in folders):
         follows = "this is another package of that name, not NVIDIA's: pip uninstall apex"
@@ -107,6 +115,31 @@ def _apex() -> Finding:
             "built without its CUDA kernels (amp_C): build it again with them",
         )
     return Finding("apex", "ok", _version("apex"), "")
+
+
+def _adam(apex: Finding) -> Finding:
+    """Which one Megatron-Core 0.16.1 takes (optimizer/__init__.py): by what is installed, not by a key."""
+    if installed("transformer_engine"):
+        return Finding("Adam", "ok", "Transformer Engine's, fused", "")
+    if apex.state == "ok":
+        return Finding("Adam", "ok", "apex's, fused", "")
+    return Finding("Adam", "ok", "torch's", "")
+
+
+def _fp8(gpu: Finding) -> Finding:
+    """The recipes (precision.fp8) that the first GPU can run, and why not the others."""
+    without = "optional; without it precision.fp8 stays null"
+    if gpu.state != "ok":
+        return Finding("fp8", "missing", "no NVIDIA GPU", without)
+    import torch
+
+    capability, cuda = torch.cuda.get_device_capability(0), str(torch.version.cuda)
+    reasons = {recipe: obstacle(recipe, capability, cuda) for recipe in RECIPES}
+    able = ", ".join(recipe for recipe, reason in reasons.items() if reason is None)
+    unable = "; ".join(f"{recipe}: {reason}" for recipe, reason in reasons.items() if reason is not None)
+    if not able or not installed("transformer_engine"):
+        return Finding("fp8", "missing", f"this GPU can {able or 'none'}", f"{without}; needs transformer-engine")
+    return Finding("fp8", "ok", able, unable)
 
 
 def _slurm() -> Finding:

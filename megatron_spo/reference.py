@@ -5,6 +5,7 @@ from tqdm import tqdm
 
 from megatron_spo.assemble import (
     Sources,
+    join,
     make_model,
     read_sources,
     reference_fingerprint,
@@ -12,13 +13,11 @@ from megatron_spo.assemble import (
     weights_fingerprint,
 )
 from megatron_spo.config.schema import Config
-from megatron_spo.config.topology import make_topology
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceWriter
 from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import lower_precision
-from megatron_spo.runtime import env, processes
 from megatron_spo.runtime.processes import Runtime, agree
 from megatron_spo.train.forward import score_rows
 
@@ -34,12 +33,7 @@ def fill(config: Config) -> None:
     """
     if config.reference.cache is None:
         raise UserError("reference.cache is not set: name the folder that shall hold the reference's log-probs")
-    runtime = processes.start(
-        make_topology(config.parallel, env.world_size()),
-        seed=config.training.seed,
-        threads=config.training.threads,
-        hang_minutes=config.training.hang_timeout,
-    )
+    runtime = join(config)
     sources = read_sources(config, runtime)
     runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources)

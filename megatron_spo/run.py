@@ -12,7 +12,9 @@ from megatron_spo.assemble import (
     SFT,
     TRAIN,
     Sources,
+    join,
     make_model,
+    numerics,
     read_sources,
     reference_fingerprint,
     row_multiples,
@@ -20,7 +22,6 @@ from megatron_spo.assemble import (
 )
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
-from megatron_spo.config.topology import make_topology
 from megatron_spo.data import plan
 from megatron_spo.data.loader import Loader
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
@@ -31,7 +32,6 @@ from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.report import write_report
-from megatron_spo.runtime import env, processes
 from megatron_spo.runtime.processes import Runtime, agree, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
@@ -43,6 +43,9 @@ from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
 from megatron_spo.train.stop import StopRequest
 
+PACKAGES = ("megatron-spo", "megatron-core", "torch", "transformers", "transformer-engine", "apex")
+"""Whose versions a run writes down."""
+
 
 def train(config: Config) -> None:
     """Train as configured, from the newest checkpoint of the run directory where there is one.
@@ -50,13 +53,8 @@ def train(config: Config) -> None:
     Raises:
         UserError, Anomaly, Stopped: on every rank alike; status.json then says "failed" or "stopped", and why.
     """
-    runtime = processes.start(
-        make_topology(config.parallel, env.world_size()),
-        seed=config.training.seed,
-        threads=config.training.threads,
-        hang_minutes=config.training.hang_timeout,
-    )
-    found = checkpoint.find(Path(config.output) / "checkpoints")
+    runtime = join(config)
+    found = checkpoint.find(Path(config.output) / "checkpoints", scales=config.precision.fp8 is not None)
     if found:
         changes(found, plain(config), {})
     directory = RunDirectory(Path(config.output), is_main=runtime.is_main)
@@ -182,7 +180,8 @@ def _write_provenance(config: Config, directory: RunDirectory, sources: Sources,
     """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
     directory.write_kept("config.yaml", dump_config(config))
     provenance = {
-        "versions": {name: _version(name) for name in ("megatron-spo", "megatron-core", "torch", "transformers")},
+        "versions": {name: _version(name) for name in PACKAGES},
+        "numerics": numerics(config.precision),
         "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
         "model": str(sources.folder),
         "weights": weights,

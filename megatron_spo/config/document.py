@@ -13,7 +13,8 @@ from pydantic_core import PydanticUndefined
 
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.rules import unused_keys
-from megatron_spo.config.schema import Config, Section, keys_of, section_class
+from megatron_spo.config.schema import Config, keys_of, section_class
+from megatron_spo.config.section import Section
 from megatron_spo.config.yaml_text import format_yaml
 
 # what examples/reference.yaml holds where a key has no default that could stand there

@@ -10,7 +10,8 @@ from pydantic_core import ErrorDetails
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules, unused_keys
-from megatron_spo.config.schema import FORMS, Config, DataSource, keys_of, section_class
+from megatron_spo.config.schema import Config, DataSource, keys_of, section_class
+from megatron_spo.config.section import FORMS
 from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError
 

@@ -120,6 +120,35 @@ def _not_divisible(key: str, attribute: str, what: str) -> Rule:
     )
 
 
+LAYER_WIDTHS: tuple[tuple[Callable[[ModelShape, int], int], str], ...] = (
+    (lambda shape, ranks: shape.hidden, "{shape.hidden} hidden columns"),
+    (lambda shape, ranks: shape.ffn // ranks, "{shape.ffn} feed-forward columns"),
+    (lambda shape, ranks: shape.heads * shape.head_dim // ranks, "{shape.heads} heads of {shape.head_dim}"),
+    (
+        lambda shape, ranks: (shape.heads + 2 * shape.kv_heads) * shape.head_dim // ranks,
+        "{shape.heads} + 2 * {shape.kv_heads} query, key and value heads of {shape.head_dim}",
+    ),
+)
+"""Sides of the layers' matrices on one of so many tensor-parallel ranks, and what they are."""
+
+
+def _not_in_blocks(size: Callable[[ModelShape, int], int], text: str) -> Rule:
+    """`size` of the model on a tensor-parallel rank must be a multiple of what the fp8 recipe multiplies."""
+    return Rule(
+        lambda c, shape: (
+            c.precision.recipe is not None
+            and shape is not None
+            and size(shape, c.parallel.tensor) % c.precision.recipe.multiple != 0
+        ),
+        f"precision.fp8 = {{c.precision.fp8}} multiplies in blocks of {{c.precision.recipe.multiple}} values: the "
+        f"model's {text} with parallel.tensor = {{c.parallel.tensor}} are no multiple of it; set precision.fp8=null",
+    )
+
+
+def _names_engine(config: Config) -> bool:
+    return config.precision.layers == "transformer_engine" or config.precision.fp8 is not None
+
+
 def _beyond(attribute: str, what: str) -> Rule:
     """`data.max_length` must not exceed `attribute` of the model's shape, where it has one."""
     return Rule(
@@ -202,13 +231,35 @@ RULES: tuple[Rule, ...] = (
     ),
     # precision
     Rule(
-        lambda c, shape: c.precision.fp8 is not None and not installed("transformer_engine"),
-        "precision.fp8 = {c.precision.fp8} needs an NVIDIA GPU and Transformer Engine, which is not "
-        "installed (pip install -e '.[gpu]'); set it to null",
+        lambda c, shape: _names_engine(c) and not installed("transformer_engine"),
+        "{c.precision.reason} needs an NVIDIA GPU and Transformer Engine, which is not installed: pip install "
+        "--no-build-isolation -e '.[gpu]' on a GPU machine, or set precision.fp8=null precision.layers=auto",
     ),
     Rule(
-        lambda c, shape: c.precision.fp8 is not None and installed("transformer_engine"),
-        "precision.fp8 = {c.precision.fp8} is not available in this version yet; only null is",
+        lambda c, shape: _names_engine(c) and c.precision.dtype == "fp32",
+        "{c.precision.reason} needs precision.dtype: bf16; Transformer Engine computes fp32 products in TF32",
+    ),
+    Rule(
+        lambda c, shape: c.precision.fp8 is not None and c.precision.layers == "torch",
+        "precision.fp8 = {c.precision.fp8} needs Transformer Engine's layers; set precision.layers=auto",
+    ),
+    Rule(
+        lambda c, shape: c.precision.fp8 == "delayed" and c.has_reference,
+        "precision.fp8: delayed scales by the rows seen before, of which a reference pass has none, so the policy does "
+        "not start from its reference; set precision.fp8=tensorwise (or blockwise), or reference.cache=null with a "
+        "loss that needs none and without adapters",
+    ),
+    *(_not_in_blocks(size, text) for size, text in LAYER_WIDTHS),
+    Rule(
+        lambda c, shape: (
+            c.precision.recipe is not None
+            and c.parallel.sequence
+            and shape is not None
+            and shape.hidden % c.precision.recipe.gathered != 0
+        ),
+        "precision.fp8 = {c.precision.fp8} with parallel.sequence gathers blocks of {c.precision.recipe.gathered} "
+        "values, which do not divide the model's hidden size of {shape.hidden}; set parallel.sequence=false, or "
+        "another recipe",
     ),
     # data
     _beyond("max_positions", "context"),

@@ -4,30 +4,14 @@ The docstring under a field is what `--help` and `examples/reference.yaml` show.
 keys are in `rules.py`; files and overrides are read by `load.py`.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
 
+from megatron_spo.config.fp8 import RECIPES, Recipe
 from megatron_spo.config.losses import LOSS_SPECS, LossTerm
 from megatron_spo.config.model_shape import PROJECTIONS
-
-T = TypeVar("T")
-FORMS = ("one", "each", "word")
-"""The forms in which some keys may be given; in pydantic's error locations, not in any key's name."""
-
-
-class Section(BaseModel):
-    """Frozen, strict about types, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        validate_by_name=True,
-        validate_by_alias=True,
-        use_attribute_docstrings=True,
-    )
+from megatron_spo.config.section import Decay, NotNegative, OneOrEach, Positive, Section, as_tuple, form, form_of_v
 
 
 def _sources(value: Any) -> Any:
@@ -36,18 +20,6 @@ def _sources(value: Any) -> Any:
         return []
     entries = value if isinstance(value, list) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _form(value: Any) -> str:
-    return "each" if isinstance(value, list) else "one"
-
-
-def _form_of_v(value: Any) -> str:
-    return "word" if isinstance(value, str) else "one"
 
 
 class DataSource(Section):
@@ -61,14 +33,10 @@ class DataSource(Section):
     """split of a hub data set; files have none"""
 
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
 Sources = Annotated[list[DataSource], BeforeValidator(_sources)]
-OneOrEach = Annotated[Annotated[T, Tag("one")] | Annotated[list[T | None], Tag("each")], Discriminator(_form)]
 RunningMin = Literal["running_min"]
 LossName = Literal[tuple(LOSS_SPECS)]  # type: ignore[valid-type]
 Projection = Literal[PROJECTIONS]  # type: ignore[valid-type]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 
 
 class ModelConfig(Section):
@@ -120,7 +88,7 @@ class LossConfig(Section):
     name: Annotated[
         Annotated[LossName, Tag("one")]  # type: ignore[valid-type]
         | Annotated[list[LossName], Field(min_length=1), Tag("each")],  # type: ignore[valid-type]
-        Discriminator(_form),
+        Discriminator(form),
     ] = "dpo"
     """the preference loss, or a list (f = sum of weight * loss; parameters then: one for all, or a list of one each)"""
     weights: list[Positive] | None = None
@@ -224,7 +192,7 @@ class SpoConfig(Section):
     barrier_rate: float = Field(1.0, ge=0)
     """barrier only: how fast the SFT loss must fall, per nat of gap beyond epsilon; >= 0"""
     v: (
-        Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(_form_of_v)]
+        Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(form_of_v)]
         | None
     ) = None
     """best SFT loss, nats per chosen token: >= 0, or running_min (lowest batch so far); null: the reference's own"""
@@ -250,7 +218,7 @@ class OptimizerConfig(Section):
 
     lr: float = Field(1e-6, gt=0)
     """peak learning rate; > 0"""
-    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_as_tuple)] = (0.9, 0.999)
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(as_tuple)] = (0.9, 0.999)
     """decay of the first and the second moment, per step; each >= 0, < 1"""
     eps: float = Field(1e-8, gt=0)
     """added to the root of the second moment; > 0"""
@@ -294,8 +262,20 @@ class PrecisionConfig(Section):
 
     dtype: Literal["fp32", "bf16"] = "bf16"
     """format of weights and activations"""
-    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """recipe of Transformer Engine's fp8 matrix products; null: off; not available in this version"""
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """what computes the layers; auto: Transformer Engine for bf16 where it and an NVIDIA GPU are there, else torch"""
+    fp8: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
+    """recipe of the layers' fp8 matrix products by Transformer Engine, needs bf16 and a GPU for it; null: off"""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The facts of the fp8 recipe, None without fp8."""
+        return None if self.fp8 is None else RECIPES[self.fp8]
+
+    @property
+    def reason(self) -> str:
+        """The key that asks for Transformer Engine, as messages name it."""
+        return f"precision.layers: {self.layers}" if self.fp8 is None else f"precision.fp8 = {self.fp8}"
 
 
 class TrainingConfig(Section):

@@ -67,7 +67,7 @@ def to_peft(source: Path, target: Path) -> None:
 
 def _open(folder: Path) -> _Trained:
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, scales=True)  # and never loads them
     except Damaged as error:
         raise UserError(f"{error}; name another checkpoint") from error
     config = checkpoint.record["config"]

@@ -68,7 +68,8 @@ class GroupStepAdamW(torch.optim.AdamW):
 
 
 def keep_step_in_group(optimizer: Any) -> None:
-    """Replace torch's AdamW inside each of Megatron's optimizers; one from Transformer Engine or apex stays.
+    """Replace torch's AdamW inside each of Megatron's optimizers; one from Transformer Engine or apex stays, with its
+    count and moments made now, so that it can be saved before its first step as well.
 
     The constructor refuses the real groups (main parameters are views, not leaves), so they are assigned, as Megatron
     does itself. Must run before the first step.
@@ -80,3 +81,7 @@ def keep_step_in_group(optimizer: Any) -> None:
             replacement = GroupStepAdamW([placeholder], **defaults)
             replacement.param_groups = inner.optimizer.param_groups
             inner.optimizer = replacement
+        else:
+            inner.init_state_fn(inner.optimizer, inner.config)
+            for group in inner.optimizer.param_groups:
+                group["step"] = 0

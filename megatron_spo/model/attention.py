@@ -7,6 +7,7 @@ of each pair's tokens and gathers the keys and values of all.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
+from megatron_spo.runtime.device import to_device
 
 BLOCK = 16
 """Queries and keys of a pair are padded to multiples of this: what torch's kernels sum in vectors of at most so many
@@ -56,8 +58,8 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
     entries = np.flatnonzero(local[row.predict_at] >= 0)
     gathered = np.empty(length, dtype=np.int64)
     gathered[np.argsort(owner, kind="stable")] = np.arange(length)
-    queries, keys, visible, unblock = _geometry(row.segments, length, here)
-    put = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+    queries, keys, inside, ends, unblock = _geometry(row.segments, length, here)
+    put = partial(to_device, device=device)
     return RowOnDevice(
         qkv_format="sbhd",  # Megatron would reshape "thd" rows itself
         tokens=put(row.tokens[here])[None],
@@ -67,7 +69,7 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
         entries=put(entries),
         queries=put(queries),
         keys=put(gathered[keys]),
-        visible=put(visible),
+        visible=_visible(put(inside), put(ends), keys.shape[1]),
         unblock=put(unblock),
     )
 
@@ -84,9 +86,10 @@ def _owners(length: int, ranks: int) -> np.ndarray:
 
 def _geometry(
     segments: np.ndarray, length: int, here: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [B, Q], keys [B, L] (positions in the whole row), visibility [B, 1, Q, L] and the way back [T] of a row
-    with these segments [B, 4], for the tokens `here` [T].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Queries [B, Q], keys [B, L] (positions in the whole row), each query's place inside its pair [B, Q], where the
+    shared tokens and the chosen tail end there [B, 2], and the way back [T] of a row with these segments [B, 4], for
+    the tokens `here` [T].
 
     Padding behind the last pair reads block position 0: finite numbers that nothing depends on.
     """
@@ -106,10 +109,16 @@ def _geometry(
     queries[pair, at], inside[pair, at] = local, here[local] - start[pair]
     unblock = np.zeros(len(here), dtype=np.int64)
     unblock[local] = pair * most + at
-    in_chosen = (key[None] >= shared[:, None]) & (key[None] < (shared + chosen)[:, None])
-    in_rejected = inside >= (shared + chosen)[:, None]
-    visible = (inside[:, :, None] >= key) & ~(in_rejected[:, :, None] & in_chosen[:, None, :])
-    return queries, keys, visible[:, None], unblock
+    return queries, keys, inside, np.stack([shared, shared + chosen], axis=1), unblock
+
+
+def _visible(inside: Tensor, ends: Tensor, keys: int) -> Tensor:
+    """Which of a pair's `keys` tokens each query sees, bool [B, 1, Q, L]; made on the device, for which it is much to
+    transfer. Arguments as `_geometry` returns them."""
+    key = torch.arange(keys, device=inside.device)
+    in_chosen = (key >= ends[:, :1]) & (key < ends[:, 1:])
+    in_rejected = inside >= ends[:, 1:]
+    return ((inside[:, :, None] >= key) & ~(in_rejected[:, :, None] & in_chosen[:, None]))[:, None]
 
 
 def _in_blocks(length: int) -> int:
@@ -132,6 +141,13 @@ class _GatherOverRanks(torch.autograd.Function):
         part = whole.new_empty((whole.shape[0] // ctx.group.size(), *whole.shape[1:]))
         dist.reduce_scatter_tensor(part, whole, group=ctx.group)
         return part, None
+
+
+def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
+    """Whether this torch has a kernel for grouped heads with a mask that never holds the scores [B, heads, Q, L]; else
+    it would silently take the plain product, which does."""
+    arguments = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_efficient_attention(arguments)
 
 
 class PairAttention(MegatronModule):
@@ -163,6 +179,9 @@ class PairAttention(MegatronModule):
             part[:, 0].index_select(0, blocks.flatten()).view(*blocks.shape, part.shape[2], -1).transpose(1, 2)
             for part, blocks in ((query, row.queries), (key, row.keys), (value, row.keys))
         )
+        if q.is_cuda and not _kernel_takes(q, k, v, row.visible):
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=row.visible, enable_gqa=q.shape[1] != k.shape[1])
         flat = out.transpose(1, 2).flatten(0, 1).flatten(1)
         return flat.index_select(0, row.unblock)[:, None]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import TE_LINEAR_TYPES
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -101,16 +102,29 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> list[PairModel]
 def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> PairModel:
     model = PairModel(config, block_spec(shape, config, vp_stage), shape, vp_stage=vp_stage)
     _mark_tensor_parallel(model)
+    _accumulate_in_place(model)
     return model if config.use_cpu_initialization else model.cuda()
 
 
 def _mark_tensor_parallel(model: PairModel) -> None:
     """Tell the gradient norm which weights are parts of a larger one, so that it does not take them for duplicates.
 
-    megatron-core 0.16.1 does so only where it initialises them itself.
+    megatron-core 0.16.1 does so only where it initialises them itself; Transformer Engine's layers always have.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+
+
+def _accumulate_in_place(model: PairModel) -> None:
+    """Let Transformer Engine's layers add a row's gradient to Megatron's fp32 buffer in the matrix product itself.
+
+    Set here, because the key of Megatron's configuration asks the output layer for a kernel of apex (megatron-core
+    0.16.1, tensor_parallel/layers.py). On the first row of a pass the buffer is overwritten, which is why one pass is
+    one run of the pipeline over buffers that were emptied (train/step.py).
+    """
+    for module in model.modules():
+        if isinstance(module, TE_LINEAR_TYPES):
+            module.fuse_wgrad_accumulation = True

@@ -126,13 +126,14 @@ def _read_seal(folder: Path) -> dict[str, Any]:
     return content
 
 
-def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> Checkpoint:
+def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool = False) -> Checkpoint:
     """A checkpoint whose files are as they were written, and whose index is safe to load.
 
     Args:
         folder: of the checkpoint.
         part, parts: checksums of every `parts`-th file from the one with index `part` are compared, so that several
             processes can share the reading.
+        scales: the scales of fp8 may be in it, which Transformer Engine unpickles when they are loaded.
 
     Raises:
         Damaged
@@ -149,7 +150,7 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> Checkpoin
         if checksum(folder / name) != expected:
             raise Damaged(f"{folder / name} does not match its checksum: its content has changed")
     if part == 0:
-        _check_index(folder)
+        _check_index(folder, scales=scales)
     return Checkpoint(folder, content["state"], content["record"])
 
 
@@ -160,7 +161,7 @@ class _Index(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_index(folder: Path) -> None:
+def _check_index(folder: Path, *, scales: bool) -> None:
     """Make sure that loading this folder reads no file outside of it and runs no code of it.
 
     torch's reader unpickles the index and the non-tensor entries (megatron-core 0.16.1 writes some of no content).
@@ -175,7 +176,10 @@ def _check_index(folder: Path) -> None:
             if type(kind).__name__ == "BytesStorageMetadata":
                 with (folder / where.relative_path).open("rb") as file:
                     file.seek(where.offset)
-                    torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
+                    content = torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
+                if isinstance(content, torch.Tensor) and content.numel() and not scales:
+                    raise Damaged(f"{folder / _METADATA} has an entry {key.fqn} of pickled bytes; only a run with "
+                                  "precision.fp8 loads such")  # fmt: skip
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except Damaged:
         raise

@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -23,10 +26,19 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of one chunk of the model."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+    """The layers of one chunk of the model, of Megatron's own linear layers or Transformer Engine's.
+
+    Attention's core and the norms outside the linear layers are ours in both, and the parameters have the same names in
+    the sharded state dict (families.py), also the `_extra_state` of each linear layer: what Transformer Engine puts
+    there (scales of delayed fp8) Megatron's layers ignore, and theirs is empty.
+    """
+    if config.transformer_impl == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+        layer = spec.submodules  # the linear layers begin with the norm
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+        layer = spec.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
     layer.self_attention.submodules.core_attention = PairAttention
     if shape.qk_norm:
         layer.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm

@@ -17,15 +17,17 @@ from megatron_spo.model.attention import RowOnDevice
 
 LOGITS_PER_CHUNK = 2**24
 """Logits held at a time on one rank (64 MiB in fp32)."""
+GPU_FACTOR = 4
+"""How many times as many a GPU holds, which small products do not keep busy."""
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """fp32 [n, V/tp] logits of hidden states [n, h] and weight [V/tp, h] in the model's precision."""
-    if hidden.dtype == torch.float32:
-        return hidden @ weight.t()
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.float().t()
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """fp32 [n, m] product of [n, k] and [k, m] in the model's precision."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)  # only on GPUs
+    return left.float() @ right.float()
 
 
 class VocabParallelLogProb(torch.autograd.Function):
@@ -38,14 +40,15 @@ class VocabParallelLogProb(torch.autograd.Function):
         """Hidden [E, h], weight [V_local, h] (rows from `first_row` of the vocabulary), targets [E] -> fp32 [E]."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty_like(logprobs)
-        for part in _chunks(len(targets), len(weight)):
-            logits = _logits(hidden[part], weight)
-            local, here = _local(targets[part], first_row, len(weight))
+        for part in _chunks(hidden, weight):
+            logits = _product(hidden[part], weight.t())
             peak = logits.amax(-1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
             if group is not None:
                 dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-            target_logit = logits.new_zeros(len(logits))
-            target_logit[here] = logits[here, local[here]]
+            target_logit = torch.zeros_like(peak)
+            if len(weight):
+                local, here = _local(targets[part], first_row, len(weight))
+                target_logit = torch.where(here, logits.gather(1, local)[:, 0], 0.0)
             sums = torch.stack([(logits - peak[:, None]).exp_().sum(-1), target_logit])
             if group is not None:
                 dist.all_reduce(sums, group=group)
@@ -60,28 +63,34 @@ class VocabParallelLogProb(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(targets), len(weight)):
+        for part in _chunks(hidden, weight):
             scale = gradients[0][part]
-            d_logits = (_logits(hidden[part], weight) - normaliser[part, None]).exp_().mul_(-scale[:, None])
-            local, here = _local(targets[part], ctx.first_row, len(weight))
-            d_logits[here, local[here]] += scale[here]
-            d_hidden[part] = (d_logits.to(weight.dtype) @ weight).to(hidden.dtype)
+            d_logits = (_product(hidden[part], weight.t()) - normaliser[part, None]).exp_().mul_(-scale[:, None])
+            if len(weight):
+                local, here = _local(targets[part], ctx.first_row, len(weight))
+                d_logits.scatter_(1, local, d_logits.gather(1, local) + torch.where(here, scale, 0.0)[:, None])
+            lowered = d_logits.to(weight.dtype)
+            d_hidden[part] = lowered @ weight
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden[part].float()
+                d_weight += _product(lowered.t(), hidden[part])
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def _chunks(entries: int, vocabulary: int) -> list[slice]:
-    size = max(16, LOGITS_PER_CHUNK // max(1, vocabulary))
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    limit = LOGITS_PER_CHUNK * (GPU_FACTOR if hidden.is_cuda else 1)
+    entries, size = len(hidden), max(16, limit // max(1, len(weight)))
     return [slice(i, min(i + size, entries)) for i in range(0, entries, size)]
 
 
 def _local(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Index of each target among this rank's rows, and the positions whose target is here."""
+    """Index [n, 1] of each target among this rank's rows (any, where it has no such row), and whether it is here [n].
+
+    No list of the targets that are here: a GPU's process would have to wait for its length.
+    """
     local = targets - first_row
-    return local, ((local >= 0) & (local < rows)).nonzero()[:, 0]
+    return local.clamp(0, rows - 1)[:, None], (local >= 0) & (local < rows)
 
 
 class LogProbHead(ColumnParallelLinear):

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
 from megatron_spo.config.topology import stage_layers
+from megatron_spo.runtime.device import uses_transformer_engine
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -23,6 +24,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
     """Megatron's configuration of the model: the one place that makes it."""
     dtype = DTYPES[precision.dtype]
     interleaved = parallel.virtual_pipeline is not None
+    engine = uses_transformer_engine(precision)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -56,13 +58,29 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, even without experts
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from its global key below
-        gradient_accumulation_fusion=False,  # the fusions need Transformer Engine or apex
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        transformer_impl="transformer_engine" if engine else "local",
+        **_fp8(precision),
+        gradient_accumulation_fusion=False,  # build.py switches it on where it can be
+        masked_softmax_fusion=False,  # of Megatron's own attention, in whose place ours is
+        bias_activation_fusion=engine,  # compiled by torch; keeps one tensor less for the backward pass
+        bias_dropout_fusion=False,  # there is no dropout
+        # takes angles [T, 1, 1, d] by the token's place in the row, which is how RowRotary hands them on
+        apply_rope_fusion=engine,
         finalize_model_grads_func=finalize_model_grads,
     )
+
+
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    """The part of Megatron's configuration that fp8 adds: the layers' products alone; weights are kept in bf16, and
+    attention, norms, embedding and log-prob head compute as without it."""
+    if precision.recipe is None:
+        return {}
+    return {
+        "fp8": precision.recipe.number_format,
+        "fp8_recipe": precision.fp8,
+        "fp8_amax_history_len": 1024,  # delayed alone: Transformer Engine's default, Megatron's is the last row
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]] | None:

@@ -1,10 +1,11 @@
 """Lets Megatron-Core run where there is no GPU.
 
 Megatron-Core asks for CUDA by name in many places, though all of its arithmetic and communication works on CPU
-tensors with gloo. `install()` answers those requests with the CPU. It changes only names listed in `BRIDGED`,
-does nothing where a GPU is present, and fails loudly when a listed name is gone.
+tensors with gloo. `install()` answers those requests with the CPU. It changes only names listed in `BRIDGED`, hides the
+packages in `HIDDEN`, does nothing where a GPU is present, and fails loudly when a listed name is gone.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -95,6 +96,10 @@ BRIDGED = (
     ),
 )
 
+HIDDEN = ("transformer_engine", "apex", "amp_C")
+"""Packages of GPU kernels that Megatron-Core 0.16.1 prefers wherever they are installed (Adam in optimizer/__init__.py,
+the norm in optimizer/clip_grads.py), also where no GPU is there or CUDA_VISIBLE_DEVICES hides it."""
+
 _mode: _CudaMeansCpu | None = None
 
 
@@ -104,6 +109,8 @@ def install() -> bool:
     if torch.cuda.is_available():
         return False
     if _mode is None:
+        for package in HIDDEN:
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it is an ImportError now
         for entry in BRIDGED:
             module = import_module(entry.module)
             if not hasattr(module, entry.name):

@@ -1,4 +1,4 @@
-"""The only reader of environment variables: what the launcher (torchrun, or nothing) says about this process."""
+"""The only place of environment variables: what the launcher (torchrun, or nothing) says about this process."""
 
 import os
 import time
@@ -39,6 +39,15 @@ def rank() -> int:
 def local_rank() -> int:
     """Index of this process on its node."""
     return _integer("LOCAL_RANK", 0)
+
+
+def one_queue_per_gpu() -> None:
+    """Let a GPU begin its work in the order in which it was asked for, unless the user has said otherwise.
+
+    Megatron's tensor parallelism counts on it to hide communication behind products (megatron-core 0.16.1,
+    tensor_parallel/layers.py). Read when the GPU is first used.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def local_world_size() -> int:

@@ -61,6 +61,8 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
     Raises:
         LostRank: not all of the job's processes came.
     """
+    if topology.tensor > 1:
+        env.one_queue_per_gpu()
     on_gpu = not cpu_bridge.install()
     device = torch.device("cuda", env.local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:

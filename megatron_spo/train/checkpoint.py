@@ -231,10 +231,14 @@ def _plain(results: Any) -> Any:
     return results if isinstance(results, list) else str(results[0]).removeprefix("Worker failure: ")
 
 
-def find(folder: Path) -> Checkpoint | None:
+def find(folder: Path, *, scales: bool) -> Checkpoint | None:
     """The checkpoint to go on from: the one that `latest` names, or the newest whole one; None where there is none.
 
     The ranks share the comparing of checksums. A damaged checkpoint is named on screen and set aside.
+
+    Args:
+        folder: the run's `checkpoints`.
+        scales: those of fp8 may be in it.
 
     Raises:
         UserError: on every rank alike: there are checkpoints, and none is whole.
@@ -246,7 +250,7 @@ def find(folder: Path) -> Checkpoint | None:
     dist.broadcast_object_list(lists, src=0)
     paths, oddities = lists
     for i, path in enumerate(paths):
-        found, damage = _open_together(path)
+        found, damage = _open_together(path, scales)
         if found is None:
             oddities.append(damage)
             continue
@@ -262,11 +266,12 @@ def find(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _open_together(path: Path) -> tuple[Checkpoint | None, str]:
+def _open_together(path: Path, scales: bool) -> tuple[Checkpoint | None, str]:
     """A checkpoint if all ranks find their part of it whole, else None and what is wrong."""
     found, damage = None, ""
     try:
-        found = checkpoint_files.open_checkpoint(path, part=dist.get_rank(), parts=dist.get_world_size())
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        found = checkpoint_files.open_checkpoint(path, part=rank, parts=ranks, scales=scales)
     except Damaged as error:
         damage = str(error)
     damages = [""] * dist.get_world_size()

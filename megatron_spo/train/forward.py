@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model.attention import RowOnDevice, row_to_device
+from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
 
 RowFunction = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor]]
@@ -26,8 +27,8 @@ def response_sums(row: PackedRow, entries: Tensor, logprobs: Tensor) -> Tensor:
     """
     device = logprobs.device
     every = torch.zeros(len(row.targets), device=device).index_copy(0, entries, logprobs[0].float())
-    scored = every.index_select(0, torch.from_numpy(row.score_index).to(device))
-    lengths = torch.from_numpy(row.score_lengths).to(device)
+    scored = every.index_select(0, to_device(row.score_index, device))
+    lengths = to_device(row.score_lengths, device)
     sums = torch.segment_reduce(scored, "sum", lengths=lengths, unsafe=True).view(-1, 2)
     if parallel_state.get_context_parallel_world_size() == 1:
         return sums

@@ -8,9 +8,9 @@ from megatron_spo.model.checkpoint_files import Checkpoint
 
 FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.eval", "data.num_proc",
         "training.steps", "training.eval_every", "training.threads", "training.time_limit", "training.hang_timeout",
-        "training.on_anomaly", "training.spike_factor")  # fmt: skip
-"""Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant), or
-only where it would have ended (training.on_anomaly, training.spike_factor)."""
+        "training.on_anomaly", "training.spike_factor", "precision.layers")  # fmt: skip
+"""Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant), only
+where it would have ended (training.on_anomaly, training.spike_factor), or only by rounding (precision.layers)."""
 
 
 def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:

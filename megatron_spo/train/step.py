@@ -21,6 +21,7 @@ from megatron_spo.objective.plan import Add, Barrier, Pass, Role, StepPlan
 from megatron_spo.objective.schedules import ScheduleState, optimal_value
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.objective.terms import GlobalCounts, objective
+from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
 from megatron_spo.train import gradients
 from megatron_spo.train.anomalies import BadStep
@@ -265,7 +266,7 @@ def _pair_logprobs(row: PackedRow, sums: Tensor, reference: ReferenceSums | None
     """The row's pairs with policy sums [pairs, 2] and the reference's sums, where they are known."""
 
     def put(array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array.astype(np.float32)).to(sums.device)
+        return to_device(array, sums.device, torch.float32)
 
     chosen, rejected = (None, None) if reference is None else reference.of(row).unbind(1)
     return PairLogprobs(

@@ -24,6 +24,8 @@ def test_exits_0_and_names_everything(capsys: pytest.CaptureFixture[str]) -> Non
         "megatron-core",
         "transformer-engine",
         "apex",
+        "Adam",
+        "fp8",
         "nemo-toolkit",
         "wandb",
     ):
@@ -34,6 +36,7 @@ def test_exits_0_and_names_everything(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_apex_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "apex", raising=False)  # hidden, where a test ran Megatron without a GPU
     monkeypatch.setattr(doctor, "installed", lambda module: module != "amp_C")
     package = tmp_path / "apex"
     package.mkdir()
@@ -44,6 +47,8 @@ def test_apex_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "without its CUDA kernels" in state_of("apex")
     monkeypatch.setattr(doctor, "installed", lambda module: True)
     assert state_of("apex").split()[1] == "ok"
+    monkeypatch.setattr(doctor, "installed", lambda module: module != "transformer_engine")
+    assert state_of("Adam").split(maxsplit=2)[2] == "apex's, fused"
     assert "apex" not in sys.modules
 
 
@@ -52,6 +57,21 @@ def test_what_is_missing_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> No
     assert "nothing runs without it" in state_of("torch")
     assert "optional; without it" in state_of("wandb")
     assert "To be mended: torch, megatron-core, transformers, datasets." in doctor.report()
+
+
+def test_which_adam_and_which_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda module: False)
+    assert state_of("Adam").split(maxsplit=2)[2] == "torch's"
+    monkeypatch.setattr(doctor, "installed", lambda module: True)
+    assert state_of("Adam").split(maxsplit=2)[2] == "Transformer Engine's, fused"
+    gpu = doctor.Finding("CUDA", "ok", "13.0: 1 x NVIDIA H100", "")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    state, able, unable = doctor._fp8(gpu)[1:]
+    assert (state, able) == ("ok", "delayed, tensorwise, blockwise")
+    assert unable.startswith("mxfp8: it needs a GPU of compute capability 10.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 0))
+    assert doctor._fp8(gpu)[1:3] == ("missing", "this GPU can none")
 
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

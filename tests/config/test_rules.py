@@ -124,14 +124,64 @@ def test_sliding_window(load: Load, write_model: Callable[..., Path]) -> None:
 
 def test_optional_packages(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "installed", lambda module: False)
-    with pytest.raises(UserError, match="needs an NVIDIA GPU and Transformer Engine"):
-        load("precision.fp8=delayed")
+    for key in ("precision.fp8=tensorwise", "precision.layers=transformer_engine"):
+        with pytest.raises(UserError, match="needs an NVIDIA GPU and Transformer Engine, which is not installed"):
+            load(key)
     with pytest.raises(UserError, match=r"needs the package wandb; pip install -e '.\[wandb\]'"):
         load("logging.wandb=online")
     monkeypatch.setattr(rules, "installed", lambda module: True)
     load("logging.wandb=offline")
-    with pytest.raises(UserError, match="not available in this version yet"):
-        load("precision.fp8=delayed")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ("precision.layers=transformer_engine precision.dtype=fp32", "products in TF32"),
+        ("precision.fp8=tensorwise precision.dtype=fp32", "precision.fp8 = tensorwise needs precision.dtype: bf16"),
+        ("precision.fp8=tensorwise precision.layers=torch", "set precision.layers=auto"),
+        ("precision.fp8=delayed", "set precision.fp8=tensorwise (or blockwise), or reference.cache=null"),
+        (
+            "precision.fp8=mxfp8 parallel.tensor=2",
+            "blocks of 32 values: the model's 4 heads of 8 with parallel.tensor = 2 are no multiple",
+        ),
+        (
+            "precision.fp8=blockwise parallel.tensor=2 parallel.sequence=true",
+            "gathers blocks of 128 values, which do not divide the model's hidden size of 32",
+        ),
+    ],
+)
+def test_fp8_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch, overrides: str, part: str) -> None:
+    monkeypatch.setattr(rules, "installed", lambda module: True)
+    with pytest.raises(UserError) as raised:
+        load(*overrides.split())
+    assert part in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "precision.fp8=tensorwise",
+        "precision.fp8=blockwise parallel.tensor=2",
+        "precision.fp8=mxfp8 precision.layers=transformer_engine",
+        "precision.fp8=delayed loss.name=simpo reference.cache=null",
+        "precision.layers=transformer_engine",
+        "precision.dtype=fp32",
+    ],
+)
+def test_fp8_is_accepted(load: Load, monkeypatch: pytest.MonkeyPatch, overrides: str) -> None:
+    monkeypatch.setattr(rules, "installed", lambda module: True)
+    load(*overrides.split())
+
+
+@pytest.mark.parametrize("side", ["hidden_size", "intermediate_size", "head_dim"])
+def test_every_side_of_the_layers_must_suit_fp8(
+    load: Load, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    monkeypatch.setattr(rules, "installed", lambda module: True)
+    write_model(**{"head_dim": 8, side: 36 if side != "head_dim" else 5})
+    with pytest.raises(UserError, match="multiplies in blocks of 16 values"):
+        load("precision.fp8=tensorwise")
 
 
 def test_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,15 +32,15 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
 
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 64 * 1000)
     largest = 0
-    original = logprobs._logits
+    original = logprobs._product
 
-    def watched(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def watched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         nonlocal largest
-        logits = original(hidden, weight)
-        largest = max(largest, logits.numel())
-        return logits
+        product = original(left, right)
+        largest = max(largest, product.numel())
+        return product
 
-    monkeypatch.setattr(logprobs, "_logits", watched)
+    monkeypatch.setattr(logprobs, "_product", watched)
     hidden = torch.randn(500, 4, requires_grad=True)
     weight = torch.randn(1000, 4, requires_grad=True)
     logprobs.VocabParallelLogProb.apply(hidden, weight, torch.arange(500), 0, None).sum().backward()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.rows import Example, PackedRow, build_row
@@ -31,6 +31,31 @@ def load_model(folder: Path):  # type: ignore[no-untyped-def]
     (model,) = build_model(shape, transformer_config(shape, ParallelConfig(), PrecisionConfig(dtype="fp32")))
     load_hf_weights(model, shape, folder)
     return model
+
+
+def sharded_keys(model) -> set[str]:  # type: ignore[no-untyped-def]
+    """Keys of everything in the model's sharded state dict, tensors and `_extra_state` alike."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    return {entry.key for entry in nested_values(model.sharded_state_dict())}
+
+
+def engine_keys(shape: ModelShape) -> set[str]:
+    """What `sharded_keys` must be with Transformer Engine's layers: the names that its modules give their parameters
+    (transformer-engine 2.11, pytorch/module/linear.py and layernorm_linear.py) below Megatron's names for the modules.
+    """
+    norm_and_linear = {"layer_norm_weight", "weight", "_extra_state"}
+    parts = {
+        "self_attention.linear_qkv": norm_and_linear | ({"bias"} if shape.qkv_bias else set()),
+        "self_attention.linear_proj": {"weight", "_extra_state"},
+        "mlp.linear_fc1": norm_and_linear,
+        "mlp.linear_fc2": {"weight", "_extra_state"},
+    }
+    if shape.qk_norm:  # not Transformer Engine's, but ours
+        parts |= {"self_attention.q_layernorm": {"weight"}, "self_attention.k_layernorm": {"weight"}}
+    layers = {f"decoder.layers.{module}.{name}" for module, names in parts.items() for name in names}
+    outside = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    return layers | outside | (set() if shape.tied else {"output_layer.weight"})
 
 
 def example(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int] = ()) -> Example:

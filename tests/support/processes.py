@@ -15,13 +15,16 @@ Job = tuple[str, str, list[str]]
 """(command, config file, overrides)"""
 
 
-def launch(arguments: Sequence[str], processes: int, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-    """Run a Python script or `-m module` with its arguments in so many processes."""
+def launch(
+    arguments: Sequence[str], processes: int, timeout: int = 900, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script or `-m module` with its arguments in so many processes, with further variables set."""
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         python += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment.update(variables)
     return subprocess.run(
         [*python, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )

@@ -127,15 +127,23 @@ def index_that_leaves_the_folder(folder: Path) -> None:
     reseal(folder)
 
 
-def harmful_entry(folder: Path) -> None:
+def _replace_entry(folder: Path, content: object) -> None:
     index = pickle.loads((folder / ".metadata").read_bytes())
     key, where = next((k, w) for k, w in index.storage_data.items() if k.fqn.endswith("_extra_state/shard_0_2"))
     with (folder / where.relative_path).open("ab") as shard:
         where.offset = shard.tell()
-        torch.save(Harm(), shard)
+        torch.save(content, shard)
         where.length = shard.tell() - where.offset
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     reseal(folder)
+
+
+def harmful_entry(folder: Path) -> None:
+    _replace_entry(folder, Harm())
+
+
+def bytes_for_unpickling(folder: Path) -> None:
+    _replace_entry(folder, torch.frombuffer(bytearray(pickle.dumps(Harm())), dtype=torch.uint8))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -153,6 +161,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "index that runs code": (harmful_index, "not safe to load"),
     "index that leaves the folder": (index_that_leaves_the_folder, "outside of the folder"),
     "entry that runs code": (harmful_entry, "not safe to load"),
+    "entry that its reader unpickles": (bytes_for_unpickling, "pickled bytes"),
     "common part missing": (remove("common.pt"), "common.pt is missing"),
     "common part flipped": (flip("common.pt"), "does not match its checksum"),
     "common part that runs code": (harmful_common_part, "not safe to load"),

@@ -86,7 +86,7 @@ def _ways(folder: Path, hidden: int) -> tuple[dict[str, Callable[[], float]], in
 
     def load() -> float:
         begin = time.perf_counter()
-        found = checkpoint.find(checkpoints)
+        found = checkpoint.find(checkpoints, scales=False)
         assert found is not None
         checkpoint.load(found, trainable)
         return time.perf_counter() - begin

@@ -1,0 +1,59 @@
+"""The GPU of this process: what it can run, and how arrays get there."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_spo.config.fp8 import obstacle
+from megatron_spo.config.schema import PrecisionConfig
+from megatron_spo.errors import UserError
+
+
+def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`array` on `device`; a GPU gets it from pinned memory, so that the process need not wait for it."""
+    tensor = torch.from_numpy(array).to(dtype).contiguous()
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def uses_transformer_engine(precision: PrecisionConfig) -> bool:
+    """Whether the layers are Transformer Engine's here; `check_device` has passed."""
+    if precision.layers == "auto" and precision.fp8 is None:
+        return precision.dtype == "bf16" and torch.cuda.is_available() and _have_engine()
+    return precision.layers != "torch"
+
+
+def check_device(precision: PrecisionConfig) -> None:
+    """Whether this process can run the layers and the fp8 recipe that the config names.
+
+    Raises:
+        UserError: no GPU, one that is too old or too new, or a Transformer Engine that cannot be imported.
+    """
+    if not uses_transformer_engine(precision):
+        return
+    remedy = "set precision.fp8=null precision.layers=torch"
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{precision.reason} needs an NVIDIA GPU, and torch finds none here (megatron-spo doctor); {remedy}"
+        )
+    if not _have_engine():
+        raise UserError(
+            f"{precision.reason} needs Transformer Engine, which cannot be imported here: build it for this torch "
+            f"(pip install --no-build-isolation -e '.[gpu]'), or {remedy}"
+        )
+    if precision.fp8 is None:
+        return
+    capability = torch.cuda.get_device_capability()
+    if why := obstacle(precision.fp8, capability, str(torch.version.cuda)):
+        raise UserError(
+            f"precision.fp8 = {precision.fp8} cannot run on this {torch.cuda.get_device_name()} (compute capability "
+            f"{capability[0]}.{capability[1]}): {why}; megatron-spo doctor lists the recipes that can"
+        )
+
+
+def _have_engine() -> bool:
+    """As Megatron-Core sees it, whose layers these are."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE  # after the bridge: importing it touches torch.cuda
+
+    return bool(HAVE_TE)

@@ -1,0 +1,90 @@
+"""What the commands do not show: looked at from inside a process with a GPU. Each returns JSON."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_spo import run
+from megatron_spo.assemble import join, make_model, read_sources
+from megatron_spo.config.schema import Config
+from megatron_spo.model.wrap import Trainable, make_trainable
+from megatron_spo.objective.schedules import initial_state
+from megatron_spo.objective.statistics import LossStatistics
+from megatron_spo.train import checkpoint, step
+from megatron_spo.train.state import TrainState
+from tests.support.megatron import engine_keys, sharded_keys
+
+
+def _trainable(config: Config) -> Trainable:
+    chunks = make_model(config, read_sources(config, join(config)))
+    return make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
+
+
+def layers(config: Config) -> dict[str, Any]:
+    """What the layers are made of, their keys, and which keys are not as expected."""
+    sources = read_sources(config, join(config))
+    (model,) = make_model(config, sources)
+    layer = model.decoder.layers[0]
+    parts = {"qkv": layer.self_attention.linear_qkv, "fc2": layer.mlp.linear_fc2,
+             "core": layer.self_attention.core_attention, "q_norm": layer.self_attention.q_layernorm,
+             "final": model.decoder.final_layernorm}  # fmt: skip
+    unmarked = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and not getattr(parameter, "tensor_model_parallel", False)
+    ]
+    return {
+        "classes": {name: type(part).__name__ for name, part in parts.items()},
+        "other_keys": sorted(sharded_keys(model) ^ engine_keys(sources.shape)),
+        "unmarked": unmarked,
+        "device": str(next(model.parameters()).device),
+    }
+
+
+def fresh(config: Config) -> dict[str, Any]:
+    """The optimizer's class, and the step of a checkpoint of one that has never stepped, saved and loaded."""
+    trainable = _trainable(config)
+    state = TrainState(0, initial_state(config.spo), LossStatistics())
+    path = checkpoint.save(Path(config.output), trainable, state, keep=1)
+    inner = trainable.optimizer.chained_optimizers[0].optimizer
+    adam = type(inner)
+    return {"adam": f"{adam.__module__}.{adam.__name__}", "step": checkpoint.load(path, trainable).step}
+
+
+def resave(config: Config) -> None:
+    """Load the newest checkpoint of the run into a new model and optimizer, and save it again beside it."""
+    folder = Path(config.output) / "checkpoints"
+    newest = checkpoint.latest(folder)
+    assert newest is not None
+    trainable = _trainable(config)
+    state = checkpoint.load(newest, trainable)
+    checkpoint.save(folder.with_name("checkpoints-again"), trainable, state, keep=1)
+
+
+def waits(config: Config) -> list[dict[str, Any]]:
+    """A training run: for each pass over rows, how often the process waited for the GPU meanwhile, and where."""
+    seen: list[dict[str, Any]] = []
+    original: Callable[..., Any] = step.run_rows
+
+    def watched(chunks: Any, rows: Sequence[Any], *arguments: Any, **keywords: Any) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = original(chunks, rows, *arguments, **keywords)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        places = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message))
+        seen.append({"rows": len(rows), "waits": sum(places.values()), "places": dict(places.most_common(5))})
+        return result
+
+    step.run_rows = watched
+    try:
+        run.train(config)
+    finally:
+        step.run_rows = original
+    return seen

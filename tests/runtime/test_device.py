@@ -1,0 +1,44 @@
+"""Without a GPU: layers are torch's, and what needs one is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_spo.config.schema import PrecisionConfig
+from megatron_spo.errors import UserError
+from megatron_spo.runtime import cpu_bridge
+from megatron_spo.runtime.device import check_device, to_device, uses_transformer_engine
+from tests.support.processes import launch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+
+
+def test_auto_takes_torch() -> None:
+    for dtype in ("bf16", "fp32"):
+        precision = PrecisionConfig(dtype=dtype)
+        assert not uses_transformer_engine(precision)
+        check_device(precision)
+
+
+@pytest.mark.parametrize("keys", [{"fp8": "tensorwise"}, {"layers": "transformer_engine"}])
+def test_what_needs_a_gpu_is_refused(keys: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"needs an NVIDIA GPU, and torch finds none here .*; set precision.fp8=null"):
+        check_device(PrecisionConfig(**keys))
+
+
+def test_to_device() -> None:
+    cpu_bridge.install()
+    tensor = to_device(np.arange(6)[::2], torch.device("cpu"), torch.float32)
+    assert tensor.dtype == torch.float32 and tensor.tolist() == [0, 2, 4]
+
+
+def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> None:
+    """Megatron would take their optimizer, which cannot run."""
+    for package in cpu_bridge.HIDDEN:
+        (tmp_path / f"{package}.py").write_text("raise RuntimeError('must not be imported')")
+    script = "from megatron_spo.runtime import cpu_bridge; cpu_bridge.install(); import megatron.core.optimizer"
+    (tmp_path / "script.py").write_text(script)
+    done = launch([str(tmp_path / "script.py")], 1)
+    assert done.returncode == 0, done.stderr

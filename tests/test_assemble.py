@@ -1,0 +1,36 @@
+"""What train and reference ask for alike."""
+
+import pytest
+
+from megatron_spo.assemble import numerics, row_multiples
+from megatron_spo.config.schema import Config, ParallelConfig, PrecisionConfig
+
+
+def test_numerics_names_whatever_changes_digits() -> None:
+    assert numerics(PrecisionConfig(dtype="fp32")) == "fp32"
+    assert numerics(PrecisionConfig(layers="torch")) == "bf16"
+    assert numerics(PrecisionConfig(layers="transformer_engine")) == "bf16, Transformer Engine"
+    assert numerics(PrecisionConfig(fp8="blockwise")) == "bf16, Transformer Engine, fp8 blockwise"
+
+
+@pytest.mark.parametrize(
+    ("fp8", "parallel", "tokens"),
+    [
+        (None, {}, 1),
+        (None, {"tensor": 4, "sequence": True, "context": 2}, 16),
+        ("tensorwise", {}, 16),
+        ("mxfp8", {"tensor": 4}, 32),
+        ("blockwise", {"tensor": 4}, 16),
+        ("blockwise", {"tensor": 4, "sequence": True}, 512),
+        ("tensorwise", {"tensor": 2, "sequence": True, "context": 2}, 128),
+    ],
+)
+def test_rows_fall_into_the_blocks_of_fp8_on_every_rank(fp8: str | None, parallel: dict, tokens: int) -> None:
+    config = Config(
+        output="run",
+        model={"path": "model"},
+        data={"train": "pairs.jsonl"},
+        parallel=ParallelConfig(**parallel),
+        precision=PrecisionConfig(fp8=fp8),
+    )
+    assert row_multiples(config).tokens == tokens

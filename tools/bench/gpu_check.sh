@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs every test that needs a GPU and prints what each found: [PYTHON=python3] gpu_check.sh [pytest arguments]
+# Exit code: 0 all ran and passed; 1 some failed or skipped themselves; 2 no NVIDIA GPU here.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || python=python3
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "no NVIDIA GPU that this torch can use: nothing was checked. What is here:" >&2
+    "$python" -m megatron_spo doctor >&2
+    exit 2
+fi
+
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+"$python" -m megatron_spo doctor
+"$python" -m pytest -q -m gpu tests/gpu -o junit_family=xunit1 --junitxml="$results/gpu.xml" "$@"
+"$python" tools/bench/gpu_table.py "$results/gpu.xml"
