@@ -13,7 +13,6 @@ from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
-from megatron_spo.data.loader import Multiples
 from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
@@ -178,15 +177,3 @@ def weights_fingerprint(config: Config, sources: Sources) -> str:
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return weights_digest(sources.shape.raw, {name: content for part in parts for name, content in part.items()})
-
-
-def row_multiples(config: Config) -> Multiples:
-    """Sequence and context parallelism cut a row into equal parts, fp8 multiplies each in blocks, and an interleaved
-    pipeline takes rows in groups."""
-    parallel, recipe = config.parallel, config.precision.recipe
-    parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
-    block = 1 if recipe is None else recipe.gathered if parallel.sequence else recipe.multiple
-    return Multiples(
-        tokens=parts * block,
-        rows=parallel.pipeline if parallel.virtual_pipeline else 1,
-    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_spo import __version__
 from megatron_spo.errors import Anomaly, LostRank, NotSaved, Stopped, UserError
+from megatron_spo.planner.options import add_options, read_options
 from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.quiet import quiet_third_parties
 from megatron_spo.runtime.signals import signals
@@ -110,6 +111,8 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--batch-size", type=int, default=64, help="answers at a time [%(default)s]")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")
 
+    add_options(add("plan", _plan, "memory, time and cost of a run, and the layouts that fit, before a GPU is touched"))
+
     report = add("report", _report, "draw one or several runs into one HTML page")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directory")
     report.add_argument("--out", type=Path, required=True, help="HTML file to write")
@@ -158,6 +161,12 @@ def _generate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_spo.planner.command import plan
+
+    print(plan(read_options(options)))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -9,12 +9,11 @@ from megatron_spo.assemble import (
     make_model,
     read_sources,
     reference_fingerprint,
-    row_multiples,
     weights_fingerprint,
 )
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.loader import Loader
+from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceWriter
 from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import lower_precision

@@ -17,13 +17,12 @@ from megatron_spo.assemble import (
     numerics,
     read_sources,
     reference_fingerprint,
-    row_multiples,
     weights_fingerprint,
 )
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
 from megatron_spo.data import plan
-from megatron_spo.data.loader import Loader
+from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
 from megatron_spo.model.checkpoint_files import LATEST, Checkpoint

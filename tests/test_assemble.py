@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_spo.assemble import numerics, row_multiples
+from megatron_spo.assemble import numerics
 from megatron_spo.config.schema import Config, ParallelConfig, PrecisionConfig
+from megatron_spo.data.loader import row_multiples
 
 
 def test_numerics_names_whatever_changes_digits() -> None:

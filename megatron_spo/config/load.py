@@ -16,11 +16,14 @@ from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, elsewhere: bool = False
+) -> Config:
     """The configuration in `path` with `section.key=value` overrides applied, checked and resolved.
 
     Resolved means that the loss's parameters, `training.epochs` and `data.max_length` have their effective
-    values. With `world_size` (processes) the layout is checked as well.
+    values. With `world_size` (processes) the layout is checked as well; `elsewhere`, for a run on another machine, asks
+    nothing of this one.
 
     Raises UserError with one line per mistake.
     """
@@ -34,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
         raise UserError("\n".join(lines)) from None
     shape = _shape_of(config)
     config = _resolve(config, given, shape)
-    broken = broken_rules(Facts(config, given, shape, world_size))
+    broken = broken_rules(Facts(config, given, shape, world_size, elsewhere))
     if broken:
         raise UserError("\n".join(f"{path}: {message}" for message in broken))
     return config

@@ -31,19 +31,27 @@ SCHEDULES_THAT_USE: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules may look at; `given` holds the keys that the user wrote, such as `spo.lambda`."""
+    """What the rules may look at; `given` holds the keys that the user wrote, such as `spo.lambda`.
+
+    `elsewhere`: the run is to take place on another machine, so that nothing is asked of this one.
+    """
 
     config: Config
     given: frozenset[str]
     shape: ModelShape | None
     world_size: int | None
+    elsewhere: bool = False
 
 
 class Rule(NamedTuple):
-    """`message` is shown where `broken` holds; {c.section.key} and {shape.field} in it are filled in."""
+    """`message` is shown where `broken` holds; {c.section.key} and {shape.field} in it are filled in.
+
+    `of_machine`: it asks something of the machine that the run takes place on.
+    """
 
     broken: Callable[[Config, ModelShape | None], bool]
     message: str
+    of_machine: bool = False
 
 
 def installed(module: str) -> bool:
@@ -64,7 +72,8 @@ def broken_rules(facts: Facts) -> list[str]:
             make_topology(config.parallel, facts.world_size)
         except UserError as error:
             messages.append(str(error))
-    broken = [rule.message for rule in RULES if rule.broken(config, shape)]
+    rules = [rule for rule in RULES if not (facts.elsewhere and rule.of_machine)]
+    broken = [rule.message for rule in rules if rule.broken(config, shape)]
     return messages + [message.format(c=config, shape=shape) for message in broken]
 
 
@@ -234,6 +243,7 @@ RULES: tuple[Rule, ...] = (
         lambda c, shape: _names_engine(c) and not installed("transformer_engine"),
         "{c.precision.reason} needs an NVIDIA GPU and Transformer Engine, which is not installed: pip install "
         "--no-build-isolation -e '.[gpu]' on a GPU machine, or set precision.fp8=null precision.layers=auto",
+        of_machine=True,
     ),
     Rule(
         lambda c, shape: _names_engine(c) and c.precision.dtype == "fp32",
@@ -322,5 +332,6 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda c, shape: c.logging.wandb != "off" and not installed("wandb"),
         "logging.wandb: {c.logging.wandb} needs the package wandb; pip install -e '.[wandb]', or set off",
+        of_machine=True,
     ),
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig
 from megatron_spo.errors import UserError
 
@@ -60,3 +61,15 @@ def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
         expert=parallel.expert,
         data=world_size // model_size,
     )
+
+
+def stages_of(shape: ModelShape, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Layers of each stage of a model, whose output layer weighs as its products do."""
+    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn)
+    return stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
+
+
+def padded_vocabulary(shape: ModelShape, tensor_parallel: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds equally many."""
+    multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel
+    return -(-shape.vocab // multiple) * multiple

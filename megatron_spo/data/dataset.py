@@ -43,6 +43,7 @@ class TokenizedSet:
     """Usable rows of one or several sources, one source after another.
 
     tokens, chosen_tokens, rejected_tokens   int64 [n]: packed tokens (prefix counted once); scored tokens
+    prompt_tokens, shared_tokens             int64 [n]: of the prompt, and of what both sequences begin with
     row_hashes                               uint64 [n]: of token ids and prompt length
     source                                   int32 [n]: index of the source
     source_sizes, weights                    of each source: usable rows, weight in an epoch
@@ -61,6 +62,8 @@ class TokenizedSet:
         self.chosen_tokens = self._column("chosen_tokens").astype(np.int64)
         self.rejected_tokens = self._column("rejected_tokens").astype(np.int64)
         self.tokens = self._column("tokens").astype(np.int64)
+        self.prompt_tokens = self._column("prompt_length").astype(np.int64)
+        self.shared_tokens = self._column("shared").astype(np.int64)
         self.row_hashes = self._column("row_hash")
         self.has_rejected = self._one_kind()
         self.fingerprint = hashlib.sha256(self.row_hashes.tobytes()).hexdigest()[:32]

@@ -14,7 +14,7 @@ from megatron_spo.data.plan import PAIRS, Sampler, Stream, plan_rows
 from megatron_spo.data.rows import PackedRow, build_row
 
 if TYPE_CHECKING:
-    from megatron_spo.config.schema import DataConfig
+    from megatron_spo.config.schema import Config, DataConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,18 @@ class Multiples:
 
 
 NO_MULTIPLES = Multiples()
+
+
+def row_multiples(config: Config) -> Multiples:
+    """Sequence and context parallelism cut a row into equal parts, fp8 multiplies each in blocks, and an interleaved
+    pipeline takes rows in groups."""
+    parallel, recipe = config.parallel, config.precision.recipe
+    parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+    block = 1 if recipe is None else recipe.gathered if parallel.sequence else recipe.multiple
+    return Multiples(
+        tokens=parts * block,
+        rows=parallel.pipeline if parallel.virtual_pipeline else 1,
+    )
 
 
 class Loader:

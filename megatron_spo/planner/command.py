@@ -1,0 +1,73 @@
+"""`megatron-spo plan`: from a configuration and options to a table and JSON."""
+
+import json
+from pathlib import Path
+
+from megatron_spo.config.load import load_config
+from megatron_spo.config.rules import Facts, broken_rules
+from megatron_spo.config.schema import Config
+from megatron_spo.errors import UserError
+from megatron_spo.planner.gpus import find_gpu
+from megatron_spo.planner.layouts import Job, plan_layout, ranked
+from megatron_spo.planner.options import Options
+from megatron_spo.planner.presets import shape_of
+from megatron_spo.planner.rows import Lengths, assumed_lengths, is_at_hand, measured_lengths
+from megatron_spo.planner.tables import as_json, as_text
+
+CHAT, PAIRS = (100, 200), 60_000
+"""Median tokens of prompt and response, and pairs, where neither data nor options tell them."""
+
+
+def plan(options: Options) -> str:
+    """Plans, writes the JSON where one is asked for, and returns the table.
+
+    Raises:
+        UserError: wrong options, configuration, model or data.
+    """
+    job, notes = _job(options)
+    own = plan_layout(job, job.config.parallel)
+    fitting, others = ranked(job)
+    if options.json is not None:
+        text = json.dumps(as_json(job, own, fitting, others, notes=notes, price=options.price), indent=1)
+        try:
+            options.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {options.json}: cannot be written ({error.strerror}); name another file") from None
+    return as_text(job, own, fitting[: options.top], others, notes=notes, price=options.price)
+
+
+def _job(options: Options) -> tuple[Job, list[str]]:
+    config = load_config(options.config, options.overrides, elsewhere=True)
+    shape = shape_of(options.model or config.model.path)
+    if broken := broken_rules(Facts(_any_layout(config), frozenset(), shape, None, elsewhere=True)):
+        raise UserError("\n".join(f"{options.config}: {message}" for message in broken))
+    gpu = find_gpu(options.gpu, options.gpu_changes)
+    if config.precision.fp8 is not None and gpu.fp8 is None:
+        raise UserError(f"precision.fp8 = {config.precision.fp8} on --gpu {gpu.name}, of which no fp8 rate is known; "
+                        "set precision.fp8=null, or give --fp8")  # fmt: skip
+    lengths = _lengths(options, config)
+    notes = [lengths.source]
+    if config.spo.sft_data:
+        notes.append("the rows of spo.sft_data are not counted: add their share to each step")
+    return Job(config, shape, gpu, options.gpus, lengths), notes
+
+
+def _any_layout(config: Config) -> Config:
+    """The configuration with the plainest layout: that of the file is judged with the others."""
+    return config.model_copy(update={"parallel": type(config.parallel)()})
+
+
+def _lengths(options: Options, config: Config) -> Lengths:
+    given = [options.prompt_tokens, options.response_tokens]
+    if any(given) and not all(given):
+        raise UserError("--prompt-tokens and --response-tokens belong together; give both or neither")
+    folder = options.model if options.model and Path(options.model).is_dir() else config.model.path
+    if not any(given) and is_at_hand(config, config.data.train, folder):
+        kind = "any" if config.spo.schedule == "sft" else "preference"
+        return measured_lengths(config, config.data.train, folder, kind)
+    prompt, response = (options.prompt_tokens, options.response_tokens) if all(given) else CHAT
+    longest = config.data.max_length
+    assert prompt and response
+    if prompt + response > longest:
+        raise UserError(f"--prompt-tokens {prompt} and --response-tokens {response} exceed data.max_length = {longest}")
+    return assumed_lengths(prompt, response, options.pairs or PAIRS, longest)

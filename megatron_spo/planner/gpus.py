@@ -1,0 +1,74 @@
+"""What the planner knows of GPUs, and the one number per type that it is calibrated by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from megatron_spo.errors import UserError
+
+GIB = 2**30
+ACHIEVED_BANDWIDTH = 0.8
+"""Share of a memory's or link's bandwidth that large transfers get. An assumption, the same for all GPUs."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One type of GPU; dense products, bandwidths in bytes per second and one direction.
+
+    Attributes:
+        memory: bytes that a process sees.
+        bf16, fp8: FLOP/s of the data sheet; fp8 None where there is none.
+        hbm, nvlink, network: of its memory, to GPUs of its node, and to other nodes.
+        per_node: GPUs of a node.
+        efficiency: the calibration: share of bf16 or fp8 that the matrix products of a training step get.
+        source: where `efficiency` comes from.
+    """
+
+    name: str
+    memory: float
+    bf16: float
+    fp8: float | None
+    hbm: float
+    nvlink: float
+    network: float
+    per_node: int
+    efficiency: float
+    source: str
+
+
+_HOPPER = "1638 tokens/s/GPU of Llama-3-70B SFT in FP8 on 32 H100 (Megatron-Bridge performance summary 26.06)"
+
+GPUS: Mapping[str, Gpu] = MappingProxyType(
+    {
+        "h100": Gpu("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, 8, 0.594, _HOPPER),
+        "h200": Gpu("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, 8, 0.594, f"the H100's: {_HOPPER}"),
+        "b200": Gpu(
+            "b200", 178.3 * GIB, 2250e12, 4500e12, 8e12, 900e9, 50e9, 8, 0.5,
+            "30624 tokens/s/GPU of Llama-3-8B in FP8 on 8 B200 (Megatron-Bridge performance summary 25.11)",
+        ),
+        "a100": Gpu(
+            "a100", 79.2 * GIB, 312e12, None, 2.04e12, 300e9, 25e9, 8, 0.619,
+            "13.75 s per step of a GPT of 175 billion parameters on 64 A100 (arXiv 2205.05198, table 5)",
+        ),
+    }
+)  # fmt: skip
+
+
+def find_gpu(name: str, changes: Mapping[str, float | int]) -> Gpu:
+    """The GPU of that name with a user's own numbers put in; a name of one's own needs all of them.
+
+    Raises:
+        UserError: unknown, or incomplete.
+    """
+    values = {key: value for key, value in changes.items() if value is not None}
+    known = GPUS.get(name.lower())
+    if known is not None:
+        source = {"source": "given by the user"} if "efficiency" in values else {}
+        return Gpu(**{**vars(known), **values, **source})
+    needed = {"memory", "bf16", "hbm", "nvlink", "network", "efficiency"}
+    if absent := sorted(needed - set(values)):
+        options = ", ".join(f"--{key}" for key in absent)
+        raise UserError(
+            f"--gpu {name}: known are {', '.join(GPUS)}; for another one give its numbers as well: {options}"
+        )
+    return Gpu(**{"name": name, "fp8": None, "per_node": 8, "source": "given by the user", **values})  # type: ignore[arg-type]

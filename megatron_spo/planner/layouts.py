@@ -1,0 +1,185 @@
+"""Which layouts of so many GPUs fit, how fast each is, and why the others are none."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.rules import Facts, broken_rules
+from megatron_spo.config.schema import Config, ParallelConfig
+from megatron_spo.config.topology import make_topology
+from megatron_spo.data.loader import row_multiples
+from megatron_spo.planner.flops import forward_flops, step_flops
+from megatron_spo.planner.gpus import GIB, Gpu
+from megatron_spo.planner.memory import Kernels, Memory, Setting, worst_memory
+from megatron_spo.planner.rows import Batch, Lengths, Row, planned_batches
+from megatron_spo.planner.speed import StepTime, reference_time, step_time
+
+MOST_CHUNKS = 10
+"""Chunks of layers per stage beyond which an interleaved pipeline is not tried: each costs an exchange."""
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of an average step.
+
+    Attributes:
+        tokens: real tokens per second and GPU.
+        utilisation: share of the GPU's bf16 peak that goes to necessary operations.
+        fill: share of the rows' full length that holds tokens.
+        reference: seconds of a forward pass over as many pairs.
+    """
+
+    step: StepTime
+    pairs: float
+    tokens: float
+    utilisation: float
+    fill: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout: what a rank needs and how long a step takes, or what is in the way."""
+
+    parallel: ParallelConfig
+    problems: tuple[str, ...] = ()
+    stage: int = 0
+    memory: Memory | None = None
+    longest: Row | None = None
+    rows: int = 0
+    speed: Speed | None = None
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a configuration on a model's shape, with its pairs, on so many GPUs of a type."""
+
+    config: Config
+    shape: ModelShape
+    gpu: Gpu
+    gpus: int
+    lengths: Lengths
+    _batches: dict[tuple[int, int, int], list[Batch]] = field(default_factory=dict, compare=False)
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes the layers on the GPUs (precision.layers; auto: Transformer Engine for bf16)."""
+        precision = self.config.precision
+        return "torch" if precision.layers == "torch" or precision.dtype == "fp32" else "engine"
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a row."""
+        return self.config.data.row_length or 2 * self.config.data.max_length
+
+    def batches(self, config: Config, ranks: int) -> list[Batch]:
+        """Global batches over so many data-parallel ranks; the same ones for every layout that cuts them alike."""
+        multiples = row_multiples(config)
+        key = (ranks, multiples.tokens, multiples.rows)
+        if key not in self._batches:
+            self._batches[key] = planned_batches(
+                self.lengths,
+                config.training.global_batch_size,
+                row_length=self.row_length,
+                ranks=ranks,
+                multiples=key[1:],
+            )
+        return self._batches[key]
+
+
+def plan_layout(job: Job, parallel: ParallelConfig) -> Plan:
+    """The plan of one layout."""
+    config = job.config.model_copy(update={"parallel": parallel})
+    if broken := broken_rules(Facts(config, frozenset(), job.shape, job.gpus, elsewhere=True)):
+        return Plan(parallel, tuple(broken))
+    topology = make_topology(parallel, job.gpus)
+    setting = Setting(config, job.shape, topology, job.kernels)
+    batches = job.batches(config, topology.data)
+    longest = max((row for batch in batches for rows in batch for row in rows), key=lambda row: row.tokens)
+    rows = max(len(batch[0]) for batch in batches)
+    stage, memory = worst_memory(setting, longest, rows)
+    problems = (_too_much(memory, stage, job),) if memory.total > job.gpu.memory else ()
+    return Plan(parallel, problems, stage, memory, longest, rows, _speed(job, setting, batches))
+
+
+def _too_much(memory: Memory, stage: int, job: Job) -> str:
+    parts = sorted(vars(memory).items(), key=lambda part: -part[1])[:2]
+    most = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+    return f"needs {memory.total / GIB:.1f} of {job.gpu.memory / GIB:.1f} GiB on stage {stage} ({most} GiB)"
+
+
+def _speed(job: Job, setting: Setting, batches: list[Batch]) -> Speed:
+    """Means over the batches."""
+    times = [step_time(setting, job.gpu, batch) for batch in batches]
+    mean = StepTime(
+        *(sum(values) / len(times) for values in zip(*(vars(time).values() for time in times), strict=True))
+    )
+    rows = [row for batch in batches for rank in batch for row in rank]
+    real = sum(row.real for row in rows) / len(batches)
+    pairs = min(job.config.training.global_batch_size, len(job.lengths))
+    needed = sum(_necessary(setting, row) for row in rows) / len(batches)
+    return Speed(
+        step=mean,
+        pairs=pairs / mean.total,
+        tokens=real / mean.total / job.gpus,
+        utilisation=needed / mean.total / job.gpus / job.gpu.bf16,
+        fill=real * len(batches) / (len(rows) * job.row_length),
+        reference=sum(reference_time(setting, job.gpu, batch) for batch in batches) / len(batches),
+    )
+
+
+def _necessary(setting: Setting, row: Row) -> float:
+    flops = step_flops(setting.config, forward_flops(setting.shape, row, necessary=True), necessary=True)
+    return setting.shape.layers * (flops.linear + flops.attention) + flops.head
+
+
+def ranked(job: Job) -> tuple[list[Plan], list[Plan]]:
+    """Layouts that fit, the fastest first, each with the least recomputation that it fits with; and those that do
+    not fit even with all of it, the nearest first."""
+    best: dict[tuple[int | None, ...], Plan] = {}
+    for parallel in candidates(job):
+        key = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, parallel.expert)
+        if key in best and best[key].fits:
+            continue
+        plan = plan_layout(job, parallel)
+        if plan.memory is not None:  # what a rule refuses is no layout of this model
+            best[key] = plan
+    fitting = [plan for plan in best.values() if plan.fits and plan.speed]
+    others = [plan for plan in best.values() if not plan.fits and plan.memory]
+    return (
+        sorted(fitting, key=lambda plan: plan.speed.step.total if plan.speed else 0.0),
+        sorted(others, key=lambda plan: plan.memory.total if plan.memory else 0.0),
+    )
+
+
+def candidates(job: Job) -> Iterator[ParallelConfig]:
+    """Layouts to try: each axis by the numbers that divide what it cuts, the least recomputation first."""
+    config, shape = job.config.parallel, job.shape
+    tensors = [n for n in _divisors(job.gpu.per_node) if job.gpus % n == 0]
+    contexts = sorted({1, config.context})
+    for tensor, context in product(tensors, contexts):
+        for pipeline in _divisors(job.gpus // (tensor * context)) if job.gpus % (tensor * context) == 0 else []:
+            even = shape.layers % pipeline == 0 and pipeline > 1
+            chunks = [n for n in _divisors(shape.layers // pipeline) if 1 < n <= MOST_CHUNKS] if even else []
+            for virtual, recompute in product([None, *chunks], RECOMPUTE):
+                yield config.model_copy(
+                    update={
+                        "tensor": tensor,
+                        "pipeline": pipeline,
+                        "virtual_pipeline": virtual,
+                        "layers_per_stage": None,
+                        "context": context,
+                        "sequence": tensor > 1,
+                        "recompute": recompute,
+                    }
+                )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

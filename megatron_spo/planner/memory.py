@@ -1,0 +1,211 @@
+"""Bytes that a rank holds, by part. tests/planner counts them in real models.
+
+What a layer keeps for its backward pass depends on what computes it: torch's operations on a CPU ("cpu") or a GPU
+("torch"), or Transformer Engine's fused layers ("engine"). Only the first can be counted without a GPU; the others are
+derived from which tensors their kernels keep.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.schema import Config
+from megatron_spo.config.topology import Topology, padded_vocabulary, stages_of
+from megatron_spo.planner.gpus import GIB
+from megatron_spo.planner.parameters import stage_parameters
+from megatron_spo.planner.rows import Row
+
+Kernels = Literal["cpu", "torch", "engine"]
+
+LOGITS_PER_CHUNK = {"cpu": 2**24, "torch": 2**26, "engine": 2**26}
+"""Logits that the log-prob head holds at a time (model/logprobs.py)."""
+RESERVED = {"cpu": 0.7 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
+"""Of a process before any tensor. On a CPU: Python, torch and Megatron, measured. On a GPU: CUDA's context, NCCL's
+buffers and what the allocator cannot use, an assumption."""
+GRADIENTS_KEPT = {"lookahead": 3, "barrier": 2}
+"""fp32 copies of a rank's shard that a schedule keeps within a step (train/gradients.py)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration on a model's shape in a layout, and what computes its layers."""
+
+    config: Config
+    shape: ModelShape
+    topology: Topology
+    kernels: Kernels
+
+    @property
+    def item(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.config.precision.dtype == "bf16" else 4
+
+    @property
+    def split(self) -> int:
+        """Ranks over which sequence parallelism cuts the tokens outside the linear layers."""
+        return self.topology.tensor if self.config.parallel.sequence else 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by part.
+
+    Attributes:
+        activations: kept for the backward pass, of all rows in flight.
+        head: chunks of logits and gradients of the log-prob head.
+        buffers: working memory of a layer's backward pass.
+        schedule: gradients that lookahead and barrier keep.
+        reserved: of the process before any tensor.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    buffers: float
+    schedule: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def worst_memory(setting: Setting, row: Row, rows: int) -> tuple[int, Memory]:
+    """The pipeline stage that needs the most, and its memory, for `rows` rows a step that are all like `row`."""
+    every = [stage_memory(setting, stage, row, rows) for stage in range(setting.topology.pipeline)]
+    stage = max(range(len(every)), key=lambda i: every[i].total)
+    return stage, every[stage]
+
+
+def stage_memory(setting: Setting, stage: int, row: Row, rows: int) -> Memory:
+    """Of a rank of this pipeline stage."""
+    config, topology = setting.config, setting.topology
+    held = stage_parameters(config, setting.shape, stage)
+    # bf16 weights have an fp32 main copy beside the two moments; fp32 weights are their own
+    state = 12 if setting.item == 2 else 8
+    shard = held.trained_dense / (topology.data * topology.context) + held.trained_experts / _expert_data(topology)
+    last = stage == topology.pipeline - 1
+    return Memory(
+        weights=setting.item * held.held,
+        gradients=4 * held.trained,
+        optimizer=state * shard,
+        activations=stage_activations(setting, stage, row, rows),
+        head=_head_buffers(setting, row) if last else 0,
+        buffers=_layer_buffers(setting, row),
+        schedule=4 * shard * GRADIENTS_KEPT.get(config.spo.schedule, 0),
+        reserved=RESERVED[setting.kernels],
+    )
+
+
+def _expert_data(topology: Topology) -> float:
+    """Ranks that hold the same experts."""
+    return topology.tensor * topology.context * topology.data / topology.expert
+
+
+def stage_activations(setting: Setting, stage: int, row: Row, rows: int) -> float:
+    """The most that the rows in flight keep on a stage of the pipeline (1F1B, or interleaved)."""
+    parallel, pipeline = setting.config.parallel, setting.topology.pipeline
+    layers = stages_of(setting.shape, parallel)[stage::pipeline]
+    last = _last_activations(setting, row) if stage == pipeline - 1 else 0
+    if len(layers) == 1:
+        whole = chunks = min(pipeline - stage, rows)
+    else:
+        warm_up = 2 * (pipeline - stage - 1) + (len(layers) - 1) * pipeline  # chunks of layers, each with one row
+        chunks = min(warm_up + 1, len(layers) * rows)
+        whole = -(-chunks // len(layers))
+    kept = chunks * max(layers) * layer_activations(setting, row) + whole * (_description(setting, row) + last)
+    return kept + max(0, _recomputed(setting, row) - last)  # a layer is computed again when the head is done
+
+
+def _description(setting: Setting, row: Row) -> float:
+    """A row's tokens and where they stand in attention's blocks; rotary angles, where the layers share them."""
+    tokens = row.tokens / setting.topology.context
+    shared = setting.config.parallel.recompute == "full" or setting.kernels == "engine"
+    angles = 4 * tokens * setting.shape.head_dim if shared else 0
+    return 8 * (2 * tokens + row.queries(setting.topology.context) + row.keys) + angles
+
+
+def _last_activations(setting: Setting, row: Row) -> float:
+    """What the last norm and the log-prob head keep."""
+    context = setting.topology.context
+    return _norm(setting, row.tokens / context) + row.entries / context * (setting.shape.hidden * setting.item + 20)
+
+
+def layer_activations(setting: Setting, row: Row) -> float:
+    """Bytes that one layer keeps of a row for the backward pass, on one rank."""
+    recompute = setting.config.parallel.recompute
+    tokens = row.tokens / setting.topology.context
+    entering = tokens * setting.shape.hidden * setting.item / setting.split
+    return entering if recompute == "full" else whole_layer(setting, row, recompute == "selective")
+
+
+def _recomputed(setting: Setting, row: Row) -> float:
+    """What a layer keeps in addition once it is computed again, until it has gone backward; one layer at a time."""
+    if setting.config.parallel.recompute != "full":  # attention's core is less than what is let go of before
+        return 0
+    return whole_layer(setting, row, selective=False) - layer_activations(setting, row)
+
+
+def whole_layer(setting: Setting, row: Row, selective: bool) -> float:
+    """Likewise of a layer that is not recomputed as a whole; `selective`: all but attention's core is kept."""
+    shape, tensor, item = setting.shape, setting.topology.tensor, setting.item
+    tokens = row.tokens / setting.topology.context
+    queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
+    product = 1 if setting.config.precision.fp8 else item  # what a matrix product keeps of its input
+    norms = 2 * (_norm(setting, tokens) + tokens * shape.hidden * product / setting.split)
+    core = _rotated(setting, tokens, queries, keys) if selective else _core(setting, row)
+    rotary = 0 if setting.kernels == "engine" else 4 * tokens * shape.head_dim * item  # sine and cosine, twice
+    heads = _head_norms(setting, tokens, queries, keys, selective) if shape.qk_norm else 0
+    columns = shape.ffn / tensor
+    gated = (2 if setting.kernels == "engine" else 4) * tokens * columns * item  # gate and up, and their images
+    return norms + core + rotary + heads + tokens * queries * product + gated + tokens * columns * product
+
+
+def _norm(setting: Setting, tokens: float) -> float:
+    """A norm keeps its input and a number per token; torch's on a CPU the normalised input as well, both in fp32."""
+    kept = 8 if setting.kernels == "cpu" else setting.item
+    return tokens * (setting.shape.hidden * kept + 4) / setting.split
+
+
+def _rotated(setting: Setting, tokens: float, queries: float, keys: float) -> float:
+    """What recomputed attention starts from: rotated queries and keys, and the product that holds the values."""
+    return tokens * setting.item * (queries + keys + (queries + 2 * keys))
+
+
+def _core(setting: Setting, row: Row) -> float:
+    """Attention keeps queries, keys, values and outputs in blocks, the blocks' mask and a number per query and head."""
+    context, shape, tensor = setting.topology.context, setting.shape, setting.topology.tensor
+    queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
+    if setting.kernels != "cpu":  # its kernels on a GPU take no groups of queries: keys and values are repeated
+        keys = queries
+    values = row.queries(context) * 2 * queries + row.keys * 2 * keys + row.computed(context)
+    return values * setting.item + 4 * row.queries(context) * shape.heads / tensor
+
+
+def _head_norms(setting: Setting, tokens: float, queries: float, keys: float, selective: bool) -> float:
+    """Norms of queries and keys: the latter's input is a view that keeps the product of all three alive."""
+    numbers = 4 * tokens * (queries + keys) / setting.shape.head_dim
+    whole = 0 if selective else tokens * (queries + 2 * keys) * setting.item
+    if setting.kernels != "cpu":
+        return tokens * queries * setting.item + whole + numbers
+    if setting.item == 4:
+        return tokens * (8 * queries + 4 * keys) + whole + numbers
+    return tokens * 8 * (queries + keys) + numbers
+
+
+def _layer_buffers(setting: Setting, row: Row) -> float:
+    """Gradients of a layer's widest tensors, while it goes backward."""
+    tokens, shape = row.tokens / setting.topology.context, setting.shape
+    return tokens * setting.item * (3 * shape.ffn / setting.topology.tensor + 2 * shape.hidden)
+
+
+def _head_buffers(setting: Setting, row: Row) -> float:
+    """Two chunks of logits in fp32 and one in the model's format, gradients of hidden states and of the weight."""
+    hidden, tensor = setting.shape.hidden, setting.topology.tensor
+    rows = padded_vocabulary(setting.shape, tensor) // tensor
+    entries = row.entries / setting.topology.context
+    chunk = min(entries, max(16, LOGITS_PER_CHUNK[setting.kernels] // rows))
+    weight = 0 if setting.config.lora.rank else rows * hidden * (8 + setting.item)
+    return chunk * rows * (8 + setting.item) + entries * hidden * setting.item + weight

@@ -1,0 +1,68 @@
+"""How many parameters a rank holds, and trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.schema import Config
+from megatron_spo.config.topology import padded_vocabulary, stages_of
+
+ROW_PARALLEL = ("o_proj", "down_proj")
+"""Projections that tensor parallelism cuts by columns."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one rank: those that every data-parallel rank holds, and those of experts; held, and of them trained."""
+
+    dense: int
+    experts: int
+    trained_dense: int
+    trained_experts: int
+
+    @property
+    def held(self) -> int:
+        return self.dense + self.experts
+
+    @property
+    def trained(self) -> int:
+        return self.trained_dense + self.trained_experts
+
+
+def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameters:
+    """Parameters of a rank of this pipeline stage; all ranks of a stage hold equally many."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    layers = sum(stages_of(shape, config.parallel)[stage::pipeline])
+    ends = 0
+    table = padded_vocabulary(shape, tensor) // tensor * shape.hidden
+    first, last = stage == 0, stage == pipeline - 1
+    if first:
+        ends += table
+    if last:
+        ends += shape.hidden + (0 if shape.tied and first else table)
+    dense = layers * sum(_layer(shape, tensor).values()) + ends
+    if config.lora.rank:
+        adapters = layers * _adapters(config, shape)
+        return Parameters(dense + adapters, 0, adapters, 0)
+    return Parameters(dense, 0, dense, 0)
+
+
+def _layer(shape: ModelShape, tensor: int) -> Mapping[str, int]:
+    """A layer's parameters on one tensor-parallel rank."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "products": sum(rows * columns for rows, columns in shape.projections.values()) // tensor,
+        "biases": (queries + 2 * keys) // tensor if shape.qkv_bias else 0,
+        "norms": 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0),
+    }
+
+
+def _adapters(config: Config, shape: ModelShape) -> int:
+    """A layer's adapters on one tensor-parallel rank: A [rank, in] and B [out, rank], one of them cut."""
+    rank, tensor = config.lora.rank, config.parallel.tensor
+    total = 0
+    for projection in config.lora.targets:
+        columns, rows = shape.projections[projection]
+        cut, whole = (columns, rows) if projection in ROW_PARALLEL else (rows, columns)
+        total += rank * (cut // tensor + whole)
+    return total

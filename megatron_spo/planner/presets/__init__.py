@@ -1,0 +1,31 @@
+"""Shapes of published models: a folder each, with what of its config.json on the hub decides shape and arithmetic.
+
+Source: config.json of meta-llama/Llama-3.3-70B-Instruct, meta-llama/Llama-3.1-8B-Instruct, Qwen/Qwen2.5-72B-Instruct,
+Qwen/Qwen3-32B, Qwen/Qwen3-235B-A22B and mistralai/Mixtral-8x7B-Instruct-v0.1.
+"""
+
+from pathlib import Path
+
+from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.errors import UserError
+
+FOLDER = Path(__file__).parent
+PRESETS = tuple(sorted(path.parent.name for path in FOLDER.glob("*/config.json")))
+
+
+def shape_of(model: str) -> ModelShape:
+    """The shape of a model folder, of a preset, or of a hub id whose name begins with that of a preset.
+
+    Raises:
+        UserError: none of these.
+    """
+    if Path(model).is_dir():
+        return read_model_shape(model)
+    name = model.rpartition("/")[2].lower().removeprefix("meta-")
+    for preset in PRESETS:
+        if name == preset.lower() or name.startswith(f"{preset.lower()}-"):
+            return read_model_shape(FOLDER / preset)
+    raise UserError(
+        f"model.path {model!r}: neither a folder with config.json nor a known model ({', '.join(PRESETS)}); fetch its "
+        "config.json, or name a model of the same shape with --model"
+    )

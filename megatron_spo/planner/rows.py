@@ -1,0 +1,155 @@
+"""The packed rows of a run, as numbers: lengths of the pairs, measured or assumed, and the rows they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.data.plan import plan_rows
+
+if TYPE_CHECKING:
+    from megatron_spo.data.dataset import TokenizedSet
+
+Int64 = NDArray[np.int64]
+
+SPREAD = 0.6
+"""Standard deviation of the logarithm of an assumed length; lengths of instruction data are about lognormal."""
+BLOCK = 16
+"""Attention pads the tokens of a pair to a multiple of this (model/attention.py)."""
+SAMPLED_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each pair [n]: prompt, prefix that both sequences share, and what follows it in each; where from."""
+
+    prompt: Int64
+    shared: Int64
+    chosen_tail: Int64
+    rejected_tail: Int64
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def tokens(self) -> Int64:
+        """Packed tokens of each pair."""
+        return self.shared + self.chosen_tail + self.rejected_tail
+
+    @property
+    def entries(self) -> Int64:
+        """Scored positions of each pair; a response token that both answers share is one."""
+        return self.tokens - self.prompt
+
+    @property
+    def visible(self) -> Int64:
+        """(query, key) pairs of each pair that attention needs."""
+        s, c, r = self.shared, self.chosen_tail, self.rejected_tail
+        return (s * (s + 1) + c * (c + 1) + r * (r + 1)) // 2 + s * (c + r)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row: tokens with padding, real ones, pairs, tokens of the longest pair, scored entries, (query, key)
+    pairs that attention needs."""
+
+    tokens: int
+    real: int
+    pairs: int
+    longest: int
+    entries: int
+    visible: int
+
+    def queries(self, context: int) -> int:
+        """Queries of all pairs on a context-parallel rank, padded as attention computes them."""
+        return self.pairs * _in_blocks(-(-self.longest // context))
+
+    @property
+    def keys(self) -> int:
+        """Keys of all pairs, padded likewise."""
+        return self.pairs * _in_blocks(self.longest)
+
+    def computed(self, context: int) -> int:
+        """(query, key) pairs that attention computes on a context-parallel rank."""
+        return self.queries(context) * _in_blocks(self.longest)
+
+
+def _in_blocks(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
+
+
+def lengths_of(dataset: TokenizedSet, source: str) -> Lengths:
+    """Those of a tokenised data set."""
+    prompt, shared = dataset.prompt_tokens, dataset.shared_tokens
+    chosen = prompt + dataset.chosen_tokens - shared
+    return Lengths(prompt, shared, chosen, dataset.tokens - shared - chosen, source)
+
+
+def assumed_lengths(prompt: int, response: int, pairs: int, max_length: int) -> Lengths:
+    """Lognormal lengths around these medians, cut at `max_length`, for want of data; the same at every call."""
+    generator = np.random.Generator(np.random.PCG64(0))
+
+    def draw(median: int, most: Int64 | int) -> Int64:
+        drawn = generator.lognormal(np.log(median), SPREAD, pairs).astype(np.int64)
+        return np.maximum(np.minimum(drawn, most), 1)
+
+    prompts = draw(prompt, max_length // 2)
+    source = f"assumed: lognormal, medians {prompt} (prompt) and {response} (response) tokens"
+    return Lengths(prompts, prompts, draw(response, max_length - prompts), draw(response, max_length - prompts), source)
+
+
+def is_at_hand(config: Config, sources: Sequence[DataSource], folder: str) -> bool:
+    """Whether the data can be tokenised here without fetching anything."""
+    return Path(config.model.tokenizer or folder).is_dir() and all(Path(one.path).is_file() for one in sources)
+
+
+def measured_lengths(config: Config, sources: Sequence[DataSource], folder: str, kind: str) -> Lengths:
+    """Those of the sources' rows, from their tokenised form, which is made where it is not there yet.
+
+    Raises:
+        UserError: unreadable data or tokenizer.
+    """
+    from megatron_spo.data.dataset import build_dataset
+    from megatron_spo.data.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
+    dataset = build_dataset(sources, config.data, tokenizer, kind=kind)
+    return lengths_of(dataset, f"measured on {', '.join(source.path for source in sources)}")
+
+
+Batch = list[list[Row]]
+"""The rows of each data-parallel rank in one step."""
+
+
+def planned_batches(
+    lengths: Lengths, size: int, *, row_length: int, ranks: int, multiples: tuple[int, int]
+) -> list[Batch]:
+    """Some of the global batches of `size` pairs, spread over data-parallel ranks and rows as training does it.
+
+    multiples: of a row's tokens, and of a rank's rows.
+    """
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(lengths))
+    count = min(SAMPLED_BATCHES, max(len(order) // size, 1))
+    tokens, entries, visible = lengths.tokens, lengths.entries, lengths.visible
+
+    def row(pairs: Int64) -> Row:
+        real = int(tokens[pairs].sum())
+        padded = max(-(-real // multiples[0]), 1) * multiples[0]
+        longest = int(tokens[pairs].max(initial=0))
+        return Row(
+            padded, real, max(len(pairs), 1), longest or padded, int(entries[pairs].sum()), int(visible[pairs].sum())
+        )
+
+    batches = []
+    for start in range(0, count * size, size):
+        batch = order[start : start + size]
+        plan = plan_rows(tokens[batch], row_length=row_length, ranks=ranks, rows_multiple=multiples[1])
+        batches.append([[row(batch[np.array(one, dtype=np.int64)]) for one in rank] for rank in plan])
+    return batches

@@ -1,0 +1,180 @@
+"""What the planner found, as text and as plain data."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_spo.config.schema import ParallelConfig
+from megatron_spo.planner.gpus import GIB
+from megatron_spo.planner.layouts import Job, Plan
+
+SHOWN_FAILURES = 5
+
+
+def describe(parallel: ParallelConfig) -> str:
+    """A layout in a few characters, such as TP8 SP PP2."""
+    axes = {
+        "PP": parallel.pipeline,
+        "VPP": parallel.virtual_pipeline or 1,
+        "CP": parallel.context,
+        "EP": parallel.expert,
+    }
+    parts = [f"TP{parallel.tensor}", *(["SP"] if parallel.sequence else [])]
+    return " ".join(parts + [f"{axis}{size}" for axis, size in axes.items() if axis == "PP" or size > 1])
+
+
+def as_overrides(parallel: ParallelConfig) -> str:
+    """The layout as overrides of a command."""
+    return " ".join(
+        f"parallel.{key}={'true' if value is True else value}"
+        for key, value in parallel.model_dump().items()
+        if value not in (None, False, "none") and (value != 1 or isinstance(value, bool))
+    )
+
+
+def steps_of(job: Job) -> int:
+    """Optimizer steps of the run."""
+    training = job.config.training
+    if training.steps is not None:
+        return training.steps
+    return max(1, math.ceil((training.epochs or 1.0) * math.ceil(len(job.lengths) / training.global_batch_size) - 1e-9))
+
+
+def as_text(
+    job: Job, own: Plan, fitting: Sequence[Plan], others: Sequence[Plan], *, notes: Sequence[str], price: float | None
+) -> str:
+    """The table for the screen."""
+    blocks = [_heading(job, notes), _table(job, own, fitting, price)]
+    detailed = own if own.memory else fitting[0] if fitting else None
+    if detailed is not None:
+        blocks.append(_parts(job, detailed, "the configured layout" if detailed is own else "the fastest"))
+    if own.problems:
+        blocks.append("the configured layout cannot run:\n" + "\n".join(f"  {problem}" for problem in own.problems))
+    if others:
+        lines = [f"  {describe(plan.parallel)}: {plan.problems[0]}" for plan in others[:SHOWN_FAILURES]]
+        more = f"\n  and {len(others) - SHOWN_FAILURES} more" if len(others) > SHOWN_FAILURES else ""
+        blocks.append("do not fit, with full recomputation either:\n" + "\n".join(lines) + more)
+    if fitting:
+        blocks.append(f"the fastest: {as_overrides(fitting[0].parallel)}")
+    return "\n\n".join(blocks)
+
+
+def _heading(job: Job, notes: Sequence[str]) -> str:
+    gpu, lengths = job.gpu, job.lengths
+    tokens = lengths.tokens
+    spread = ", ".join(f"{int(np.quantile(tokens, q))}" for q in (0.5, 0.95, 1.0))
+    lines = [
+        f"{job.gpus} x {gpu.name}, {gpu.memory / GIB:.1f} GiB each; {job.shape.family} of {job.shape.layers} layers, "
+        f"{job.config.precision.fp8 or job.config.precision.dtype}",
+        f"{len(lengths)} pairs, lengths {'; '.join(notes)}",
+        f"packed tokens of a pair: {spread} (median, 95th percentile, longest); rows of {job.row_length}",
+        f"computed, not measured; calibrated: products get {gpu.efficiency:.1%} of the peak, from {gpu.source}",
+    ]
+    return "\n".join(lines)
+
+
+def _table(job: Job, own: Plan, fitting: Sequence[Plan], price: float | None) -> str:
+    head = ["layout", "recompute", "DP", "GiB", "s/step", "pairs/s", "tokens/s/GPU", "MFU", "run h", "GPU h"]
+    rows = [[*head, *(["cost"] if price is not None else [])]]
+    if own.speed:
+        rows.append(_row(job, own, "configured: ", price))
+    rows += [_row(job, plan, "", price) for plan in fitting]
+    if not fitting:
+        return "no layout of these GPUs fits: take more GPUs or ones with more memory, shorter rows or lora.rank"
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.ljust(n) if i < 2 else cell.rjust(n) for i, (cell, n) in enumerate(cells))
+
+    return "\n".join(line(row) for row in rows)
+
+
+def _row(job: Job, plan: Plan, prefix: str, price: float | None) -> list[str]:
+    assert plan.memory and plan.speed
+    ranks = plan.parallel.tensor * plan.parallel.pipeline * plan.parallel.context
+    hours = run_hours(job, plan)
+    return [
+        prefix + describe(plan.parallel),
+        plan.parallel.recompute,
+        str(job.gpus // ranks),
+        f"{plan.memory.total / GIB:.1f}" + ("" if plan.fits else " !"),
+        f"{plan.speed.step.total:.3g}",
+        f"{plan.speed.pairs:.3g}",
+        f"{plan.speed.tokens:.0f}",
+        f"{plan.speed.utilisation:.1%}",
+        f"{hours:.3g}",
+        f"{hours * job.gpus:.3g}",
+        *([f"{hours * job.gpus * price:.4g}"] if price is not None else []),
+    ]
+
+
+def run_hours(job: Job, plan: Plan) -> float:
+    """Of training and, where there is a cache, the reference pass that fills it; without evaluations, loading and
+    saving."""
+    assert plan.speed
+    seconds = steps_of(job) * plan.speed.step.total
+    if job.config.reference.cache is not None:
+        seconds += plan.speed.reference * len(job.lengths) / job.config.training.global_batch_size
+    return seconds / 3600
+
+
+def _parts(job: Job, plan: Plan, name: str) -> str:
+    assert plan.memory and plan.speed and plan.longest
+    sizes = ", ".join(f"{part} {size / GIB:.2f}" for part, size in vars(plan.memory).items() if size)
+    times = ", ".join(f"{part} {seconds:.3g}" for part, seconds in vars(plan.speed.step).items() if seconds)
+    reference = ""
+    if job.config.reference.cache is not None:
+        hours = plan.speed.reference * len(job.lengths) / job.config.training.global_batch_size / 3600
+        reference = f"\n  reference pass: {hours:.3g} h once, {hours * job.gpus:.3g} GPU h"
+    return (
+        f"{name}, {describe(plan.parallel)}, per GPU:\n"
+        f"  GiB on stage {plan.stage}, {plan.rows} rows of up to {plan.longest.tokens} tokens: {sizes}\n"
+        f"  seconds of a step: {times}; rows {plan.speed.fill:.0%} full; {steps_of(job)} steps" + reference
+    )
+
+
+def as_json(
+    job: Job, own: Plan, fitting: Sequence[Plan], others: Sequence[Plan], *, notes: Sequence[str], price: float | None
+) -> dict[str, Any]:
+    """Everything, with bytes and seconds."""
+    tokens = job.lengths.tokens
+    return {
+        "gpu": vars(job.gpu),
+        "gpus": job.gpus,
+        "model": {key: value for key, value in vars(job.shape).items() if key != "raw"},
+        "pairs": len(job.lengths),
+        "lengths": {"source": job.lengths.source, "mean": float(tokens.mean()), "longest": int(tokens.max())},
+        "notes": list(notes),
+        "steps": steps_of(job),
+        "configured": _plain(job, own, price),
+        "fitting": [_plain(job, plan, price) for plan in fitting],
+        "not_fitting": [_plain(job, plan, price) for plan in others],
+    }
+
+
+def _plain(job: Job, plan: Plan, price: float | None) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "parallel": plan.parallel.model_dump(),
+        "fits": plan.fits,
+        "problems": list(plan.problems),
+    }
+    if plan.memory and plan.speed and plan.longest:
+        hours = run_hours(job, plan)
+        result |= {
+            "memory": {**vars(plan.memory), "total": plan.memory.total, "stage": plan.stage},
+            "rows_per_rank": plan.rows,
+            "longest_row": plan.longest.tokens,
+            "step_seconds": {**vars(plan.speed.step), "total": plan.speed.step.total},
+            "pairs_per_second": plan.speed.pairs,
+            "tokens_per_second_per_gpu": plan.speed.tokens,
+            "model_flops_utilisation": plan.speed.utilisation,
+            "row_fill": plan.speed.fill,
+            "hours": hours,
+            "gpu_hours": hours * job.gpus,
+        }
+        if price is not None:
+            result["cost"] = hours * job.gpus * price
+    return result
