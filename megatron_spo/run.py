@@ -76,7 +76,9 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Pat
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
     job = loop.Job(
         config=config,
-        engine=Engine(trainable, runtime, loss=config.loss, spo=config.spo),
+        engine=Engine(
+            trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss
+        ),
         trainable=trainable,
         train=data.pop(TRAIN),
         sft=data.pop(SFT, None),

@@ -73,7 +73,7 @@ def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path
 
 
 def _tensors(reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor; one Megatron tensor, all its layers stacked, is in memory at a time."""
+    """Every Hugging Face tensor; one Megatron tensor, all its layers and experts stacked, is in memory at a time."""
     for key in dict.fromkeys(row.key for row in rows):
         metadata: TensorStorageMetadata = stored[key]
         whole = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
@@ -82,6 +82,5 @@ def _tensors(reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Ma
             dcp.load(whole, storage_reader=reader, no_dist=True)
         for row in rows:
             if row.key == key:
-                full = whole[key] if row.layer is None else whole[key][row.layer]
-                for name, tensor in zip(row.sources, row.transform.split(full), strict=True):
+                for name, tensor in zip(row.sources, row.transform.split(whole[key][row.at]), strict=True):
                     yield name, tensor.clone()

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.model.attention import PairAttention
+from megatron_spo.model.experts import BalancedRouter
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -24,8 +25,14 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of one chunk of the model."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    experts = shape.experts.count if shape.experts else None
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=shape.qk_norm
+    )
     layer = spec.submodules
+    if experts:
+        layer.mlp.submodules.router = BalancedRouter
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # no linear layer to be fused into behind it
     layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
     layer.self_attention.submodules.core_attention = PairAttention
     if shape.qk_norm:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_spo.model.experts import Load
 from megatron_spo.objective.schedules import ScheduleState
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.train.anomalies import GradientNorms
@@ -18,6 +19,8 @@ class TrainState:
     norms: GradientNorms = GradientNorms()
     evaluation_owed: bool = False
     """The run was stopped before the evaluation that belongs to this step."""
+    router_load: Load | None = None
+    """Of the last global batch; None before the first, and where routers are not balanced."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
@@ -27,6 +30,7 @@ class TrainState:
             "statistics": self.statistics.to_dict(),
             "norms": asdict(self.norms),
             "evaluation_owed": self.evaluation_owed,
+            "router_load": self.router_load,
         }
 
     @classmethod
@@ -38,4 +42,5 @@ class TrainState:
             LossStatistics.from_dict(state["statistics"]),
             GradientNorms(**state["norms"]),
             state["evaluation_owed"],
+            state["router_load"],
         )

@@ -23,6 +23,10 @@ VARIANTS = [
     ("mistral", {"head_dim": 16}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 16}),
+    ("mixtral", {}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
+    ("qwen3_moe", {"norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3}),
+    ("qwen3_moe", {"num_experts_per_tok": 1}),
 ]
 
 
@@ -34,6 +38,17 @@ def pairs(seed: int = 0, count: int = 5):
     made.append(example(draw(2, 5), [*common, 7, 1], [*common, 8, 9, 1]))
     made.append(example(draw(2, 5), draw(2, 6)))  # no rejected answer
     return made
+
+
+def feed_forward_gradients(ours, theirs):
+    """Gradients of the same weights of a layer: what a dense layer or the experts put out, and the router."""
+    if not hasattr(theirs, "experts"):
+        return [(ours.linear_fc2.weight.grad, theirs.down_proj.weight.grad)]
+    experts = [expert.linear_fc2.weight.grad for expert in ours.experts.local_experts]
+    return [
+        *zip(experts, theirs.experts.down_proj.grad, strict=True),
+        (ours.router.weight.grad, theirs.gate.weight.grad),
+    ]
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
@@ -48,8 +63,8 @@ def test_sums_and_gradients_equal_those_of_transformers(tmp_path, family, overri
     (expected * weights).sum().backward()
     embedding = ours.embedding.word_embeddings.weight.grad[: theirs.config.vocab_size]
     torch.testing.assert_close(embedding, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-4)
-    last = theirs.model.layers[-1].mlp.down_proj.weight.grad
-    torch.testing.assert_close(ours.decoder.layers[-1].mlp.linear_fc2.weight.grad, last, rtol=1e-4, atol=1e-4)
+    for got, wanted in feed_forward_gradients(ours.decoder.layers[-1].mlp, theirs.model.layers[-1].mlp):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_equals_one_by_one(tmp_path):
