@@ -76,12 +76,12 @@ def balancing(chunks: Sequence[torch.nn.Module], load: Load | None, scale: float
     """Within the context, gradients hold that of each layer's load-balancing loss times `scale` as well.
 
     Args:
-        load: the f of each layer; None before the first batch, which gets no gradient: that of an even load.
+        load: the f of each layer; None before the first batch, which gets no gradient, as if the load were even.
         scale: of a token, all that the loss is multiplied by.
     """
     for layer, router in _routers(chunks):
         count, device = router.num_experts, router.weight.device
-        shares = [1 / count] * count if load is None else load[layer]
+        shares = [0.0] * count if load is None else load[layer]
         router.pull = torch.tensor(shares, device=device) * (scale * count)
         router.seen = torch.zeros(2, count, dtype=torch.float64, device=device)
     try:
