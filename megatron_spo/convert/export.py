@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.model.hf_files import copy_side_files, locate_model, write_shards
@@ -40,8 +37,7 @@ def to_hf(source: Path, target: Path) -> None:
     copy_side_files(origin, partial)
     if config["model"].get("tokenizer"):
         copy_side_files(locate_model(config["model"]["tokenizer"]), partial)
-    reader = dcp.FileSystemReader(checkpoint)
-    dtype = _write_weights(reader, shape, partial, checkpoint)
+    dtype = _write_weights(StoredTensors(checkpoint), shape, partial, checkpoint)
     written = {**shape.raw, "dtype": str(dtype).removeprefix("torch.")}
     written.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -60,27 +56,22 @@ def _locate(source: Path) -> tuple[Path, Path]:
     raise UserError(f"{source} is neither a run directory with a checkpoint nor a checkpoint inside one")
 
 
-def _write_weights(reader: dcp.FileSystemReader, shape: ModelShape, folder: Path, checkpoint: Path) -> torch.dtype:
-    stored = reader.read_metadata().state_dict_metadata
+def _write_weights(stored: StoredTensors, shape: ModelShape, folder: Path, checkpoint: Path) -> torch.dtype:
     rows = mappings(shape)
-    absent = sorted({row.key for row in rows} - set(stored))
+    absent = sorted({row.key for row in rows} - stored.keys())
     if absent:
         raise UserError(f"{checkpoint} lacks {absent[0]}, which the run's model has; it is damaged or of another model")
-    write_shards(folder, _tensors(reader, stored, rows))
-    first = stored[rows[0].key]
-    assert isinstance(first, TensorStorageMetadata)
-    return first.properties.dtype
+    write_shards(folder, _tensors(stored, rows))
+    return stored.dtype(rows[0].key)
 
 
-def _tensors(reader: dcp.FileSystemReader, stored: dict[str, Any], rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor; one Megatron tensor, all its layers and experts stacked, is in memory at a time."""
-    for key in dict.fromkeys(row.key for row in rows):
-        metadata: TensorStorageMetadata = stored[key]
-        whole = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-            dcp.load(whole, storage_reader=reader, no_dist=True)
-        for row in rows:
-            if row.key == key:
-                for name, tensor in zip(row.sources, row.transform.split(whole[key][row.at]), strict=True):
-                    yield name, tensor.clone()
+def _tensors(stored: StoredTensors, rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor; one layer of one Megatron tensor, all its experts stacked, is in memory at a time."""
+    together: dict[tuple[str, tuple[int, ...]], list[Mapping]] = {}
+    for row in rows:
+        together.setdefault((row.key, row.at[:1]), []).append(row)
+    for (key, layer), parts in together.items():
+        whole = stored.read(key, *(layer or (None,)))
+        for row in parts:
+            for name, tensor in zip(row.sources, row.transform.split(whole[row.at[1:]]), strict=True):
+                yield name, tensor.clone()
