@@ -50,7 +50,8 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
         stray = {n for n in weights.names() - known - ignored if not n.endswith("rotary_emb.inv_freq")}
         if stray:
             raise UserError(f"{folder} holds {min(stray)}, which a {shape.family} model of its config.json does "
-                            f"not have ({len(stray)} such tensors)")  # fmt: skip
+                            f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
+                            "transformers' save_pretrained writes it by default")  # fmt: skip
         for row, tensor, index in _local_tensors(model, shape):
             sources = [weights.slice(name) for name in row.sources]
             expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))

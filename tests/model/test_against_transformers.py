@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_spo.errors import UserError
 from tests.support.megatron import example, load_model, megatron_sums, row_of, transformers_sums
 from tests.support.tiny import tiny_model
 
@@ -74,3 +75,9 @@ def test_packed_equals_one_by_one(tmp_path):
     packed = megatron_sums(model, row_of(examples))
     single = torch.cat([megatron_sums(model, row_of([one])) for one in examples])
     torch.testing.assert_close(packed, single, rtol=1e-6, atol=1e-5)
+
+
+def test_experts_stacked_on_disk_are_refused(tmp_path):
+    tiny_model(tmp_path, "mixtral").save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(UserError, match=r"mlp.experts.down_proj, .* as transformers' save_pretrained writes it by"):
+        load_model(tmp_path)

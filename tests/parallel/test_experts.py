@@ -33,10 +33,11 @@ OBJECTIVES = {
     "aux-barrier": ["loss.name=dpo", "spo.schedule=barrier", "spo.barrier_rate=40", *AUX],
     "aux-lookahead": ["loss.name=simpo", "spo.schedule=lookahead", "spo.lookahead_lr=0.05", *AUX, *MIXTRAL],
     "aux-sft-set": ["loss.name=simpo", "spo.sft_data={folder}/sft.jsonl", "reference.cache=null", *AUX],
+    "aux-one-pair": ["loss.name=dpo", "training.global_batch_size=1", *AUX],  # at DP2 one rank has padding alone
     "random-sft": ["spo.schedule=sft", "model.init=random", "reference.cache=null"],
 }
 ON_LAYOUT = {
-    "ep2": ["dpo-penalty", "frozen-dual", "aux-barrier", "aux-lookahead", "random-sft"],
+    "ep2": ["dpo-penalty", "frozen-dual", "aux-barrier", "aux-lookahead", "aux-one-pair", "random-sft"],
     "ep2-overlap-recompute": ["aux-mixtral"],
     "ep2-cp2": ["dpo-penalty", "aux-sft-set"],
     "ep2-tp2-sp": ["aux-barrier", "aux-lookahead"],
