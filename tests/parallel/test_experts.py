@@ -24,7 +24,7 @@ LAYOUTS = {
     "ep2-pp2": (4, [*EP, "parallel.pipeline=2"]),
     "ep2-tp2-sp-pp2": (4, [*EP, *SP, "parallel.pipeline=2"]),
 }
-AUX = ["model.freeze_router=false", "model.router_aux_loss=0.05"]
+AUX = ["model.freeze_router=false", "model.router_aux_loss=0.5"]
 MIXTRAL = ["model.path={folder}/mixtral", "reference.cache={folder}/mixtral-cache"]
 OBJECTIVES = {
     "dpo-penalty": ["loss.name=dpo", "model.freeze_router=false"],
