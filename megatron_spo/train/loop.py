@@ -118,8 +118,15 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         **_use_of_data(job, state.step, [share.batch for share in shares if share is not None]),
         "seconds": time.perf_counter() - begin,
     }
-    norms = state.norms.taken(metrics["grad_norm"])
-    return TrainState(state.step + 1, schedule, statistics, norms, router_load=outcome.router_load), metrics
+    state = replace(
+        state,
+        step=state.step + 1,
+        schedule=schedule,
+        statistics=statistics,
+        norms=state.norms.taken(metrics["grad_norm"]),
+        router_load=outcome.router_load,
+    )
+    return state, metrics
 
 
 def _falls_on(every: int, step: int) -> bool:
