@@ -66,6 +66,11 @@ class ModelShape:
         return self.ffn if self.experts is None else self.experts.per_token * self.experts.ffn
 
     @property
+    def attention_weights(self) -> int:
+        """Numbers in the projections of a layer's attention."""
+        return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of each of PROJECTIONS."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim

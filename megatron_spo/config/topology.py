@@ -87,7 +87,7 @@ def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
 
 def stages_of(shape: ModelShape, parallel: ParallelConfig) -> tuple[int, ...]:
     """Layers of each stage of a model, whose output layer weighs as its products do."""
-    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn)
+    layer = shape.attention_weights + 3 * shape.hidden * shape.active_ffn
     return stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
 
 

@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.topology import padded_vocabulary
 from megatron_spo.errors import UserError
 from megatron_spo.model.attention import RowOnDevice
 from megatron_spo.model.experts import dispatch_without_gpu
-from megatron_spo.model.families import padded_vocabulary
 from megatron_spo.model.layers import block_spec
 from megatron_spo.model.logprobs import LogProbHead
 

@@ -99,9 +99,3 @@ def mappings(shape: ModelShape) -> list[Mapping]:
     if not shape.tied:
         rows.append(Mapping("output_layer.weight", ("lm_head.weight",), PaddedVocabulary(shape.vocab)))
     return rows
-
-
-def padded_vocabulary(shape: ModelShape, tensor_parallel: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds equally many."""
-    multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel
-    return -(-shape.vocab // multiple) * multiple

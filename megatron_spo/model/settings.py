@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
-from megatron_spo.config.topology import expert_tensor, stage_layers
+from megatron_spo.config.topology import expert_tensor, stages_of
 from megatron_spo.runtime.device import uses_transformer_engine
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -105,7 +105,6 @@ def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[s
     """What each pipeline stage holds, in Megatron's words."""
     if parallel.pipeline == 1:
         return None
-    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.active_ffn)
-    counts = stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
+    counts = stages_of(shape, parallel)
     stages = [["decoder"] * count for count in counts]
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]

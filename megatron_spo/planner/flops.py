@@ -27,7 +27,7 @@ def forward_flops(shape: ModelShape, row: Row, *, context: int = 1, necessary: b
 
     necessary: count the real tokens and what attention must look at, instead of padding and whole blocks.
     """
-    products = sum(rows * columns for rows, columns in shape.projections.values())
+    products = shape.attention_weights + 3 * shape.hidden * shape.active_ffn
     seen = row.visible if necessary else row.computed(context) * context
     return Flops(
         linear=2 * (row.real if necessary else row.tokens) * products,

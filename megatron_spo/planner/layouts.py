@@ -69,9 +69,10 @@ class Job:
 
     @property
     def kernels(self) -> Kernels:
-        """What computes the layers on the GPUs (precision.layers; auto: Transformer Engine for bf16)."""
+        """What computes the layers on the GPUs; auto is Transformer Engine for bf16 without experts."""
         precision = self.config.precision
-        return "torch" if precision.layers == "torch" or precision.dtype == "fp32" else "engine"
+        plain = precision.layers == "torch" or precision.dtype == "fp32" or self.shape.experts is not None
+        return "torch" if plain else "engine"
 
     @property
     def row_length(self) -> int:
@@ -163,7 +164,8 @@ def candidates(job: Job) -> Iterator[ParallelConfig]:
     config, shape = job.config.parallel, job.shape
     tensors = [n for n in _divisors(job.gpu.per_node) if job.gpus % n == 0]
     contexts = sorted({1, config.context})
-    for tensor, context in product(tensors, contexts):
+    experts = [1] if shape.experts is None else _divisors(shape.experts.count)
+    for tensor, context, expert in product(tensors, contexts, experts):
         for pipeline in _divisors(job.gpus // (tensor * context)) if job.gpus % (tensor * context) == 0 else []:
             even = shape.layers % pipeline == 0 and pipeline > 1
             chunks = [n for n in _divisors(shape.layers // pipeline) if 1 < n <= MOST_CHUNKS] if even else []
@@ -175,6 +177,7 @@ def candidates(job: Job) -> Iterator[ParallelConfig]:
                         "virtual_pipeline": virtual,
                         "layers_per_stage": None,
                         "context": context,
+                        "expert": expert,
                         "sequence": tensor > 1,
                         "recompute": recompute,
                     }

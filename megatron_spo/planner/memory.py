@@ -12,7 +12,7 @@ from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import Topology, padded_vocabulary, stages_of
 from megatron_spo.planner.gpus import GIB
-from megatron_spo.planner.parameters import stage_parameters
+from megatron_spo.planner.parameters import ROW_PARALLEL, stage_parameters
 from megatron_spo.planner.rows import Row
 
 Kernels = Literal["cpu", "torch", "engine"]
@@ -101,7 +101,7 @@ def stage_memory(setting: Setting, stage: int, row: Row, rows: int) -> Memory:
 
 def _expert_data(topology: Topology) -> float:
     """Ranks that hold the same experts."""
-    return topology.tensor * topology.context * topology.data / topology.expert
+    return topology.tensor * topology.context * topology.data / (topology.expert * topology.expert_tensor)
 
 
 def stage_activations(setting: Setting, stage: int, row: Row, rows: int) -> float:
@@ -153,19 +153,60 @@ def whole_layer(setting: Setting, row: Row, selective: bool) -> float:
     shape, tensor, item = setting.shape, setting.topology.tensor, setting.item
     tokens = row.tokens / setting.topology.context
     queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
-    product = 1 if setting.config.precision.fp8 else item  # what a matrix product keeps of its input
-    norms = 2 * (_norm(setting, tokens) + tokens * shape.hidden * product / setting.split)
     core = _rotated(setting, tokens, queries, keys) if selective else _core(setting, row)
     rotary = 0 if setting.kernels == "engine" else 4 * tokens * shape.head_dim * item  # sine and cosine, twice
     heads = _head_norms(setting, tokens, queries, keys, selective) if shape.qk_norm else 0
-    columns = shape.ffn / tensor
-    gated = (2 if setting.kernels == "engine" else 4) * tokens * columns * item  # gate and up, and their images
-    return norms + core + rotary + heads + tokens * queries * product + gated + tokens * columns * product
+    into_qkv = _input(setting, tokens * shape.hidden / setting.split, ("q_proj", "k_proj", "v_proj"))
+    into_out = _input(setting, tokens * queries, ("o_proj",))
+    attention = into_qkv + rotary + heads + core + into_out + _adapter_products(setting, tokens)
+    return 2 * _norm(setting, tokens) + attention + _feed_forward(setting, tokens)
+
+
+def _input(setting: Setting, numbers: float, projections: tuple[str, ...]) -> float:
+    """The input of a matrix product, which its weight's gradient needs, or that of its adapters."""
+    lora = setting.config.lora
+    if lora.rank and not set(projections) & set(lora.targets):
+        return 0
+    return numbers * (1 if setting.config.precision.fp8 else setting.item)
+
+
+def _adapter_products(setting: Setting, tokens: float) -> float:
+    """Per adapter its product with A, and A itself, which is laid beside others."""
+    lora = setting.config.lora
+    if not lora.rank:
+        return 0
+    columns = {name: size[0] for name, size in setting.shape.projections.items() if name in lora.targets}
+    cut = {name: setting.topology.tensor if name in ROW_PARALLEL else 1 for name in columns}
+    return lora.rank * setting.item * sum(tokens + columns[name] / cut[name] for name in columns)
+
+
+def _feed_forward(setting: Setting, tokens: float) -> float:
+    """SwiGLU keeps gate and up (one tensor) and unless fused their images; experts the routed tokens as well."""
+    shape, item, experts = setting.shape, setting.item, setting.shape.experts
+    if experts is None:
+        columns = shape.ffn / setting.topology.tensor
+        into = _input(setting, tokens * shape.hidden / setting.split, ("gate_proj", "up_proj"))
+        gated = (2 if setting.kernels == "engine" else 4) * tokens * columns * item
+        return into + gated + _input(setting, tokens * columns, ("down_proj",))
+    # with whole experts a rank routes the tokens that it holds; with cut ones all of its tensor-parallel group
+    tokens /= setting.split / setting.topology.expert_tensor
+    local = tokens / setting.topology.expert_tensor
+    routed = tokens * experts.per_token
+    softmax = 0 if experts.renormalised and setting.shape.family == "mixtral" else 4
+    routing = local * (experts.per_token * 12 + experts.count * (5 + softmax)) + routed * 12
+    if not setting.config.model.freeze_router:
+        routing += local * shape.hidden * 4
+    trained = 0 if setting.config.lora.rank else 1
+    columns = experts.ffn / setting.topology.expert_tensor
+    return routing + routed * item * (trained * shape.hidden + (5 + trained) * columns)
 
 
 def _norm(setting: Setting, tokens: float) -> float:
-    """A norm keeps its input and a number per token; torch's on a CPU the normalised input as well, both in fp32."""
-    kept = 8 if setting.kernels == "cpu" else setting.item
+    """A norm keeps its input and a number per token; torch's on a CPU, in fp32, for its weight's gradient the
+    normalised input as well."""
+    kept: float = setting.item
+    if setting.kernels == "cpu":
+        kept = 4 if setting.config.lora.rank else 8
     return tokens * (setting.shape.hidden * kept + 4) / setting.split
 
 
@@ -185,20 +226,21 @@ def _core(setting: Setting, row: Row) -> float:
 
 
 def _head_norms(setting: Setting, tokens: float, queries: float, keys: float, selective: bool) -> float:
-    """Norms of queries and keys: the latter's input is a view that keeps the product of all three alive."""
+    """Norms of queries and keys. The latter's input is a view that keeps the product of all three alive, and so is the
+    former's where one group of queries is here."""
     numbers = 4 * tokens * (queries + keys) / setting.shape.head_dim
+    normalised = 4 if setting.kernels == "cpu" and not setting.config.lora.rank else 0
+    if setting.kernels == "cpu" and setting.item == 2:  # computed in fp32 from a copy
+        return tokens * (4 + normalised) * (queries + keys) + numbers
     whole = 0 if selective else tokens * (queries + 2 * keys) * setting.item
-    if setting.kernels != "cpu":
-        return tokens * queries * setting.item + whole + numbers
-    if setting.item == 4:
-        return tokens * (8 * queries + 4 * keys) + whole + numbers
-    return tokens * 8 * (queries + keys) + numbers
+    copied = queries if keys > setting.shape.head_dim else 0
+    return whole + tokens * (setting.item * copied + normalised * (queries + keys)) + numbers
 
 
 def _layer_buffers(setting: Setting, row: Row) -> float:
     """Gradients of a layer's widest tensors, while it goes backward."""
     tokens, shape = row.tokens / setting.topology.context, setting.shape
-    return tokens * setting.item * (3 * shape.ffn / setting.topology.tensor + 2 * shape.hidden)
+    return tokens * setting.item * (3 * shape.active_ffn / setting.topology.tensor + 2 * shape.hidden)
 
 
 def _head_buffers(setting: Setting, row: Row) -> float:

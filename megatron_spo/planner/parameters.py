@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config
-from megatron_spo.config.topology import padded_vocabulary, stages_of
+from megatron_spo.config.topology import expert_tensor, padded_vocabulary, stages_of
 
 ROW_PARALLEL = ("o_proj", "down_proj")
 """Projections that tensor parallelism cuts by columns."""
@@ -40,20 +40,31 @@ def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameter
         ends += table
     if last:
         ends += shape.hidden + (0 if shape.tied and first else table)
-    dense = layers * sum(_layer(shape, tensor).values()) + ends
+    parts = _layer(config, shape)
+    dense, experts = layers * (parts["attention"] + parts["mlp"] + parts["router"]) + ends, layers * parts["experts"]
     if config.lora.rank:
         adapters = layers * _adapters(config, shape)
-        return Parameters(dense + adapters, 0, adapters, 0)
-    return Parameters(dense, 0, dense, 0)
+        return Parameters(dense + adapters, experts, adapters, 0)
+    frozen = layers * parts["router"] if config.model.freeze_router else 0
+    return Parameters(dense, experts, dense - frozen, experts)
 
 
-def _layer(shape: ModelShape, tensor: int) -> Mapping[str, int]:
-    """A layer's parameters on one tensor-parallel rank."""
+def _layer(config: Config, shape: ModelShape) -> Mapping[str, int]:
+    """A layer's parameters on one rank, by part; norms with what follows them."""
+    tensor, experts = config.parallel.tensor, shape.experts
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    biases = (queries + 2 * keys) // tensor if shape.qkv_bias else 0
+    norms = shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    attention = shape.attention_weights // tensor + biases + norms
+    if experts is None:
+        mlp = 3 * shape.hidden * shape.ffn // tensor + shape.hidden
+        return {"attention": attention, "mlp": mlp, "router": 0, "experts": 0}
+    expert = 3 * shape.hidden * experts.ffn // expert_tensor(config.parallel)
     return {
-        "products": sum(rows * columns for rows, columns in shape.projections.values()) // tensor,
-        "biases": (queries + 2 * keys) // tensor if shape.qkv_bias else 0,
-        "norms": 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0),
+        "attention": attention,
+        "mlp": shape.hidden,
+        "router": experts.count * shape.hidden,
+        "experts": experts.count // config.parallel.expert * expert,
     }
 
 

@@ -126,6 +126,10 @@ def _layer_exchange(setting: Setting, gpu: Gpu, row: Row, *, backward: bool) -> 
     seconds = 4 * tokens * shape.hidden * setting.item * (tensor - 1) / tensor / link(gpu, tensor)
     both = 2 * shape.kv_heads * shape.head_dim / tensor * setting.item  # keys and values of a token
     seconds += row.tokens * both * (context - 1) / context / link(gpu, tensor * context)
+    if topology.expert > 1 and shape.experts is not None:  # each token to its experts and back
+        routed = tokens / setting.split * shape.experts.per_token * shape.hidden * setting.item
+        span = topology.expert * topology.expert_tensor
+        seconds += 2 * routed * (topology.expert - 1) / topology.expert / link(gpu, span)
     if not backward:
         return seconds
     return seconds * (3 if setting.config.parallel.recompute == "full" else 2)

@@ -83,6 +83,7 @@ def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
     from megatron.core import parallel_state
 
     from megatron_spo.model.build import build_model
+    from megatron_spo.model.experts import freeze_routers
     from megatron_spo.model.lora import add_adapters
     from megatron_spo.model.settings import transformer_config
     from megatron_spo.model.weights import fill_randomly
@@ -93,6 +94,8 @@ def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
     chunks = build_model(shape, transformer_config(shape, config.parallel, config.precision))
     for chunk in chunks:
         fill_randomly(chunk, shape, 0)
+    if config.model.freeze_router:
+        freeze_routers(chunks)
     add_adapters(chunks, shape, config.lora, 0)
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=False)
     parameters = [p for chunk in chunks for p in chunk.parameters()]
@@ -103,7 +106,7 @@ def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
         run_rows(trainable.wrapped, packed, lambda _, sums: (sums.sum(), sums.detach()), runtime=runtime, backward=True)
     trainable.optimizer.prepare_grads()
     trainable.optimizer.step_with_ready_grads()
-    buffers = [buffer for chunk in trainable.wrapped for buffer in chunk.buffers]
+    buffers = [b for chunk in trainable.wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     state = [value for inner in trainable.optimizer.chained_optimizers for value in _tensors(inner)]
     return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),

@@ -27,9 +27,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-uneven": {"parallel": {"pipeline": 2, "layers_per_stage": [3, 1]}},
     "pp2-full": {"parallel": {"pipeline": 2, "recompute": "full"}},
     "pp2-vpp2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    "pp2-lora-full": {"parallel": {"pipeline": 2, "recompute": "full"}, "lora": {"rank": 4, "targets": ["q_proj"]}},
     "cp2": {"parallel": {"context": 2}},
     "dp2-bf16": {"precision": {"dtype": "bf16"}},
+    "experts-tp2-sp": {"parallel": {"tensor": 2, "sequence": True}},
+    "experts-tp2-sp-ep2": {"parallel": {"tensor": 2, "sequence": True, "expert": 2}},
+    "experts-dp2-ep2": {"parallel": {"expert": 2}},
+    "experts-pp2": {
+        "parallel": {"pipeline": 2},
+    },
 }
+
+
+def model_of(name: str) -> str:
+    """The model that a layout is tried with."""
+    return "mixtral" if name.startswith("experts") else "qwen3"
 
 
 def config_of(**sections: Any) -> Config:
@@ -76,9 +88,12 @@ def test_one_process(folders: dict[str, Path], family: str, recompute: str, dtyp
 def two_ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """What each of two ranks found in each layout, in one launch."""
     out = tmp_path_factory.mktemp("counted")
-    jobs = {name: config_of(**sections).model_dump(mode="json", by_alias=True) for name, sections in LAYOUTS.items()}
+    jobs = {}
+    for name, sections in LAYOUTS.items():
+        model = {"path": str(folders[model_of(name)])}
+        jobs[name] = config_of(**sections, model=model).model_dump(mode="json", by_alias=True)
     worker = ROOT / "tests" / "planner" / "worker.py"
-    done = launch([str(worker), str(folders["qwen3"]), str(ROWS), str(out), json.dumps(jobs)], 2)
+    done = launch([str(worker), str(ROWS), str(out), json.dumps(jobs)], 2)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
     return {name: [rank[name] for rank in ranks] for name in LAYOUTS}
@@ -87,7 +102,7 @@ def two_ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_processes(two_ranks: dict[str, list[dict[str, float]]], folders: dict[str, Path], name: str) -> None:
-    shape = read_model_shape(folders["qwen3"])
+    shape = read_model_shape(folders[model_of(name)])
     config = config_of(**LAYOUTS[name])
     for found in two_ranks[name]:
         compare(name, found, config, shape, 2, ROWS)

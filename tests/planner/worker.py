@@ -1,6 +1,6 @@
 """Counts what this rank of a launch holds in several layouts, one after another.
 
-torchrun --nproc-per-node N worker.py MODEL ROWS OUT '{"name": {config}, ...}'
+torchrun --nproc-per-node N worker.py ROWS OUT '{"name": {config}, ...}'
 """
 
 import json
@@ -14,10 +14,12 @@ def main() -> None:
     from megatron_spo.runtime import env
     from tests.planner.counted import counted
 
-    shape = read_model_shape(sys.argv[1])
-    jobs = {name: Config.model_validate(values) for name, values in json.loads(sys.argv[4]).items()}
-    found = {name: counted(config, shape, int(sys.argv[2])) for name, config in jobs.items()}
-    (Path(sys.argv[3]) / f"{env.rank()}.json").write_text(json.dumps(found))
+    rows, out, jobs = sys.argv[1:]
+    found = {}
+    for name, values in json.loads(jobs).items():
+        config = Config.model_validate(values)
+        found[name] = counted(config, read_model_shape(config.model.path), int(rows))
+    (Path(out) / f"{env.rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

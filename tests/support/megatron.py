@@ -20,7 +20,7 @@ def one_process() -> Runtime:
     return processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=1)
 
 
-def load_model(folder: Path):  # type: ignore[no-untyped-def]
+def load_model(folder: Path, *, recompute: str = "none"):  # type: ignore[no-untyped-def]
     """The fp32 Megatron model of a Hugging Face folder."""
     one_process()
     from megatron_spo.model.build import build_model
@@ -28,7 +28,8 @@ def load_model(folder: Path):  # type: ignore[no-untyped-def]
     from megatron_spo.model.weights import load_hf_weights
 
     shape = read_model_shape(folder)
-    (model,) = build_model(shape, transformer_config(shape, ParallelConfig(), PrecisionConfig(dtype="fp32")))
+    parallel = ParallelConfig.model_validate({"recompute": recompute})
+    (model,) = build_model(shape, transformer_config(shape, parallel, PrecisionConfig(dtype="fp32")))
     load_hf_weights(model, shape, folder)
     return model
 
