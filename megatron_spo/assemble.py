@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from megatron_spo.model.experts import freeze_routers
 from megatron_spo.model.hf_files import file_digest, locate_model, shard_files, weights_digest
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
+from megatron_spo.planner.at_start import memory_at_start, memory_line, shortage
+from megatron_spo.planner.memory import Kernels, Setting
+from megatron_spo.planner.rows import lengths_of
 from megatron_spo.runtime import env, processes
-from megatron_spo.runtime.device import check_device, uses_transformer_engine
+from megatron_spo.runtime.device import check_device, memory_of, uses_transformer_engine
 from megatron_spo.runtime.processes import Runtime, agree
 
 TRAIN, SFT = "train", "sft"
@@ -180,3 +184,23 @@ def weights_fingerprint(config: Config, sources: Sources) -> str:
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return weights_digest(sources.shape.raw, {name: content for part in parts for name, content in part.items()})
+
+
+def announce_memory(config: Config, sources: Sources, runtime: Runtime) -> None:
+    """Say what memory the run needs by the plan, and warn where that is more than there is."""
+    if not runtime.is_main:
+        return
+    kernels: Kernels = "cpu"
+    if runtime.device.type == "cuda":
+        engine = uses_transformer_engine(config.precision, experts=sources.shape.experts is not None)
+        kernels = "engine" if engine else "torch"
+    size = config.training.global_batch_size
+    sets = [(lengths_of(sources.train, TRAIN), size)]
+    if sources.sft is not None:
+        sets.append((lengths_of(sources.sft, SFT), config.spo.sft_batch_size or size))
+    memory = memory_at_start(Setting(config, sources.shape, runtime.topology, kernels), sets)
+    sharing = env.local_world_size() if kernels == "cpu" else 1
+    available = memory_of(runtime.device)
+    print(memory_line(memory, processes=sharing, available=available), file=sys.stderr)
+    if warning := shortage(memory, processes=sharing, available=available):
+        print(warning, file=sys.stderr)

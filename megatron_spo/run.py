@@ -12,6 +12,7 @@ from megatron_spo.assemble import (
     SFT,
     TRAIN,
     Sources,
+    announce_memory,
     join,
     make_model,
     numerics,
@@ -70,6 +71,7 @@ def train(config: Config) -> None:
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
     sources = read_sources(config, runtime)
+    announce_memory(config, sources, runtime)
     record = _record(config, sources)
     changed = changes(found, record["config"], record["data"]) if found else []
     runtime.progress.phase("building and loading", times=4)

@@ -78,6 +78,11 @@ class DataConfig(Section):
     chat_template: str | None = None
     """file with a Jinja chat template; null: the tokenizer's own"""
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a packed row at most."""
+        return self.row_length or 2 * self.max_length
+
 
 class ReferenceConfig(Section):
     """The frozen reference's log-probs."""

@@ -78,7 +78,7 @@ class Loader:
         stream: Stream = PAIRS,
     ) -> None:
         self.dataset = dataset
-        self.row_length = data.row_length or 2 * data.max_length
+        self.row_length = data.longest_row
         self._rank, self._ranks, self._multiples, self._stream = rank, ranks, multiples, stream
         self._size, self._seed = global_batch_size, seed
         self._shuffle, self._last_batch = data.shuffle, data.last_batch

@@ -118,7 +118,7 @@ def tokenize_source(
     limits = Limits(
         data.max_length,
         data.truncation if data.truncation in ("left", "right") else None,
-        data.row_length or 2 * data.max_length,
+        data.longest_row,
     )
     key = json.dumps(
         [VERSION, raw.fingerprint, tokenizer_fingerprint(tokenizer), asdict(limits), kind],

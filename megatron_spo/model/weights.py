@@ -20,7 +20,7 @@ from megatron_spo.model.hf_files import HFWeights
 from megatron_spo.model.tensors import PaddedVocabulary
 
 
-def _local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:
+def local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:
     """Each local tensor with its row of the family table and the part of the global tensor that it is."""
     table = {(row.key, row.at): row for row in mappings(shape)}
     sharded = model.sharded_state_dict()
@@ -52,7 +52,7 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
             raise UserError(f"{folder} holds {min(stray)}, which a {shape.family} model of its config.json does "
                             f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
                             "transformers' save_pretrained writes it by default")  # fmt: skip
-        for row, tensor, index in _local_tensors(model, shape):
+        for row, tensor, index in local_tensors(model, shape):
             sources = [weights.slice(name) for name in row.sources]
             expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))
             for name, source, shape_expected in zip(row.sources, sources, expected, strict=True):
@@ -68,7 +68,7 @@ def fill_randomly(model: PairModel, shape: ModelShape, seed: int) -> None:
 
     Each global tensor has a generator of its own, seeded by its name, so the model is the same in every layout.
     """
-    for row, tensor, index in _local_tensors(model, shape):
+    for row, tensor, index in local_tensors(model, shape):
         if row.is_norm:
             tensor.data.fill_(1.0)
         elif row.key.endswith("bias"):

@@ -12,7 +12,7 @@ from megatron_spo.data.loader import row_multiples
 from megatron_spo.planner.flops import forward_flops, step_flops
 from megatron_spo.planner.gpus import GIB, Gpu
 from megatron_spo.planner.memory import Kernels, Memory, Setting, worst_memory
-from megatron_spo.planner.rows import Batch, Lengths, Row, planned_batches
+from megatron_spo.planner.rows import Batch, Lengths, Row, fullest, planned_batches
 from megatron_spo.planner.speed import StepTime, reference_time, step_time
 
 MOST_CHUNKS = 10
@@ -74,23 +74,13 @@ class Job:
         plain = precision.layers == "torch" or precision.dtype == "fp32" or self.shape.experts is not None
         return "torch" if plain else "engine"
 
-    @property
-    def row_length(self) -> int:
-        """Most tokens of a row."""
-        return self.config.data.row_length or 2 * self.config.data.max_length
-
     def batches(self, config: Config, ranks: int) -> list[Batch]:
         """Global batches over so many data-parallel ranks; the same ones for every layout that cuts them alike."""
         multiples = row_multiples(config)
         key = (ranks, multiples.tokens, multiples.rows)
         if key not in self._batches:
-            self._batches[key] = planned_batches(
-                self.lengths,
-                config.training.global_batch_size,
-                row_length=self.row_length,
-                ranks=ranks,
-                multiples=key[1:],
-            )
+            size = config.training.global_batch_size
+            self._batches[key] = planned_batches(config, self.lengths, size, ranks)
         return self._batches[key]
 
 
@@ -102,8 +92,7 @@ def plan_layout(job: Job, parallel: ParallelConfig) -> Plan:
     topology = make_topology(parallel, job.gpus)
     setting = Setting(config, job.shape, topology, job.kernels)
     batches = job.batches(config, topology.data)
-    longest = max((row for batch in batches for rows in batch for row in rows), key=lambda row: row.tokens)
-    rows = max(len(batch[0]) for batch in batches)
+    longest, rows = fullest(batches)
     stage, memory = worst_memory(setting, longest, rows)
     problems = (_too_much(memory, stage, job),) if memory.total > job.gpu.memory else ()
     return Plan(parallel, problems, stage, memory, longest, rows, _speed(job, setting, batches))
@@ -130,7 +119,7 @@ def _speed(job: Job, setting: Setting, batches: list[Batch]) -> Speed:
         pairs=pairs / mean.total,
         tokens=real / mean.total / job.gpus,
         utilisation=needed / mean.total / job.gpus / job.gpu.bf16,
-        fill=real * len(batches) / (len(rows) * job.row_length),
+        fill=real * len(batches) / (len(rows) * job.config.data.longest_row),
         reference=sum(reference_time(setting, job.gpu, batch) for batch in batches) / len(batches),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.data.loader import row_multiples
 from megatron_spo.data.plan import plan_rows
 
 if TYPE_CHECKING:
@@ -128,20 +129,16 @@ Batch = list[list[Row]]
 """The rows of each data-parallel rank in one step."""
 
 
-def planned_batches(
-    lengths: Lengths, size: int, *, row_length: int, ranks: int, multiples: tuple[int, int]
-) -> list[Batch]:
-    """Some of the global batches of `size` pairs, spread over data-parallel ranks and rows as training does it.
-
-    multiples: of a row's tokens, and of a rank's rows.
-    """
+def planned_batches(config: Config, lengths: Lengths, size: int, ranks: int) -> list[Batch]:
+    """Some of the global batches of `size` pairs, spread over data-parallel ranks and rows as training does it."""
+    multiples = row_multiples(config)
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(lengths))
     count = min(SAMPLED_BATCHES, max(len(order) // size, 1))
     tokens, entries, visible = lengths.tokens, lengths.entries, lengths.visible
 
     def row(pairs: Int64) -> Row:
         real = int(tokens[pairs].sum())
-        padded = max(-(-real // multiples[0]), 1) * multiples[0]
+        padded = max(-(-real // multiples.tokens), 1) * multiples.tokens
         longest = int(tokens[pairs].max(initial=0))
         return Row(
             padded, real, max(len(pairs), 1), longest or padded, int(entries[pairs].sum()), int(visible[pairs].sum())
@@ -150,6 +147,13 @@ def planned_batches(
     batches = []
     for start in range(0, count * size, size):
         batch = order[start : start + size]
-        plan = plan_rows(tokens[batch], row_length=row_length, ranks=ranks, rows_multiple=multiples[1])
+        most = config.data.longest_row
+        plan = plan_rows(tokens[batch], row_length=most, ranks=ranks, rows_multiple=multiples.rows)
         batches.append([[row(batch[np.array(one, dtype=np.int64)]) for one in rank] for rank in plan])
     return batches
+
+
+def fullest(batches: Sequence[Batch]) -> tuple[Row, int]:
+    """The row with the most tokens, and the most rows that a rank has in a step."""
+    rows = [row for batch in batches for rank in batch for row in rank]
+    return max(rows, key=lambda row: row.tokens), max(len(batch[0]) for batch in batches)

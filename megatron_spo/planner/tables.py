@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def _heading(job: Job, notes: Sequence[str]) -> str:
         f"{job.gpus} x {gpu.name}, {gpu.memory / GIB:.1f} GiB each; {job.shape.family} of {job.shape.layers} layers, "
         f"{job.config.precision.fp8 or job.config.precision.dtype}",
         f"{len(lengths)} pairs, lengths {'; '.join(notes)}",
-        f"packed tokens of a pair: {spread} (median, 95th percentile, longest); rows of {job.row_length}",
+        f"packed tokens of a pair: {spread} (median, 95th percentile, longest); rows of {job.config.data.longest_row}",
         f"computed, not measured; calibrated: products get {gpu.efficiency:.1%} of the peak, from {gpu.source}",
     ]
     return "\n".join(lines)
@@ -144,7 +145,7 @@ def as_json(
     return {
         "gpu": vars(job.gpu),
         "gpus": job.gpus,
-        "model": {key: value for key, value in vars(job.shape).items() if key != "raw"},
+        "model": {key: value for key, value in asdict(job.shape).items() if key != "raw"},
         "pairs": len(job.lengths),
         "lengths": {"source": job.lengths.source, "mean": float(tokens.mean()), "longest": int(tokens.max())},
         "notes": list(notes),

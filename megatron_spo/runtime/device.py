@@ -1,5 +1,7 @@
 """The GPU of this process: what it can run, and how arrays get there."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +12,23 @@ from megatron_spo.config.fp8 import obstacle
 from megatron_spo.config.schema import PrecisionConfig
 from megatron_spo.errors import UserError
 
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much memory a container may use (version 2 and 1); "max" where there is no limit."""
+
 
 def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`array` on `device`; a GPU gets it from pinned memory, so that the process need not wait for it."""
     tensor = torch.from_numpy(array).to(dtype).contiguous()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine's memory, as far as this process's group of processes may use it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
+    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def uses_transformer_engine(precision: PrecisionConfig, *, experts: bool = False) -> bool:

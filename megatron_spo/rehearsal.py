@@ -1,0 +1,296 @@
+"""A layout rehearsed without its processes: every rank's model is built on the meta device, one after another.
+
+What a rank would read of the Hugging Face folder is written down instead of read, and what it would contribute to a
+checkpoint is put beside what the others would. Nothing here needs memory for weights, data or a GPU.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.schema import Config
+from megatron_spo.config.topology import Topology, make_topology, stages_of
+from megatron_spo.data.loader import row_multiples
+from megatron_spo.data.plan import Sampler, pair_costs, plan_rows
+from megatron_spo.errors import UserError
+from megatron_spo.model.families import Mapping, mappings
+from megatron_spo.planner.parameters import stage_parameters
+from megatron_spo.planner.rows import Lengths
+from megatron_spo.runtime import cpu_bridge
+
+Box = tuple[tuple[int, int], ...]
+"""First and behind-last index of a part of a tensor, along each axis."""
+
+
+@dataclass
+class Reading:
+    """What a rank reads of one Hugging Face tensor; `is_main`: of the replicas of these numbers, it is the first."""
+
+    rank: int
+    stage: int
+    box: Box
+    is_main: bool
+
+
+@dataclass
+class Rehearsal:
+    """What all ranks together would read and hold.
+
+    Attributes:
+        shapes: of every Hugging Face tensor of the model.
+        readings: by Hugging Face tensor.
+        shards: each rank's part of a checkpoint of the weights, without data.
+        held: parameters of each rank.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    readings: dict[str, list[Reading]] = field(default_factory=lambda: defaultdict(list))
+    shards: list[list[Any]] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Makes weights, which Megatron-Core 0.16.1 allocates by torch.empty, without memory for their numbers; a device
+    context would catch the rotary frequencies as well, which are computed."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = {**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})}
+        return func(*args, **kwargs)
+
+
+class _Recorder:
+    """Stands for a tensor on disk and writes down which part of it is asked for."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape, self.boxes = shape, list[Box]()
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        bounds = [one.indices(size)[:2] for one, size in zip(index, self._shape, strict=True)]
+        self.boxes.append(tuple((start, max(start, stop)) for start, stop in bounds))
+        return torch.empty([stop - start for start, stop in self.boxes[-1]], device="meta")
+
+
+@contextmanager
+def as_rank(rank: int, topology: Topology) -> Iterator[None]:
+    """Within the context this process is `rank` of the layout, its groups complete but without anyone to talk to."""
+    # of torch's own tests, there since torch 2.1: collectives return at once
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu_bridge.install()
+    from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if dist.is_initialized():
+        raise RuntimeError("a rehearsal needs a process of its own: this one has process groups")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=topology.world)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=topology.tensor,
+            pipeline_model_parallel_size=topology.pipeline,
+            virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
+            context_parallel_size=topology.context,
+            expert_model_parallel_size=topology.expert,
+            expert_tensor_parallel_size=topology.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(0)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def rehearse(config: Config, shape: ModelShape, world_size: int, *, progress: bool = False) -> Rehearsal:
+    """Build every rank's model and write down what it would read and hold."""
+    from tqdm import tqdm
+
+    topology = make_topology(config.parallel, world_size)
+    result = Rehearsal({})
+    for rank in tqdm(range(world_size), desc="ranks", disable=not progress, dynamic_ncols=True):
+        with as_rank(rank, topology):
+            _rehearse_rank(config, shape, rank, result)
+    return result
+
+
+def _rehearse_rank(config: Config, shape: ModelShape, rank: int, result: Rehearsal) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    from megatron_spo.model.build import build_model
+    from megatron_spo.model.settings import transformer_config
+    from megatron_spo.model.weights import local_tensors
+
+    settings = transformer_config(shape, config.parallel, config.precision)
+    settings.use_cpu_initialization = True  # beside a GPU as well: nothing is to be allocated on it
+    with _OnMeta():
+        # rotary frequencies are no weights, and scaled ones would load transformers
+        chunks = build_model(replace(shape, rope_scaling=None), settings)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    result.held.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
+    shards = []
+    for chunk in chunks:
+        for row, tensor, index in local_tensors(chunk, shape):
+            shards.append(tensor.without_data())
+            full = tuple(int(size) for size in tensor.global_shape[tensor.prepend_axis_num :])
+            sources = [_Recorder(one) for one in row.transform.shapes(full)]
+            row.transform.read(sources, index)
+            for name, source in zip(row.sources, sources, strict=True):
+                result.shapes[name] = tuple(source.get_shape())
+                for box in source.boxes:
+                    result.readings[name].append(Reading(rank, stage, box, is_main_replica(tensor.replica_id)))
+    result.shards.append(shards)
+
+
+def check(result: Rehearsal, config: Config, shape: ModelShape) -> list[str]:
+    """What is wrong, in words; [] where every number of every tensor is read once by each of its replicas, by the right
+    ranks, the shards make whole tensors, and no rank holds other than planned."""
+    return [
+        *_check_readings(result, config, shape),
+        *_check_shards(result),
+        *_check_parameters(result, config, shape),
+    ]
+
+
+def _check_readings(result: Rehearsal, config: Config, shape: ModelShape) -> Iterator[str]:
+    ranks = len(result.held) // config.parallel.pipeline
+    for row in mappings(shape):
+        stages = _stages_of_row(row, config, shape)
+        copies = ranks // (config.parallel.expert if len(row.at) > 1 else 1)
+        for name in row.sources:
+            readings = result.readings.get(name, [])
+            main = [reading.box for reading in readings if reading.is_main and _volume(reading.box)]
+            if fault := _not_a_partition(main, result.shapes.get(name)):
+                yield f"{name}: {fault}"
+            elif any(reading.box not in main for reading in readings if _volume(reading.box)):
+                yield f"{name}: a replica reads another part than the first one does"
+            by_stage = Counter(reading.stage for reading in readings)
+            if by_stage != dict.fromkeys(stages, copies):
+                yield f"{name} is read by {dict(by_stage)} ranks of each stage, not by {copies} of each of {stages}"
+
+
+def _stages_of_row(row: Mapping, config: Config, shape: ModelShape) -> set[int]:
+    """The pipeline stages that hold a tensor."""
+    last = config.parallel.pipeline - 1
+    if row.at:
+        return {_stage_of_layer(config, shape)[row.at[0]]}
+    if row.key.startswith("embedding"):
+        return {0, last} if shape.tied else {0}
+    return {last}
+
+
+def _stage_of_layer(config: Config, shape: ModelShape) -> list[int]:
+    counts = stages_of(shape, config.parallel)
+    return [i % config.parallel.pipeline for i, count in enumerate(counts) for _ in range(count)]
+
+
+def _volume(box: Box) -> int:
+    return prod(stop - start for start, stop in box)
+
+
+def _not_a_partition(boxes: list[Box], shape: tuple[int, ...] | None) -> str | None:
+    """Why the boxes do not cover a tensor of this shape exactly once."""
+    if shape is None:
+        return "no rank reads it"
+    overlaps = _overlap(boxes)
+    if overlaps is not None:
+        return f"{overlaps} is read twice"
+    read = sum(_volume(box) for box in boxes)
+    return None if read == prod(shape) else f"{read} of its {prod(shape)} numbers are read"
+
+
+def _overlap(boxes: list[Box]) -> Box | None:
+    """A box that shares numbers with another one; sorted, only neighbours along the axis that is cut can."""
+    ordered = sorted(boxes)
+    for first, second in zip(ordered, ordered[1:], strict=False):
+        if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(first, second, strict=True)):
+            return second
+    return None
+
+
+def _check_shards(result: Rehearsal) -> Iterator[str]:
+    """By Megatron's own check of a checkpoint before it is written."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+
+    with as_rank(0, Topology(1, 1, 1, 1, 1, 1, 1, 1)):
+        try:
+            validate_sharding_integrity(result.shards)
+        except (CheckpointingException, AssertionError) as error:
+            yield f"checkpoint: {error}"
+
+
+def _check_parameters(result: Rehearsal, config: Config, shape: ModelShape) -> Iterator[str]:
+    topology = make_topology(config.parallel, len(result.held))
+    per_stage = topology.world // topology.pipeline
+    for rank, held in enumerate(result.held):
+        planned = stage_parameters(config, shape, rank // per_stage).held
+        if held != planned:
+            yield f"rank {rank} holds {held} parameters, planned were {planned}"
+
+
+def summary(result: Rehearsal, item: int) -> dict[str, int]:
+    """Counts for people; `item`: bytes of a number on disk."""
+    read: Counter[int] = Counter()
+    for readings in result.readings.values():
+        for reading in readings:
+            read[reading.rank] += _volume(reading.box) * item
+    return {
+        "ranks": len(result.held),
+        "Hugging Face tensors": len(result.shapes),
+        "numbers in them": sum(prod(shape) for shape in result.shapes.values()),
+        "keys of a checkpoint's weights": len({shard.key for shards in result.shards for shard in shards}),
+        "shards of all ranks": sum(len(shards) for shards in result.shards),
+        "most parameters of a rank": max(result.held),
+        "most bytes that a rank reads": max(read.values()),
+    }
+
+
+def rehearse_rows(config: Config, lengths: Lengths, ranks: int) -> dict[str, float]:
+    """Lay out every batch of the first epoch over so many data-parallel ranks.
+
+    Raises:
+        UserError: a pair is missing or comes twice, a row is too long, or the ranks have different numbers of rows.
+    """
+    size, tokens, most = config.training.global_batch_size, lengths.tokens, config.data.longest_row
+    sampler = Sampler([len(lengths)], [1.0], seed=config.training.seed, global_batch_size=size)
+    seen, rows, imbalance, faults = np.zeros(len(lengths), dtype=np.int64), 0, [], []
+    for step in range(sampler.steps_per_epoch):
+        batch = sampler.indices_of_step(step)
+        plan = plan_rows(tokens[batch], row_length=most, ranks=ranks, rows_multiple=row_multiples(config).rows)
+        by_rank = [[batch[row] for row in rank] for rank in plan]
+        if len({len(rank) for rank in by_rank}) > 1:
+            faults.append(f"step {step}: the ranks have different numbers of rows")
+        faults += [f"step {step}: a row has {tokens[row].sum()} tokens" for rank in by_rank for row in rank
+                   if tokens[row].sum() > most]  # fmt: skip
+        work = [sum(pair_costs(tokens[row]).sum() for row in rank) for rank in by_rank]
+        imbalance.append(max(work) / (sum(work) / ranks))
+        np.add.at(seen, np.concatenate([row for rank in by_rank for row in rank]), 1)
+        rows += ranks * len(plan[0])
+    require(faults + [f"pair {int(i)} comes {seen[i]} times in an epoch" for i in np.flatnonzero(seen != 1)])
+    return {
+        "steps": sampler.steps_per_epoch,
+        "rows": rows,
+        "fill": float(tokens.sum()) / (rows * most),
+        "most over mean work of a rank": float(np.mean(imbalance)),
+    }
+
+
+def require(faults: list[str]) -> None:
+    """Raise UserError with the faults, where there are any."""
+    if faults:
+        raise UserError("the rehearsal found:\n" + "\n".join(faults[:20]))

@@ -1,0 +1,160 @@
+"""`megatron-spo plan` as a user calls it, and what `train` says about memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spo.cli import main
+from megatron_spo.config.load import load_config
+from megatron_spo.planner.at_start import memory_line, shortage
+from megatron_spo.planner.gpus import GIB
+from megatron_spo.planner.memory import Memory
+from tests.support.processes import ROOT
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+EXAMPLE = ROOT / "examples" / "llama3_70b" / "config.yaml"
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main(["plan", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A configuration whose model and data are here."""
+    tiny_model(tmp_path / "model", hidden_size=64)
+    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(40))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"output: {tmp_path}/run\nmodel: {{path: {tmp_path}/model}}\n"
+        f"data: {{train: {tmp_path}/pairs.jsonl, max_length: 64}}\n"
+        f"reference: {{cache: {tmp_path}/cache}}\nprecision: {{dtype: fp32}}\n"
+        "training: {global_batch_size: 8, steps: 2}\nlogging: {progress: false}\n"
+    )
+    return path
+
+
+def test_the_70b_on_32_h100(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    code, text, _ = plan(capsys, EXAMPLE, "--gpus", 32, "--price", 2, "--json", out)
+    assert code == 0
+    assert "configured: TP8 SP PP2" in text and "assumed: lognormal" in text
+    assert "calibrated: products get 59.4% of the peak, from 1638 tokens/s/GPU" in text
+    found = json.loads(out.read_text())
+    assert found["configured"]["fits"] and 56 < found["configured"]["memory"]["total"] / GIB < 66 * 1.15
+    times = [one["step_seconds"]["total"] for one in found["fitting"]]
+    assert times == sorted(times) and len(times) > 5
+    assert all(one["memory"]["total"] <= found["gpu"]["memory"] for one in found["fitting"])
+    assert all(one["memory"]["total"] > found["gpu"]["memory"] for one in found["not_fitting"])
+    assert found["configured"]["cost"] == pytest.approx(2 * found["configured"]["gpu_hours"])
+    assert sum(v for k, v in found["configured"]["memory"].items() if k not in ("total", "stage")) == pytest.approx(
+        found["configured"]["memory"]["total"]
+    )
+
+
+def test_lora_and_fp8_are_planned_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def planned(*overrides: str) -> dict[str, Any]:
+        out = tmp_path / "plan.json"
+        assert plan(capsys, EXAMPLE, *overrides, "--gpus", 32, "--json", out)[0] == 0
+        configured: dict[str, Any] = json.loads(out.read_text())["configured"]
+        return configured
+
+    whole, lora, fp8 = planned(), planned("lora.rank=16"), planned("precision.fp8=tensorwise")
+    assert lora["memory"]["optimizer"] < 0.02 * whole["memory"]["optimizer"]
+    assert lora["step_seconds"]["compute"] < 0.75 * whole["step_seconds"]["compute"]
+    assert fp8["step_seconds"]["compute"] < 0.75 * whole["step_seconds"]["compute"]
+
+
+def test_one_node_does_not_hold_a_70b(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = plan(capsys, EXAMPLE, "--gpus", 8)
+    assert code == 0
+    assert "no layout of these GPUs fits" in text and "the configured layout cannot run" in text
+    code, text, _ = plan(capsys, EXAMPLE, "lora.rank=16", "parallel.pipeline=1", "--gpus", 8)
+    assert "configured: TP8 SP PP1" in text and "cannot run" not in text
+
+
+def test_experts_get_layouts_of_experts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    code, _, _ = plan(capsys, EXAMPLE, "--model", "Mixtral-8x7B", "--gpus", 32, "--gpu", "h200", "--json", out)
+    assert code == 0
+    assert {one["parallel"]["expert"] for one in json.loads(out.read_text())["fitting"]} >= {1, 2, 4, 8}
+
+
+def test_lengths_are_measured_where_the_data_is(tiny: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    code, text, _ = plan(capsys, tiny, "--gpus", 2, "--json", out)
+    assert code == 0 and "40 pairs, lengths measured on" in text
+    found = json.loads(out.read_text())
+    assert found["steps"] == 2 and found["lengths"]["longest"] < 40
+    assumed = plan(capsys, tiny, "--gpus", 2, "--prompt-tokens", 20, "--response-tokens", 10)[1]
+    assert "assumed: lognormal, medians 20 (prompt) and 10 (response)" in assumed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpus", "8", "--gpu", "v100"], "--gpu v100: known are h100, h200, b200, a100"),
+        (["precision.fp8=tensorwise", "--gpus", "8", "--gpu", "a100"], "no fp8 rate"),
+        (["--gpus", "8", "--prompt-tokens", "10"], "belong together"),
+        (["--gpus", "8", "--prompt-tokens", "10", "--response-tokens", "9999"], "exceed data.max_length"),
+        (["model.path=nobody/model", "--gpus", "8"], "name a model of the same shape with --model"),
+        (["--gpus", "8", "--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: cannot be written"),
+        (["data.max_length=200000", "--gpus", "8"], "exceeds the model's context"),
+    ],
+)
+def test_wrong_input_is_one_message(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = plan(capsys, EXAMPLE, *arguments)
+    assert code == 2 and out == "" and told in err
+
+
+def test_a_gpu_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ["--memory", 192, "--bf16", 1300, "--hbm", 5.3, "--nvlink", 448, "--network", 50, "--efficiency", 0.4]
+    code, text, _ = plan(capsys, EXAMPLE, "--gpus", 32, "--gpu", "mine", *numbers)
+    assert code == 0 and "32 x mine, 192.0 GiB each" in text and "40.0% of the peak, from given by the user" in text
+
+
+def test_planning_loads_no_torch() -> None:
+    code = (
+        "import sys; from megatron_spo.cli import main\n"
+        f"main(['plan', {str(EXAMPLE)!r}, '--gpus', '32'])\n"
+        "print({'torch', 'megatron', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.strip() == "set()"
+
+
+def test_the_configured_layout_is_judged_elsewhere_too() -> None:
+    """A configuration for GPUs loads on a machine without Transformer Engine, for planning alone."""
+    assert load_config(EXAMPLE, ["precision.fp8=tensorwise"], elsewhere=True).precision.fp8 == "tensorwise"
+
+
+def memory(total: float) -> Memory:
+    return Memory(total - GIB, 0, 0, 0, 0, 0, 0, GIB)
+
+
+def test_the_line_at_the_start_warns_of_what_cannot_fit() -> None:
+    assert shortage(memory(3 * GIB), processes=2, available=6 * GIB) is None
+    assert "needs 8.00 GiB, 2.00 more" in str(shortage(memory(4 * GIB), processes=2, available=6 * GIB))
+    line = memory_line(memory(3 * GIB), processes=2, available=6 * GIB)
+    assert line == "memory as planned: 2 processes of 3.00 GiB (weights 2.00, reserved 1.00), of 6.00 GiB"
+
+
+def test_train_says_what_it_needs(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_spo import assemble
+
+    assert main(["reference", str(tiny)]) == 0
+    capsys.readouterr()
+    assert main(["train", str(tiny)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("memory as planned: ") == 1 and "warning" not in said
+    monkeypatch.setattr(assemble, "memory_of", lambda device: GIB // 4)
+    assert main(["train", str(tiny), "training.steps=3"]) == 0
+    assert "warning: the plan needs" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""The rehearsal of layouts without their processes, and that it finds what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spo.config.load import load_config
+from megatron_spo.errors import UserError
+from megatron_spo.planner.presets import PRESETS, shape_of
+from tests.support.processes import ROOT, launch
+
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "llama-8b-uneven": ("Llama-3.1-8B", 12, {"tensor": 2, "pipeline": 3, "sequence": True}),
+    "qwen3-32b-vpp": ("Qwen3-32B", 16, {"tensor": 4, "pipeline": 4, "virtual_pipeline": 4, "sequence": True}),
+    "qwen2.5-72b-cp": ("Qwen2.5-72B", 16, {"tensor": 8, "context": 2, "sequence": True}),
+    "mixtral-ep": ("Mixtral-8x7B", 16, {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}),
+    "mixtral-cut": ("Mixtral-8x7B", 4, {"tensor": 4, "sequence": True}),
+    "qwen3-235b": ("Qwen3-235B-A22B", 64, {"tensor": 4, "pipeline": 2, "expert": 32, "sequence": True}),
+}
+PUBLISHED = {"Llama-3.1-8B": 8.03, "Qwen3-32B": 32.8, "Qwen2.5-72B": 72.7, "Mixtral-8x7B": 46.7, "Qwen3-235B-A22B": 235}
+"""Parameters of the models' cards, in billions."""
+
+
+def test_the_70b_of_the_example() -> None:
+    done = launch([str(ROOT / "tools" / "rehearse_70b.py"), "--pairs", "2000"], 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = {line[:32].strip(): line[32:].split()[0] for line in done.stdout.splitlines()}
+    assert numbers["Hugging Face tensors"] == "723"
+    assert numbers["numbers in them"] == "70,553,706,496"
+    assert numbers["most parameters of a rank"] == "4,410,187,776"
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Faults and counts of each case, and the faults after one reading was spoilt; in a process of its own."""
+    out = tmp_path_factory.mktemp("rehearsed") / "out.json"
+    done = launch([str(Path(__file__).with_name("rehearse_cases.py")), str(out), json.dumps(CASES)], 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_is_read_once_and_no_rank_holds_more_than_planned(rehearsed: dict[str, Any], name: str) -> None:
+    model, ranks, _ = CASES[name]
+    assert rehearsed[name]["faults"] == []
+    assert rehearsed[name]["ranks"] == ranks
+    published = {
+        "Llama-3.1-8B": 8.03,
+        "Qwen3-32B": 32.8,
+        "Qwen2.5-72B": 72.7,
+        "Mixtral-8x7B": 46.7,
+        "Qwen3-235B-A22B": 235,
+    }
+    assert rehearsed[name]["numbers"] / 1e9 == pytest.approx(published[model], rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoilt", "told"),
+    [
+        ("dropped", "numbers are read"),
+        ("doubled", "is read twice"),
+        ("shifted", "a replica reads another part"),
+        ("stranger", "of each stage, not by"),
+        ("shard", "checkpoint: "),
+        ("parameters", "parameters, planned were"),
+    ],
+)
+def test_what_is_wrong_is_found(rehearsed: dict[str, Any], spoilt: str, told: str) -> None:
+    assert any(told in fault for fault in rehearsed["spoilt"][spoilt]), rehearsed["spoilt"][spoilt]
+
+
+def test_every_preset_has_a_shape() -> None:
+    assert len(PRESETS) == 6 and all(shape_of(name).layers > 0 for name in PRESETS)
+    assert shape_of("meta-llama/Llama-3.3-70B-Instruct") == shape_of("Llama-3.3-70B")
+    assert shape_of("meta-llama/Meta-Llama-3.1-8B") == shape_of("llama-3.1-8b")
+    with pytest.raises(UserError, match="nobody/model.*--model"):
+        shape_of("nobody/model")
+
+
+def test_row_plan_counts_every_pair_once() -> None:
+    from megatron_spo.planner.rows import assumed_lengths
+    from megatron_spo.rehearsal import rehearse_rows
+
+    config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml", elsewhere=True)
+    found = rehearse_rows(config, assumed_lengths(100, 200, 1000, 2048), ranks=2)
+    assert found["steps"] == 8 and 0.8 < found["fill"] <= 1 <= found["most over mean work of a rank"] < 1.1
+    too_long = assumed_lengths(100, 200, 10, 2048)
+    too_long.rejected_tail[3] = 5000
+    with pytest.raises((UserError, ValueError), match="5[0-9]{3} tokens"):
+        rehearse_rows(config, too_long, ranks=2)
