@@ -19,9 +19,9 @@ Kernels = Literal["cpu", "torch", "engine"]
 
 LOGITS_PER_CHUNK = {"cpu": 2**24, "torch": 2**26, "engine": 2**26}
 """Logits that the log-prob head holds at a time (model/logprobs.py)."""
-RESERVED = {"cpu": 0.7 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
-"""Of a process before any tensor. On a CPU: Python, torch and Megatron, measured. On a GPU: CUDA's context, NCCL's
-buffers and what the allocator cannot use, an assumption."""
+RESERVED = {"cpu": 0.4 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
+"""Of a process before any tensor. On a CPU: what Python, torch and Megatron have of their own, measured. On a GPU:
+CUDA's context, NCCL's buffers and what the allocator cannot use, an assumption."""
 GRADIENTS_KEPT = {"lookahead": 3, "barrier": 2}
 """fp32 copies of a rank's shard that a schedule keeps within a step (train/gradients.py)."""
 
@@ -53,7 +53,7 @@ class Memory:
     Attributes:
         activations: kept for the backward pass, of all rows in flight.
         head: chunks of logits and gradients of the log-prob head.
-        buffers: working memory of a layer's backward pass.
+        buffers: working memory of a layer's backward pass, or what the update needs beyond activations and head.
         schedule: gradients that lookahead and barrier keep.
         reserved: of the process before any tensor.
     """
@@ -86,14 +86,17 @@ def stage_memory(setting: Setting, stage: int, row: Row, rows: int) -> Memory:
     # bf16 weights have an fp32 main copy beside the two moments; fp32 weights are their own
     state = 12 if setting.item == 2 else 8
     shard = held.trained_dense / (topology.data * topology.context) + held.trained_experts / _expert_data(topology)
-    last = stage == topology.pipeline - 1
+    activations = stage_activations(setting, stage, row, rows)
+    head = _head_buffers(setting, row) if stage == topology.pipeline - 1 else 0
+    # torch's AdamW holds the roots of all second moments at once, when the rows are done; the engine's does not
+    update = 0 if setting.kernels == "engine" else 4 * shard
     return Memory(
         weights=setting.item * held.held,
         gradients=4 * held.trained,
         optimizer=state * shard,
-        activations=stage_activations(setting, stage, row, rows),
-        head=_head_buffers(setting, row) if last else 0,
-        buffers=_layer_buffers(setting, row),
+        activations=activations,
+        head=head,
+        buffers=max(_layer_buffers(setting, row), update - activations - head),
         schedule=4 * shard * GRADIENTS_KEPT.get(config.spo.schedule, 0),
         reserved=RESERVED[setting.kernels],
     )
@@ -244,10 +247,12 @@ def _layer_buffers(setting: Setting, row: Row) -> float:
 
 
 def _head_buffers(setting: Setting, row: Row) -> float:
-    """Two chunks of logits in fp32 and one in the model's format, gradients of hidden states and of the weight."""
+    """Two chunks of logits, gradients of hidden states, and of the weight the sum and one chunk's share; in fp32, and
+    once more in bf16 where the model is."""
     hidden, tensor = setting.shape.hidden, setting.topology.tensor
     rows = padded_vocabulary(setting.shape, tensor) // tensor
     entries = row.entries / setting.topology.context
     chunk = min(entries, max(16, LOGITS_PER_CHUNK[setting.kernels] // rows))
-    weight = 0 if setting.config.lora.rank else rows * hidden * (8 + setting.item)
-    return chunk * rows * (8 + setting.item) + entries * hidden * setting.item + weight
+    each = 8 + (2 if setting.item == 2 else 0)
+    weight = 0 if setting.config.lora.rank else rows * hidden * each
+    return chunk * rows * each + entries * hidden * setting.item + weight

@@ -12,6 +12,8 @@ from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.layouts import Job, Plan
 
 SHOWN_FAILURES = 5
+TIGHT = 0.95
+"""Share of a GPU's memory above which a plan may fail on what is only assumed."""
 
 
 def describe(parallel: ParallelConfig) -> str:
@@ -90,7 +92,9 @@ def _table(job: Job, own: Plan, fitting: Sequence[Plan], price: float | None) ->
         cells = zip(row, widths, strict=True)
         return "  ".join(cell.ljust(n) if i < 2 else cell.rjust(n) for i, (cell, n) in enumerate(cells))
 
-    return "\n".join(line(row) for row in rows)
+    tight = any(is_tight(job, plan) for plan in [own, *fitting])
+    legend = [f"~ more than {TIGHT:.0%} of the memory: what is assumed (reserved) decides"] if tight else []
+    return "\n".join([*(line(row) for row in rows), *legend])
 
 
 def _row(job: Job, plan: Plan, prefix: str, price: float | None) -> list[str]:
@@ -101,7 +105,7 @@ def _row(job: Job, plan: Plan, prefix: str, price: float | None) -> list[str]:
         prefix + describe(plan.parallel),
         plan.parallel.recompute,
         str(job.gpus // ranks),
-        f"{plan.memory.total / GIB:.1f}" + ("" if plan.fits else " !"),
+        f"{plan.memory.total / GIB:.1f}" + (" !" if not plan.fits else " ~" if is_tight(job, plan) else ""),
         f"{plan.speed.step.total:.3g}",
         f"{plan.speed.pairs:.3g}",
         f"{plan.speed.tokens:.0f}",
@@ -110,6 +114,11 @@ def _row(job: Job, plan: Plan, prefix: str, price: float | None) -> list[str]:
         f"{hours * job.gpus:.3g}",
         *([f"{hours * job.gpus * price:.4g}"] if price is not None else []),
     ]
+
+
+def is_tight(job: Job, plan: Plan) -> bool:
+    """Whether a plan that fits leaves little room."""
+    return plan.fits and plan.memory is not None and plan.memory.total > TIGHT * job.gpu.memory
 
 
 def run_hours(job: Job, plan: Plan) -> float:
@@ -166,6 +175,7 @@ def _plain(job: Job, plan: Plan, price: float | None) -> dict[str, Any]:
         hours = run_hours(job, plan)
         result |= {
             "memory": {**vars(plan.memory), "total": plan.memory.total, "stage": plan.stage},
+            "tight": is_tight(job, plan),
             "rows_per_rank": plan.rows,
             "longest_row": plan.longest.tokens,
             "step_seconds": {**vars(plan.speed.step), "total": plan.speed.step.total},

@@ -1,0 +1,85 @@
+"""One dimension of Llama-3-70B at a time as large as it is, the others small: real steps in the memory planned."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spo.config.load import load_config
+from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.config.topology import make_topology
+from megatron_spo.planner.at_start import memory_at_start
+from megatron_spo.planner.memory import Setting
+from megatron_spo.planner.rows import measured_lengths
+from tests.support.processes import ROOT, launch, read_metrics
+from tests.support.tiny import arithmetic_pairs, tiny_tokenizer, write_jsonl
+
+STEPS = 2
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """What differs from the small model, processes, layout."""
+
+    sizes: dict[str, int]
+    processes: int
+    parallel: dict[str, Any]
+
+
+DIMENSIONS = {
+    "80 layers": Dimension({"num_hidden_layers": 80}, 4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    # the feed-forward network is a quarter as wide, for the sake of the machine
+    "hidden 8192": Dimension(
+        {"hidden_size": 8192, "intermediate_size": 7168, "num_hidden_layers": 1, "num_attention_heads": 64,
+         "num_key_value_heads": 8}, 2, {"tensor": 2, "sequence": True},
+    ),
+    "vocabulary 128256": Dimension({"hidden_size": 512, "vocab_size": 128256}, 2, {"tensor": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_it_trains_in_the_memory_that_was_planned(name: str, tmp_path: Path) -> None:
+    dimension = DIMENSIONS[name]
+    tiny_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**SMALL, **dimension.sizes}))
+    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(8))
+    sections = {
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "model"), "init": "random"},
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "max_length": 64},
+        "loss": {"name": "simpo"},
+        "parallel": dimension.parallel,
+        "precision": {"dtype": "fp32"},
+        "training": {"global_batch_size": 4, "steps": STEPS},
+        "logging": {"progress": False},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(sections))  # JSON is YAML
+    worker = ROOT / "tests" / "parallel" / "measured_run.py"
+    done = launch([str(worker), str(tmp_path), str(path)], dimension.processes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [line["loss"] for (kind, _, _), line in read_metrics(tmp_path / "run").items() if kind == "train"]
+    assert len(losses) == STEPS and all(0 < loss < 100 for loss in losses)
+
+    config, shape = load_config(path), read_model_shape(tmp_path / "model")
+    lengths = measured_lengths(config, config.data.train, config.model.path, "preference")
+    setting = Setting(config, shape, make_topology(config.parallel, dimension.processes), "cpu")
+    planned = memory_at_start(setting, [(lengths, config.training.global_batch_size)]).total
+    most = max(json.loads((tmp_path / f"{rank}.json").read_text())["most"] for rank in range(dimension.processes))
+    print(f"{name}: planned {planned / 2**30:.2f} GiB, measured {most / 2**30:.2f}")
+    assert most == pytest.approx(planned, rel=0.15, abs=0.1 * 2**30)
