@@ -49,6 +49,8 @@ def _job(options: Options) -> tuple[Job, list[str]]:
     notes = [lengths.source]
     if config.spo.sft_data:
         notes.append("the rows of spo.sft_data are not counted: add their share to each step")
+    if shape.experts is not None:
+        notes.append("experts are computed one after another in small products: take the seconds for a lower bound")
     return Job(config, shape, gpu, options.gpus, lengths), notes
 
 

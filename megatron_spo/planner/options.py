@@ -44,7 +44,7 @@ class Options:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key; before any option")
     parser.add_argument("--gpus", type=positive_integer, required=True, help="number of GPUs")
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a name of your own [%(default)s]")
     parser.add_argument("--json", type=Path, help="file to write everything to")

@@ -42,9 +42,9 @@ class Dimension:
 
 DIMENSIONS = {
     "80 layers": Dimension({"num_hidden_layers": 80}, 4, {"tensor": 2, "pipeline": 2, "sequence": True}),
-    # the feed-forward network is a quarter as wide, for the sake of the machine
+    # the feed-forward network is narrow, for the sake of the machine
     "hidden 8192": Dimension(
-        {"hidden_size": 8192, "intermediate_size": 7168, "num_hidden_layers": 1, "num_attention_heads": 64,
+        {"hidden_size": 8192, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 64,
          "num_key_value_heads": 8}, 2, {"tensor": 2, "sequence": True},
     ),
     "vocabulary 128256": Dimension({"hidden_size": 512, "vocab_size": 128256}, 2, {"tensor": 2}),

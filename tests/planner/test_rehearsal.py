@@ -23,6 +23,7 @@ PUBLISHED = {"Llama-3.1-8B": 8.03, "Qwen3-32B": 32.8, "Qwen2.5-72B": 72.7, "Mixt
 """Parameters of the models' cards, in billions."""
 
 
+@pytest.mark.slow
 def test_the_70b_of_the_example() -> None:
     done = launch([str(ROOT / "tools" / "rehearse_70b.py"), "--pairs", "2000"], 1)
     assert done.returncode == 0, done.stderr[-3000:]
