@@ -24,18 +24,25 @@ home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 source "$home/slurm/lib.sh" || { echo "error: run it from the repository's root, or name it in SPO_HOME" >&2 && exit 2; }
 
 submit() {
-    local reference array summary
+    local reference array summary after=()
     [[ -z ${SLURM_JOB_ID:-} ]] || die 2 "run it with bash on the login node: it submits the jobs itself"
     [[ -n ${SPO_CONFIG:-} && -n ${SPO_OUT:-} ]] || die 2 "SPO_CONFIG and SPO_OUT must be set"
     ((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides"
     mkdir -p "$SPO_OUT"
     printf '%s\n' "${lines[@]}" >"$SPO_OUT/study.txt" # task N must find line N, whatever becomes of the file
     export SPO_STUDY=$SPO_OUT/study.txt
-    reference=$(SPO_STUDY_PART=reference sbatch --parsable "$@" "$0")
-    array=$(SPO_STUDY_PART=task sbatch --parsable --kill-on-invalid-dep=yes --dependency="afterok:$reference" \
-        --array="1-${#lines[@]}${SPO_AT_ONCE:+%$SPO_AT_ONCE}" "$@" "$0")
+    if wants_reference; then
+        reference=$(SPO_STUDY_PART=reference sbatch --parsable "$@" "$0")
+        after=(--dependency="afterok:$reference" --kill-on-invalid-dep=yes)
+        echo "reference pass: job $reference"
+    fi
+    array=$(SPO_STUDY_PART=task sbatch --parsable "${after[@]}" --array="1-${#lines[@]}${SPO_AT_ONCE:+%$SPO_AT_ONCE}" "$@" "$0")
     summary=$(SPO_STUDY_PART=summary sbatch --parsable --dependency="afterany:$array" "$@" "$0")
-    echo "reference pass: job $reference; ${#lines[@]} runs: $array; table: $summary, $SPO_OUT/summary.txt"
+    echo "${#lines[@]} runs: job array $array"
+    echo "table: job $summary, $SPO_OUT/summary.txt"
+}
+wants_reference() {
+    [[ " ${SPO_STEPS:-$ALL_STEPS} " == *" reference "* ]]
 }
 
 [[ -r ${SPO_STUDY:-} ]] || die 2 "SPO_STUDY=${SPO_STUDY:-} must name a file with one line of overrides for each run"
@@ -51,7 +58,11 @@ case ${SPO_STUDY_PART:-submit} in
         ;;
     task)
         line=${lines[SLURM_ARRAY_TASK_ID - 1]}
-        SPO_CACHE=$study/reference SPO_OUT=$study/$SLURM_ARRAY_TASK_ID SPO_OVERRIDES="${SPO_OVERRIDES:-} $line"
+        SPO_OUT=$study/$SLURM_ARRAY_TASK_ID SPO_OVERRIDES="${SPO_OVERRIDES:-} $line"
+        if wants_reference && [[ $line != *reference.cache=* ]]; then # filled by the first job
+            SPO_STEPS=${SPO_STEPS:-$ALL_STEPS}
+            SPO_CACHE=$study/reference SPO_STEPS=${SPO_STEPS/reference/}
+        fi
         begin 400
         run_steps
         ;;

@@ -7,6 +7,7 @@ KNOWN=" SPO_AT_ONCE SPO_ATTEMPTS SPO_CACHE SPO_CONFIG SPO_CONTAINER SPO_DEVICE S
  SPO_LAYOUT SPO_MIN_FREE_GB SPO_MOUNTS SPO_OUT SPO_OVERRIDES SPO_PROMPTS SPO_PYTHON SPO_REFERENCE_LAYOUT
  SPO_REFERENCE_NODES SPO_STEPS SPO_STUDY SPO_STUDY_PART "
 
+ALL_STEPS="reference train export evaluate"
 job_log=/dev/null
 say() {
     echo "$(date '+%F %T') job ${SLURM_JOB_ID:-none}.${SLURM_RESTART_COUNT:-0}: $*" | tee -a "$job_log" >&2
@@ -36,9 +37,9 @@ begin() { # MIN_FREE_GB
     [[ -n ${SPO_CONFIG:-} ]] || die 2 "SPO_CONFIG is not set: it names the configuration (YAML) of the training"
     [[ -n ${SPO_OUT:-} ]] || die 2 "SPO_OUT is not set: it names a folder, shared by all nodes, for everything that is written"
     [[ -r $SPO_CONFIG ]] || die 2 "SPO_CONFIG=$SPO_CONFIG cannot be read (in $PWD on $(hostname))"
-    : "${SPO_STEPS:=reference train export evaluate}" "${SPO_EXPORT:=latest}" "${SPO_DEVICE:=gpu}" "${SPO_ATTEMPTS:=3}"
+    : "${SPO_STEPS:=$ALL_STEPS}" "${SPO_EXPORT:=latest}" "${SPO_DEVICE:=gpu}" "${SPO_ATTEMPTS:=3}"
     for name in $SPO_STEPS; do
-        [[ " reference train export evaluate " == *" $name "* ]] || die 2 "SPO_STEPS: there is no step $name"
+        [[ " $ALL_STEPS " == *" $name "* ]] || die 2 "SPO_STEPS: there is no step $name"
     done
     [[ $SPO_EXPORT == latest || $SPO_EXPORT == best ]] || die 2 "SPO_EXPORT is latest or best, not $SPO_EXPORT"
     [[ $SPO_DEVICE == gpu || $SPO_DEVICE == cpu ]] || die 2 "SPO_DEVICE is gpu or cpu, not $SPO_DEVICE"
@@ -82,7 +83,7 @@ say_how_to_start() {
         --relative=0 --distribution=block # rank 0 on the first node, the ranks of a node side by side: tensor parallel over NVLink
         --cpu-bind=none                   # one task would get one core; its loader and saver need more
         --kill-on-bad-exit=0              # the ranks tell each other who is lost and write status.json, then they all end
-        --wait=600                        # and should that fail, the step ends all the same
+        --wait=60                         # and where a node took its ranks along unheard, the step ends all the same
         --label
     )
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun no longer inherits it (22.05)
@@ -158,8 +159,8 @@ meaning() { # NAME CODE STATUS_BEFORE
     local state=
     if [[ $1 == train && $2 != [02345] && $2 != 75 ]]; then
         state=$(status state)
-        if [[ $state == running ]]; then
-            echo 4 # nobody was left to write
+        if [[ $state == running || $state == "done" ]]; then
+            echo 4 # nobody was left to write, or a node was lost after the last step
             return
         elif [[ -n $state && $(cat "$SPO_OUT/run/status.json") != "$3" ]]; then
             status code
