@@ -26,7 +26,7 @@ source "$home/slurm/lib.sh" || { echo "error: run it from the repository's root,
 submit() {
     local reference array summary after=()
     [[ -z ${SLURM_JOB_ID:-} ]] || die 2 "run it with bash on the login node: it submits the jobs itself"
-    [[ -n ${SPO_CONFIG:-} && -n ${SPO_OUT:-} ]] || die 2 "SPO_CONFIG and SPO_OUT must be set"
+    check_variables
     ((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides"
     mkdir -p "$SPO_OUT"
     printf '%s\n' "${lines[@]}" >"$SPO_OUT/study.txt" # task N must find line N, whatever becomes of the file
@@ -42,7 +42,7 @@ submit() {
     echo "table: job $summary, $SPO_OUT/summary.txt"
 }
 wants_reference() {
-    [[ " ${SPO_STEPS:-$ALL_STEPS} " == *" reference "* ]]
+    [[ " ${SPO_STEPS:=$ALL_STEPS} " == *" reference "* ]]
 }
 
 [[ -r ${SPO_STUDY:-} ]] || die 2 "SPO_STUDY=${SPO_STUDY:-} must name a file with one line of overrides for each run"
@@ -60,7 +60,6 @@ case ${SPO_STUDY_PART:-submit} in
         line=${lines[SLURM_ARRAY_TASK_ID - 1]}
         SPO_OUT=$study/$SLURM_ARRAY_TASK_ID SPO_OVERRIDES="${SPO_OVERRIDES:-} $line"
         if wants_reference && [[ $line != *reference.cache=* ]]; then # filled by the first job
-            SPO_STEPS=${SPO_STEPS:-$ALL_STEPS}
             SPO_CACHE=$study/reference SPO_STEPS=${SPO_STEPS/reference/}
         fi
         begin 400

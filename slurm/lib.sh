@@ -26,14 +26,11 @@ split() {
     [[ -z $text ]] || mapfile -t words <<<"$text"
 }
 
-# Checks variables, sets the defaults, takes hold of SPO_OUT, checks the nodes. MIN_FREE_GB is the script's own default.
-begin() { # MIN_FREE_GB
+check_variables() { # and set the defaults
     local name
     for name in $(compgen -e SPO_); do
         [[ $KNOWN =~ [[:space:]]${name}[[:space:]] ]] || die 2 "$name is no variable of these scripts; slurm/README.md lists them"
     done
-    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job script: sbatch slurm/${0##*/}"
-    [[ -n ${SLURM_NTASKS_PER_NODE:-} ]] || die 2 "submit with --ntasks-per-node: one task for each GPU of a node"
     [[ -n ${SPO_CONFIG:-} ]] || die 2 "SPO_CONFIG is not set: it names the configuration (YAML) of the training"
     [[ -n ${SPO_OUT:-} ]] || die 2 "SPO_OUT is not set: it names a folder, shared by all nodes, for everything that is written"
     [[ -r $SPO_CONFIG ]] || die 2 "SPO_CONFIG=$SPO_CONFIG cannot be read (in $PWD on $(hostname))"
@@ -46,6 +43,13 @@ begin() { # MIN_FREE_GB
     for name in SPO_ATTEMPTS SPO_MIN_FREE_GB SPO_REFERENCE_NODES; do
         [[ ${!name:-1} =~ ^[0-9]+$ ]] || die 2 "$name must be a whole number, not ${!name}"
     done
+}
+
+# Checks variables, takes hold of SPO_OUT, checks the nodes; MIN_FREE_GB is the script's own default.
+begin() { # MIN_FREE_GB
+    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job script: sbatch slurm/${0##*/}"
+    [[ -n ${SLURM_NTASKS_PER_NODE:-} ]] || die 2 "submit with --ntasks-per-node: one task for each GPU of a node"
+    check_variables
     mkdir -p "$SPO_OUT/logs" "$SPO_OUT/done" || die 2 "SPO_OUT=$SPO_OUT cannot be made or written"
     SPO_OUT=$(cd "$SPO_OUT" && pwd)
     job_log=$SPO_OUT/logs/job.log
@@ -88,7 +92,7 @@ say_how_to_start() {
     )
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun no longer inherits it (22.05)
     if [[ -n ${SPO_CONTAINER:-} ]]; then
-        srun --help | grep -q -- --container-image || die 2 "SPO_CONTAINER is set, but this cluster's srun has no --container-image (pyxis)"
+        [[ $(srun --help) == *--container-image* ]] || die 2 "SPO_CONTAINER is set, but this cluster's srun has no --container-image (pyxis)"
         srun_options+=(
             --container-image="$SPO_CONTAINER" --container-workdir="$PWD" --no-container-mount-home
             --container-mounts="$home:$home,$PWD:$PWD,$SPO_OUT:$SPO_OUT${SPO_MOUNTS:+,$SPO_MOUNTS}"
