@@ -18,6 +18,7 @@ from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel, build_model
+from megatron_spo.model.experts import freeze_routers
 from megatron_spo.model.hf_files import file_digest, locate_model, shard_files, weights_digest
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
@@ -131,6 +132,8 @@ def make_model(config: Config, sources: Sources) -> list[PairModel]:
         UserError: on every rank alike.
     """
     chunks = build_model(sources.shape, transformer_config(sources.shape, config.parallel, config.precision))
+    if config.model.freeze_router:
+        freeze_routers(chunks)
     error: UserError | None = None
     if config.model.init == "random":
         for chunk in chunks:
@@ -153,14 +156,14 @@ def reference_fingerprint(
         weights=weights,
         tokenizer=tokenizer_fingerprint(sources.tokenizer),
         truncation=f"{config.data.truncation} at {config.data.max_length} tokens",
-        precision=numerics(config.precision),
+        precision=numerics(config.precision, experts=sources.shape.experts is not None),
         dataset=dataset.fingerprint,
     )
 
 
-def numerics(precision: PrecisionConfig) -> str:
+def numerics(precision: PrecisionConfig, *, experts: bool) -> str:
     """What computes the log-probs, as far as it shows in their digits."""
-    engine = ", Transformer Engine" if uses_transformer_engine(precision) else ""
+    engine = ", Transformer Engine" if uses_transformer_engine(precision, experts=experts) else ""
     return precision.dtype + engine + (f", fp8 {precision.fp8}" if precision.fp8 else "")
 
 

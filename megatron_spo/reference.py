@@ -1,6 +1,8 @@
 """Fills the reference cache: the forward-only sibling of run.py."""
 
+import numpy as np
 import torch
+from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_spo.assemble import (
@@ -75,12 +77,23 @@ def _score(
     loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiples=row_multiples(config))
     missing = writer.missing_chunks()
     torch.distributed.barrier()  # nobody writes before everybody has looked
-    mine = missing[runtime.data_rank :: runtime.topology.data]
-    for chunk in tqdm(mine, unit="chunk", desc="reference", disable=not (runtime.is_main and config.logging.progress)):
-        indices = writer.chunk_indices(chunk)
-        batch = loader.batch_of(indices)
-        scored = score_rows(chunks, batch.rows, runtime=runtime)
-        if runtime.holds_results:
-            order = torch.cat([torch.from_numpy(row.pairs) for row in batch.rows])
+    ranks, shown = runtime.topology.data, runtime.is_main and config.logging.progress
+    turns = range(0, len(missing), ranks)
+    for turn in tqdm(turns, unit="turn", desc="reference", disable=not shown):
+        chunk = next(iter(missing[turn + runtime.data_rank : turn + ranks]), None)
+        indices = np.zeros(0, dtype=np.int64) if chunk is None else writer.chunk_indices(chunk)
+        rows = loader.batch_of(indices).rows
+        padded = rows + [loader.empty_row()] * (_rows_in_step(len(rows), runtime) - len(rows))
+        scored = score_rows(chunks, padded, runtime=runtime)[: len(rows)]
+        if runtime.holds_results and chunk is not None:
+            order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
             sums = torch.cat(scored).cpu()[torch.argsort(order)].numpy()
             writer.write_chunk(chunk, sums[:, 0], sums[:, 1])
+
+
+def _rows_in_step(rows: int, runtime: Runtime) -> int:
+    """How many rows a rank must run that has so many: ranks that share experts take every step together."""
+    most = torch.tensor(rows, device=runtime.device)
+    group = parallel_state.get_expert_model_parallel_group()
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
+    return int(most)

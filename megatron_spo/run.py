@@ -91,7 +91,9 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
     job = loop.Job(
         config=config,
-        engine=Engine(trainable, runtime, loss=config.loss, spo=config.spo),
+        engine=Engine(
+            trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss
+        ),
         saver=checkpoint.Saver(directory.checkpoints, trainable, record, keep=config.checkpoint.keep),
         train=data.pop(TRAIN),
         sft=data.pop(SFT, None),
@@ -181,7 +183,7 @@ def _write_provenance(config: Config, directory: RunDirectory, sources: Sources,
     directory.write_kept("config.yaml", dump_config(config))
     provenance = {
         "versions": {name: _version(name) for name in PACKAGES},
-        "numerics": numerics(config.precision),
+        "numerics": numerics(config.precision, experts=sources.shape.experts is not None),
         "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
         "model": str(sources.folder),
         "weights": weights,

@@ -7,10 +7,10 @@ from megatron_spo.config.schema import Config, ParallelConfig, PrecisionConfig
 
 
 def test_numerics_names_whatever_changes_digits() -> None:
-    assert numerics(PrecisionConfig(dtype="fp32")) == "fp32"
-    assert numerics(PrecisionConfig(layers="torch")) == "bf16"
-    assert numerics(PrecisionConfig(layers="transformer_engine")) == "bf16, Transformer Engine"
-    assert numerics(PrecisionConfig(fp8="blockwise")) == "bf16, Transformer Engine, fp8 blockwise"
+    assert numerics(PrecisionConfig(dtype="fp32"), experts=False) == "fp32"
+    assert numerics(PrecisionConfig(layers="torch"), experts=False) == "bf16"
+    assert numerics(PrecisionConfig(layers="transformer_engine"), experts=False) == "bf16, Transformer Engine"
+    assert numerics(PrecisionConfig(fp8="blockwise"), experts=False) == "bf16, Transformer Engine, fp8 blockwise"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 from megatron_spo.errors import UserError
 
 # what transformers assumes where max_position_embeddings is absent
-DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768,
+                     "mixtral": 131072, "qwen3_moe": 32768}  # fmt: skip
 FAMILIES = tuple(DEFAULT_POSITIONS)
 ROPE_TYPES = ("default", "linear", "llama3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -17,11 +18,26 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture that takes the place of every layer's feed-forward network.
+
+    A token goes to `per_token` of `count` experts of width `ffn`. Their weights are the router's softmax over all
+    experts, divided by their sum where `renormalised`.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    renormalised: bool
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The numbers of a model.
 
     `max_positions` and `sliding_window` are tokens; `rope_scaling` is the Hugging Face dict with
-    `rope_type`, or None for plain RoPE; `raw` is config.json.
+    `rope_type`, or None for plain RoPE; `raw` is config.json. `ffn` is the width of a dense layer's feed-forward
+    network, in whose place `experts` stand where there are some.
     """
 
     family: str
@@ -42,6 +58,12 @@ class ModelShape:
     sliding_window: int | None
     initializer_range: float
     raw: dict[str, Any]
+    experts: Experts | None = None
+
+    @property
+    def active_ffn(self) -> int:
+        """Feed-forward columns that one token passes through in a layer."""
+        return self.ffn if self.experts is None else self.experts.per_token * self.experts.ffn
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -74,7 +96,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-    theta, scaling = _rope(path, raw)
+    theta, scaling = _rope(path, raw, family)
     return ModelShape(
         family=family,
         layers=_count(path, raw, "num_hidden_layers"),
@@ -85,15 +107,16 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         head_dim=_head_dim(path, raw, hidden, heads, family),
         vocab=_count(path, raw, "vocab_size"),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         max_positions=_count(path, raw, "max_position_embeddings", DEFAULT_POSITIONS[family]),
         sliding_window=_sliding_window(raw, family),
         initializer_range=float(raw.get("initializer_range", 0.02)),
         raw=raw,
+        experts=_experts(path, raw, family),
     )
 
 
@@ -104,6 +127,8 @@ def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
         "attention_bias": raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
         "quantization_config": raw.get("quantization_config"),
+        "router_jitter_noise": raw.get("router_jitter_noise"),
+        "mlp_only_layers": raw.get("mlp_only_layers"),
     }
     for key, value in unbuilt.items():
         if value:
@@ -111,6 +136,26 @@ def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise UserError(f"{path}: hidden_act = {activation!r} is not built; only 'silu' (SwiGLU)")
+
+
+def _experts(path: Path, raw: Mapping[str, Any], family: str) -> Experts | None:
+    """The mixture of experts of a family that has one; every layer must be one."""
+    if family not in ("mixtral", "qwen3_moe"):
+        return None
+    if raw.get("decoder_sparse_step", 1) != 1:
+        raise UserError(f"{path}: decoder_sparse_step = {raw['decoder_sparse_step']!r} is not built; only 1, experts "
+                        "in every layer")  # fmt: skip
+    # transformers 5 writes num_local_experts for both families, hub models of qwen3_moe have num_experts
+    count = _count(path, raw, "num_local_experts", raw.get("num_experts"))
+    per_token = _count(path, raw, "num_experts_per_tok")
+    renormalised = family == "mixtral" or bool(raw.get("norm_topk_prob", False))
+    if per_token > count:
+        raise UserError(f"{path}: num_experts_per_tok = {per_token} exceeds the model's {count} experts")
+    if per_token == 1 and renormalised:
+        raise UserError(f"{path}: num_experts_per_tok = 1 with renormalised weights is not built; every weight would "
+                        "be 1, without a gradient for the router")  # fmt: skip
+    width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    return Experts(count, per_token, _count(path, raw, width), renormalised)
 
 
 def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -131,13 +176,13 @@ def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, famil
     return hidden // heads
 
 
-def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling.
 
     transformers 5 keeps both in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`.
     """
     scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or (1e6 if family == "mixtral" else 1e4)
     kind = scaling.setdefault("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in scaling.values()):
@@ -152,8 +197,8 @@ def _sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that a query sees at most, or None; qwen models carry a window that is mostly switched off."""
     if family == "llama":
         return None
-    if family == "mistral":
-        return raw.get("sliding_window", 4096)
+    if family in ("mistral", "mixtral"):
+        return raw.get("sliding_window", 4096 if family == "mistral" else None)
     layers = raw.get("layer_types")
     used = "sliding_attention" in layers if layers else bool(raw.get("use_sliding_window"))
     return raw.get("sliding_window") if used else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.model_shape import PROJECTIONS, ModelShape
 from megatron_spo.config.schema import Config, LossConfig, keys_of, section_class
-from megatron_spo.config.topology import make_topology
+from megatron_spo.config.topology import expert_tensor, make_topology
 from megatron_spo.errors import UserError
 
 # spo.* keys that only some schedules read; the others are read by all of them
@@ -178,11 +178,11 @@ def _stages(config: Config) -> int:
     return config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
 
 
-def _unavailable(key: str, only: int) -> Rule:
-    return Rule(
-        lambda c, shape: getattr(c.parallel, key) != only,
-        f"parallel.{key} = {{c.parallel.{key}}} is not available in this version yet; only {only} is",
-    )
+def _experts(shape: ModelShape | None, unknown: int) -> int:
+    """Experts of the model: 0 for a dense one, `unknown` while the shape is."""
+    if shape is None:
+        return unknown
+    return 0 if shape.experts is None else shape.experts.count
 
 
 def _unknown(names: Iterable[str]) -> list[str]:
@@ -191,11 +191,18 @@ def _unknown(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in {*known, *Config.model_fields}]
 
 
+def _of_mlp(targets: Iterable[str]) -> list[str]:
+    return [name for name in targets if name in ("gate_proj", "up_proj", "down_proj")]
+
+
 RULES: tuple[Rule, ...] = (
     # layout
     _not_divisible("tensor", "heads", "attention heads"),
     _not_divisible("tensor", "kv_heads", "key-value heads"),
-    _not_divisible("tensor", "ffn", "feed-forward columns"),
+    Rule(
+        lambda c, shape: shape is not None and shape.experts is None and shape.ffn % c.parallel.tensor != 0,
+        "parallel.tensor = {c.parallel.tensor} does not divide the model's {shape.ffn} feed-forward columns",
+    ),
     Rule(
         lambda c, shape: c.parallel.sequence and c.parallel.tensor == 1,
         "parallel.sequence: true needs parallel.tensor > 1, got {c.parallel.tensor}",
@@ -221,7 +228,49 @@ RULES: tuple[Rule, ...] = (
         ),
         "parallel.layers_per_stage = {c.parallel.layers_per_stage} must add up to the model's {shape.layers} layers",
     ),
-    _unavailable("expert", 1),
+    # experts
+    Rule(
+        lambda c, shape: _experts(shape, 0) > 0 and _experts(shape, 0) % c.parallel.expert != 0,
+        "parallel.expert = {c.parallel.expert} does not divide the model's {shape.experts.count} experts",
+    ),
+    Rule(
+        lambda c, shape: (
+            shape is not None and shape.experts is not None and shape.experts.ffn % expert_tensor(c.parallel) != 0
+        ),
+        "parallel.tensor = {c.parallel.tensor} does not divide the {shape.experts.ffn} feed-forward columns of the "
+        "model's experts; share them out with parallel.expert > 1",
+    ),
+    Rule(
+        lambda c, shape: _experts(shape, 0) > 0 and c.parallel.tensor > 1 and not c.parallel.sequence,
+        "parallel.tensor = {c.parallel.tensor} on a model with experts needs parallel.sequence: true, or every "
+        "process would send the same tokens to the experts",
+    ),
+    Rule(
+        lambda c, shape: _experts(shape, 1) == 0 and c.parallel.expert > 1,
+        "parallel.expert = {c.parallel.expert} needs a model with experts; {shape.family} has none",
+    ),
+    Rule(
+        lambda c, shape: _experts(shape, 1) == 0 and not c.model.freeze_router,
+        "model.freeze_router: false has no effect on a {shape.family} model, which has no experts",
+    ),
+    Rule(
+        lambda c, shape: _experts(shape, 1) == 0 and c.model.router_aux_loss > 0,
+        "model.router_aux_loss = {c.model.router_aux_loss} needs a model with experts; {shape.family} has none",
+    ),
+    Rule(
+        lambda c, shape: c.model.router_aux_loss > 0 and c.model.freeze_router,
+        "model.router_aux_loss = {c.model.router_aux_loss} trains the routers; set model.freeze_router=false",
+    ),
+    Rule(
+        lambda c, shape: _experts(shape, 0) > 0 and c.lora.rank > 0 and bool(_of_mlp(c.lora.targets)),
+        "lora.targets = {c.lora.targets} names feed-forward projections, in whose place the {shape.family} model has "
+        "experts, which get no adapters; set lora.targets=[q_proj,k_proj,v_proj,o_proj]",
+    ),
+    Rule(
+        lambda c, shape: _experts(shape, 0) > 0 and _names_engine(c),
+        "{c.precision.reason}: the {shape.family} model's experts are not built with Transformer Engine's layers; set "
+        "precision.fp8=null precision.layers=auto",
+    ),
     # adapters
     *(_thinner_than_rank(projection) for projection in PROJECTIONS),
     Rule(

@@ -48,6 +48,10 @@ class ModelConfig(Section):
     """load the weights, or draw them at random from config.json and training.seed"""
     tokenizer: str | None = None
     """folder or hub id of the tokenizer; null: model.path"""
+    freeze_router: bool = True
+    """keep the routers of a mixture of experts as they are, so that policy and reference choose experts alike"""
+    router_aux_loss: float = Field(0.0, ge=0)
+    """weight of each layer's load-balancing loss (1: even load); 0: off; needs freeze_router: false; >= 0"""
 
 
 class DataConfig(Section):
@@ -248,7 +252,7 @@ class ParallelConfig(Section):
     context: int = Field(1, ge=1)
     """processes that share each row's tokens, for long pairs; >= 1"""
     expert: int = Field(1, ge=1)
-    """processes that share the experts; only 1 in this version"""
+    """processes that share out the experts of each layer, among tensor-, context- and data-parallel ones; >= 1"""
     sequence: bool = False
     """cut activations along the tokens between tensor-parallel blocks; needs tensor > 1"""
     recompute: Literal["none", "selective", "full"] = "none"

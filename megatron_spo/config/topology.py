@@ -8,7 +8,11 @@ from megatron_spo.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the parallel groups; `data` counts the replicas of the model."""
+    """Sizes of the parallel groups; `data` counts the replicas of the dense part of the model.
+
+    The `expert` groups are cut from the same processes once more: tensor * context * data of them hold a layer, and
+    each group of `expert` consecutive ones holds all of its experts once.
+    """
 
     world: int
     tensor: int
@@ -16,6 +20,7 @@ class Topology:
     virtual: int
     context: int
     expert: int
+    expert_tensor: int
     data: int
 
 
@@ -38,6 +43,15 @@ def stage_layers(layers: int, parallel: ParallelConfig, head: float) -> tuple[in
     return tuple(counts)
 
 
+def expert_tensor(parallel: ParallelConfig) -> int:
+    """Processes that share each expert's tensors: none where the experts themselves are shared out.
+
+    Without that they are cut like a dense layer: Megatron-Core 0.16.1 takes gradients of whole experts for reduced
+    over the tensor-parallel processes when there is one group of experts only.
+    """
+    return parallel.tensor if parallel.expert == 1 else 1
+
+
 def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
     """The layout on `world_size` processes.
 
@@ -51,6 +65,13 @@ def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
             f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {model_size}: "
             f"start a multiple of {model_size} (torchrun --nproc-per-node N) or make the layout smaller"
         )
+    layer_size = world_size // parallel.pipeline
+    if layer_size % parallel.expert:
+        raise UserError(
+            f"parallel.expert = {parallel.expert} does not divide the {layer_size} processes that hold a layer "
+            f"({world_size} processes / parallel.pipeline {parallel.pipeline}); the experts are shared out among "
+            "tensor-, context- and data-parallel processes"
+        )
     return Topology(
         world=world_size,
         tensor=parallel.tensor,
@@ -58,5 +79,6 @@ def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
         virtual=parallel.virtual_pipeline or 1,
         context=parallel.context,
         expert=parallel.expert,
+        expert_tensor=expert_tensor(parallel),
         data=world_size // model_size,
     )

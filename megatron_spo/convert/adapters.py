@@ -62,14 +62,9 @@ def write_peft(folder: Path, checkpoint: Path, shape: ModelShape, lora: LoraConf
 
 
 def _pairs(checkpoint: Path, shape: ModelShape, lora: LoraConfig) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(Hugging Face module, A [r, in], B [out, r]); those of one projection, all layers, are in memory at a time."""
-    modules: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    """(Hugging Face module, A [r, in], B [out, r]), one after another."""
+    stored = StoredTensors(checkpoint)
     for site in sites(shape, lora.targets):
         for projection in site.adapted(lora.targets):
-            keys = site.key(projection, "A"), site.key(projection, "B")
-            modules.setdefault(keys, []).append((site.layer, site.modules[projection]))
-    stored = StoredTensors(checkpoint, [key for keys in modules for key in keys])
-    for keys, members in modules.items():
-        a, b = map(stored.load, keys)
-        for layer, module in members:
-            yield module, a[layer], b[layer]
+            a, b = (stored.read(site.key(projection, side), site.layer) for side in "AB")
+            yield site.modules[projection], a, b

@@ -94,18 +94,21 @@ def _new_folder(target: Path, trained: _Trained) -> Iterator[Path]:
 
 
 def _write_weights(trained: _Trained, folder: Path) -> torch.dtype:
-    rows = mappings(trained.shape)
-    stored = StoredTensors(trained.checkpoint.path, [row.key for row in rows])
+    rows, stored = mappings(trained.shape), StoredTensors(trained.checkpoint.path)
+    if absent := sorted({row.key for row in rows} - stored.keys()):
+        raise UserError(f"{trained.checkpoint.path} lacks {absent[0]}, which the run's model has; is model.path still "
+                        "the model that the run was started with?")  # fmt: skip
     write_shards(folder, _tensors(stored, rows))
     return stored.dtype(rows[0].key)
 
 
 def _tensors(stored: StoredTensors, rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor; one Megatron tensor, all its layers stacked, is in memory at a time."""
-    for key in dict.fromkeys(row.key for row in rows):
-        whole = stored.load(key)
-        for row in rows:
-            if row.key == key:
-                full = whole if row.layer is None else whole[row.layer]
-                for name, tensor in zip(row.sources, row.transform.split(full), strict=True):
-                    yield name, tensor.clone()
+    """Every Hugging Face tensor; one layer of one Megatron tensor, all its experts stacked, is in memory at a time."""
+    together: dict[tuple[str, tuple[int, ...]], list[Mapping]] = {}
+    for row in rows:
+        together.setdefault((row.key, row.at[:1]), []).append(row)
+    for (key, layer), parts in together.items():
+        whole = stored.read(key, *(layer or (None,)))
+        for row in parts:
+            for name, tensor in zip(row.sources, row.transform.split(whole[row.at[1:]]), strict=True):
+                yield name, tensor.clone()

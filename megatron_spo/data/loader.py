@@ -122,3 +122,7 @@ class Loader:
             tokens=int(tokens.sum()),
             row_fill=float(tokens.sum()) / (len(rows) * self._ranks * self.row_length),
         )
+
+    def empty_row(self) -> PackedRow:
+        """A row without pairs, for a rank that must keep step with others."""
+        return build_row([], multiple=self._multiples.tokens)

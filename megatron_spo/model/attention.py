@@ -45,6 +45,7 @@ class RowOnDevice(PackedSeqParams):
     keys: Tensor | None = None  # [B, L] where it stands in the keys of all ranks together
     visible: Tensor | None = None  # [B, 1, Q, L] query may see key
     unblock: Tensor | None = None  # [T] where in the flattened blocks a token's output stands
+    padding: Tensor | None = None  # [1, T] bool, the tokens that fill up the row
 
 
 def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:
@@ -71,6 +72,7 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
         keys=put(gathered[keys]),
         visible=_visible(put(inside), put(ends), keys.shape[1]),
         unblock=put(unblock),
+        padding=put(here >= row.real_tokens)[None],
     )
 
 

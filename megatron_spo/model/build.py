@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.errors import UserError
 from megatron_spo.model.attention import RowOnDevice
+from megatron_spo.model.experts import dispatch_without_gpu
 from megatron_spo.model.families import padded_vocabulary
 from megatron_spo.model.layers import block_spec
 from megatron_spo.model.logprobs import LogProbHead
@@ -67,7 +68,19 @@ class PairModel(GPTModel):
         """Log-probabilities [1, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
         if self.post_process:
             self.output_layer.row = row
-        return super().forward(row.tokens, None, None, packed_seq_params=row)
+        padding = self._padding(row) if self.config.num_moe_experts else None
+        return super().forward(row.tokens, None, None, packed_seq_params=row, padding_mask=padding)
+
+    def _padding(self, row: RowOnDevice) -> Tensor:
+        """[1, T] the row's padding, for the routers; under sequence parallelism, this rank's part.
+
+        The first stage cuts it up by itself, the others do not (megatron-core 0.16.1, gpt_model.py, _preprocess).
+        """
+        assert row.padding is not None
+        if self.pre_process or not self.config.sequence_parallel:
+            return row.padding
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        return row.padding.chunk(self.config.tensor_model_parallel_size, dim=1)[rank]
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
@@ -103,11 +116,14 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
     model = PairModel(config, block_spec(shape, config, vp_stage), shape, vp_stage=vp_stage)
     _mark_tensor_parallel(model)
     _accumulate_in_place(model)
+    if config.use_cpu_initialization:
+        dispatch_without_gpu(model)
     return model if config.use_cpu_initialization else model.cuda()
 
 
 def _mark_tensor_parallel(model: PairModel) -> None:
     """Tell the gradient norm which weights are parts of a larger one, so that it does not take them for duplicates.
+    Experts count as such, whole ones too: their optimizer has a shard of each on one rank only.
 
     megatron-core 0.16.1 does so only where it initialises them itself; Transformer Engine's layers always have.
     """

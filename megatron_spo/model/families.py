@@ -1,41 +1,51 @@
 """The one table between Hugging Face and Megatron tensor names, for import, export and random weights.
 
 The families llama, mistral, qwen2 and qwen3 share Hugging Face's names; they differ in query/key norms, in the
-biases of the attention projections and in tied embeddings, which are facts of the ModelShape.
+biases of the attention projections and in tied embeddings, which are facts of the ModelShape. The mixtures of experts,
+mixtral and qwen3_moe, have names of their own for the router and for the three matrices of each expert; on disk, on the
+hub and in what transformers saves, every expert has tensors of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.model.tensors import Concatenate, Copy, GroupedQKV, PaddedVocabulary, Transform
 
 _LAYER = "model.layers.{layer}."
+_EXPERTS = {  # block of the layer; gate, up and down projection of an expert
+    "mixtral": ("block_sparse_moe.", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.", ("gate_proj", "up_proj", "down_proj")),
+}
 
 
 @dataclass(frozen=True)
 class Mapping:
     """One Megatron checkpoint key and the Hugging Face tensors it is made of.
 
-    In Megatron's sharded state dict the layers of a model are stacked on a first axis under one key, so `layer` is
-    the index on that axis, or None for tensors outside the layers. Norm weights carry the key of the linear layer
-    behind them, as in Transformer Engine's fused layers, so checkpoints of both layer specs are interchangeable.
+    In Megatron's sharded state dict the layers of a model are stacked on a first axis under one key, and the experts of
+    a layer on a second, so `at` is (layer,) or (layer, expert), or () for tensors outside the layers. Norm weights
+    carry the key of the linear layer behind them, as in Transformer Engine's fused layers, so checkpoints of both layer
+    specs are interchangeable; the one before a router stands alone in both.
     """
 
     key: str
     sources: tuple[str, ...]
     transform: Transform
-    layer: int | None = None
+    at: tuple[int, ...] = ()
 
     @property
     def is_norm(self) -> bool:
         return "norm" in self.key
 
 
-def _layer_rows(shape: ModelShape) -> Iterator[tuple[str, tuple[str, ...], Transform]]:
+Row = tuple[str, tuple[str, ...], Transform]
+"""Key and Hugging Face names with {layer} and {expert} to be filled in."""
+
+
+def _attention_rows(shape: ModelShape) -> Iterator[Row]:
     qkv = GroupedQKV(shape.heads, shape.kv_heads, shape.head_dim)
-    attention, mlp = "self_attention.", "mlp."
-    hf_attention, hf_mlp = _LAYER + "self_attn.", _LAYER + "mlp."
+    attention, hf_attention = "self_attention.", _LAYER + "self_attn."
     projections = tuple(f"{hf_attention}{p}_proj" for p in "qkv")
     yield attention + "linear_qkv.layer_norm_weight", (_LAYER + "input_layernorm.weight",), Copy()
     yield attention + "linear_qkv.weight", tuple(f"{p}.weight" for p in projections), qkv
@@ -45,19 +55,46 @@ def _layer_rows(shape: ModelShape) -> Iterator[tuple[str, tuple[str, ...], Trans
         yield attention + "q_layernorm.weight", (hf_attention + "q_norm.weight",), Copy()
         yield attention + "k_layernorm.weight", (hf_attention + "k_norm.weight",), Copy()
     yield attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), Copy()
-    yield mlp + "linear_fc1.layer_norm_weight", (_LAYER + "post_attention_layernorm.weight",), Copy()
-    gate_up = (hf_mlp + "gate_proj.weight", hf_mlp + "up_proj.weight")
-    yield mlp + "linear_fc1.weight", gate_up, Concatenate(2)
-    yield mlp + "linear_fc2.weight", (hf_mlp + "down_proj.weight",), Copy()
+
+
+def _dense_rows() -> Iterator[Row]:
+    hf = _LAYER + "mlp."
+    yield "mlp.linear_fc1.layer_norm_weight", (_LAYER + "post_attention_layernorm.weight",), Copy()
+    yield "mlp.linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), Concatenate(2)
+    yield "mlp.linear_fc2.weight", (hf + "down_proj.weight",), Copy()
+
+
+def _router_rows(shape: ModelShape) -> Iterator[Row]:
+    block, _ = _EXPERTS[shape.family]
+    yield "pre_mlp_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",), Copy()
+    yield "mlp.router.weight", (f"{_LAYER}{block}gate.weight",), Copy()
+
+
+def _expert_rows(shape: ModelShape) -> Iterator[Row]:
+    block, projections = _EXPERTS[shape.family]
+    gate, up, down = (f"{_LAYER}{block}experts.{{expert}}.{name}.weight" for name in projections)
+    yield "mlp.experts.experts.linear_fc1.weight", (gate, up), Concatenate(2)
+    yield "mlp.experts.experts.linear_fc2.weight", (down,), Copy()
+
+
+def _filled(rows: Iterable[Row], layer: int, expert: int | None = None) -> Iterator[Mapping]:
+    at = (layer,) if expert is None else (layer, expert)
+    for key, sources, transform in rows:
+        names = tuple(source.format(layer=layer, expert=expert) for source in sources)
+        yield Mapping("decoder.layers." + key, names, transform, at)
 
 
 def mappings(shape: ModelShape) -> list[Mapping]:
     """Every tensor of a model of this shape, each Hugging Face name exactly once."""
     rows = [Mapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), PaddedVocabulary(shape.vocab))]
     for layer in range(shape.layers):
-        for key, sources, transform in _layer_rows(shape):
-            names = tuple(source.format(layer=layer) for source in sources)
-            rows.append(Mapping("decoder.layers." + key, names, transform, layer))
+        rows += _filled(_attention_rows(shape), layer)
+        if shape.experts is None:
+            rows += _filled(_dense_rows(), layer)
+            continue
+        rows += _filled(_router_rows(shape), layer)
+        for expert in range(shape.experts.count):
+            rows += _filled(_expert_rows(shape), layer, expert)
     rows.append(Mapping("decoder.final_layernorm.weight", ("model.norm.weight",), Copy()))
     if not shape.tied:
         rows.append(Mapping("output_layer.weight", ("lm_head.weight",), PaddedVocabulary(shape.vocab)))

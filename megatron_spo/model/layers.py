@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.model.attention import PairAttention
+from megatron_spo.model.experts import BalancedRouter
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -30,15 +31,21 @@ def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | Non
 
     Attention's core and the norms outside the linear layers are ours in both, and the parameters have the same names in
     the sharded state dict (families.py), also the `_extra_state` of each linear layer: what Transformer Engine puts
-    there (scales of delayed fp8) Megatron's layers ignore, and theirs is empty.
+    there (scales of delayed fp8) Megatron's layers ignore, and theirs is empty. Experts are Megatron's own alone.
     """
     if config.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
         layer = spec.submodules  # the linear layers begin with the norm
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+        experts = shape.experts.count if shape.experts else None
+        spec = get_gpt_layer_local_spec(
+            num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=shape.qk_norm
+        )
         layer = spec.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+        if experts:
+            layer.mlp.submodules.router = BalancedRouter
+            layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # no linear layer to be fused into behind it
     layer.self_attention.submodules.core_attention = PairAttention
     if shape.qk_norm:
         layer.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm

@@ -70,9 +70,9 @@ def sites(shape: ModelShape, targets: Sequence[str]) -> Iterator[Site]:
     """The linear layers that hold a projection of `targets`."""
     for row in mappings(shape):
         modules = {source.split(".")[-2]: source.removesuffix(".weight") for source in row.sources}
-        if row.layer is not None and row.key.endswith(".weight") and set(modules) & set(targets):
+        if len(row.at) == 1 and row.key.endswith(".weight") and set(modules) & set(targets):
             linear = row.key.removeprefix(_LAYERS).removesuffix(".weight")
-            yield Site(row.layer, linear, modules, by_group=isinstance(row.transform, GroupedQKV))
+            yield Site(row.at[0], linear, modules, by_group=isinstance(row.transform, GroupedQKV))
 
 
 class LoraAdapter(Module):

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
-from megatron_spo.config.topology import stage_layers
+from megatron_spo.config.topology import expert_tensor, stage_layers
 from megatron_spo.runtime.device import uses_transformer_engine
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
     """Megatron's configuration of the model: the one place that makes it."""
     dtype = DTYPES[precision.dtype]
     interleaved = parallel.virtual_pipeline is not None
-    engine = uses_transformer_engine(precision)
+    engine = uses_transformer_engine(precision, experts=shape.experts is not None)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -56,6 +56,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,  # rows are as long as their pairs
         moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, even without experts
+        **_experts(shape, parallel),
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from its global key below
         transformer_impl="transformer_engine" if engine else "local",
@@ -83,11 +84,28 @@ def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
     }
 
 
+def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    """The part of Megatron's configuration that a mixture of experts adds."""
+    if shape.experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_router_topk": shape.experts.per_token,
+        "moe_ffn_hidden_size": shape.experts.ffn,
+        # the softmax over the chosen logits is that over all of them, renormalised
+        "moe_router_pre_softmax": not shape.experts.renormalised,
+        "moe_router_dtype": "fp32",  # in bf16, logits of different experts tie, and rounding would choose
+        "moe_router_load_balancing_type": "none",  # see model/experts.py
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": expert_tensor(parallel),
+    }
+
+
 def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]] | None:
     """What each pipeline stage holds, in Megatron's words."""
     if parallel.pipeline == 1:
         return None
-    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn)
+    layer = shape.hidden * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.active_ffn)
     counts = stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
     stages = [["decoder"] * count for count in counts]
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]

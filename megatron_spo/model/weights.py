@@ -22,19 +22,19 @@ from megatron_spo.model.tensors import PaddedVocabulary
 
 def _local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:
     """Each local tensor with its row of the family table and the part of the global tensor that it is."""
-    table = {(row.key, row.layer): row for row in mappings(shape)}
+    table = {(row.key, row.at): row for row in mappings(shape)}
     sharded = model.sharded_state_dict()
     apply_factories(sharded)
     for tensor in nested_values(sharded):
         if not isinstance(tensor, ShardedTensor):
             continue
         stacked = tensor.prepend_axis_num
-        layer = int(tensor.global_offset[0]) if stacked else None
+        at = tuple(int(offset) for offset in tensor.global_offset[:stacked])
         index = tuple(
             slice(int(offset), int(offset) + int(size))
             for offset, size in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
         )
-        yield table[tensor.key, layer], tensor, index
+        yield table[tensor.key, at], tensor, index
 
 
 @torch.no_grad()
@@ -50,7 +50,8 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
         stray = {n for n in weights.names() - known - ignored if not n.endswith("rotary_emb.inv_freq")}
         if stray:
             raise UserError(f"{folder} holds {min(stray)}, which a {shape.family} model of its config.json does "
-                            f"not have ({len(stray)} such tensors)")  # fmt: skip
+                            f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
+                            "transformers' save_pretrained writes it by default")  # fmt: skip
         for row, tensor, index in _local_tensors(model, shape):
             sources = [weights.slice(name) for name in row.sources]
             expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))
@@ -73,7 +74,8 @@ def fill_randomly(model: PairModel, shape: ModelShape, seed: int) -> None:
         elif row.key.endswith("bias"):
             tensor.data.zero_()
         else:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {row.key} {row.layer}".encode()))
+            where = " ".join(map(str, row.at)) or None
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {row.key} {where}".encode()))
             rows, columns = (int(size) for size in tensor.global_shape[tensor.prepend_axis_num :])
             full = torch.randn(rows, columns, generator=generator) * shape.initializer_range
             if isinstance(row.transform, PaddedVocabulary):

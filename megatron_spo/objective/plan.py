@@ -73,3 +73,8 @@ class StepPlan:
     passes: tuple[Pass, ...]
     lambda_: float
     combine: Add | Barrier | None = None
+
+    @property
+    def upper(self) -> Pass:
+        """The pass that weighs the preference loss, or the first where none does."""
+        return next((one for one in self.passes if one.preference), self.passes[0])

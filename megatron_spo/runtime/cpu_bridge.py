@@ -48,7 +48,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for the current CUDA stream: there is one order of work on a CPU."""
+    """Stands for a CUDA stream: there is one order of work on a CPU."""
 
     def wait_stream(self, other: Any) -> None:
         return None
@@ -71,6 +71,7 @@ BRIDGED = (
     Bridged("torch.cuda", "current_device", lambda: CPU, "device of buffers in p2p, optimizer, rotary embedding"),
     Bridged("torch.cuda", "synchronize", lambda *a, **k: None, "called after batched p2p and in timers"),
     Bridged("torch.cuda", "current_stream", lambda *a, **k: _NoStream(), "asked for by overlap and checkpoint code"),
+    Bridged("torch.cuda", "Stream", _NoStream, "made by the token dispatcher of a mixture of experts"),
     Bridged(
         "torch.cuda", "FloatTensor", torch.FloatTensor, "optimizer/clip_grads.py makes one-element tensors with it"
     ),

@@ -17,10 +17,10 @@ def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | No
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def uses_transformer_engine(precision: PrecisionConfig) -> bool:
-    """Whether the layers are Transformer Engine's here; `check_device` has passed."""
+def uses_transformer_engine(precision: PrecisionConfig, *, experts: bool = False) -> bool:
+    """Whether the layers are Transformer Engine's here; `check_device` has passed. Those with experts are not yet."""
     if precision.layers == "auto" and precision.fp8 is None:
-        return precision.dtype == "bf16" and torch.cuda.is_available() and _have_engine()
+        return not experts and precision.dtype == "bf16" and torch.cuda.is_available() and _have_engine()
     return precision.layers != "torch"
 
 

@@ -85,6 +85,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
+        expert_tensor_parallel_size=topology.expert_tensor,
         distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60),
     )
     torch.manual_seed(seed)

@@ -29,12 +29,12 @@ def clear(trainable: Trainable) -> None:
 
 def take(trainable: Trainable) -> Gradient:
     """A copy of this rank's shard of the gradient that the last pass left (after prepare_grads)."""
-    return [_grad(parameter).clone() for parameter in trainable.optimizer.get_parameters()]
+    return [_grad(parameter).clone() for parameter in _parameters(trainable)]
 
 
 def give(trainable: Trainable, parts: Sequence[tuple[float, Gradient]]) -> None:
     """Make the sum of coefficient * gradient the one that the optimizer will step with (after prepare_grads)."""
-    for i, parameter in enumerate(trainable.optimizer.get_parameters()):
+    for i, parameter in enumerate(_parameters(trainable)):
         total = _grad(parameter).zero_()
         for coefficient, gradient in parts:
             total.add_(gradient[i], alpha=coefficient)
@@ -43,7 +43,7 @@ def give(trainable: Trainable, parts: Sequence[tuple[float, Gradient]]) -> None:
 def dot(trainable: Trainable, a: Gradient, b: Gradient) -> float:
     """Inner product of two gradients over all ranks, each parameter counted once."""
     total = torch.zeros((), dtype=torch.float64, device=next(trainable.chunks[0].parameters()).device)
-    for parameter, left, right in zip(trainable.optimizer.get_parameters(), a, b, strict=True):
+    for parameter, left, right in zip(_parameters(trainable), a, b, strict=True):
         group = parallel_state.get_tensor_model_parallel_group()
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, group):
             total += (left.double() * right.double()).sum()
@@ -57,7 +57,7 @@ def shifted(trainable: Trainable, gradient: Gradient, step: float) -> Iterator[N
 
     Only this rank's shard of the fp32 main parameters is kept aside, not the weights.
     """
-    parameters = trainable.optimizer.get_parameters()
+    parameters = _parameters(trainable)
     kept = [parameter.detach().clone() for parameter in parameters]
     for parameter, direction in zip(parameters, gradient, strict=True):
         parameter.data.add_(direction, alpha=-step)
@@ -85,3 +85,8 @@ def _spread(trainable: Trainable) -> None:
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _parameters(trainable: Trainable) -> list[Tensor]:
+    """This rank's shards of the main parameters, experts (which have an optimizer of their own) included."""
+    return [parameter for inner in trainable.optimizer.chained_optimizers for parameter in inner.get_parameters()]

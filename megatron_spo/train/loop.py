@@ -81,8 +81,7 @@ def run(job: Job, state: TrainState) -> TrainState:
 def evaluate(job: Job, state: TrainState) -> TrainState:
     """Log the metrics of every held-out set."""
     config = job.config
-    passes = plan_step(config.spo, state.step, state.schedule).passes
-    pass_ = next((one for one in passes if one.preference), passes[0])
+    pass_ = plan_step(config.spo, state.step, state.schedule).upper
     job.progress.phase(f"evaluation after step {state.step}")
     with job.stop.timing("evaluation"):
         for data in job.evals:
@@ -208,7 +207,15 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         **_use_of_data(job, state.step, [share.batch for share in shares if share is not None]),
         "seconds": time.perf_counter() - begin,
     }
-    return TrainState(state.step + 1, schedule, statistics, state.norms.taken(metrics["grad_norm"])), metrics
+    state = replace(
+        state,
+        step=state.step + 1,
+        schedule=schedule,
+        statistics=statistics,
+        norms=state.norms.taken(metrics["grad_norm"]),
+        router_load=outcome.router_load,
+    )
+    return state, metrics
 
 
 def _falls_on(every: int, step: int) -> bool:

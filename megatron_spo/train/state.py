@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_spo.model.experts import Load
 from megatron_spo.objective.schedules import ScheduleState
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.train.anomalies import GradientNorms
@@ -27,6 +28,8 @@ class TrainState:
     evaluation_owed: bool = False
     """The run was stopped before the evaluation that belongs to this step."""
     best: Best | None = None
+    router_load: Load | None = None
+    """Of the last global batch; None before the first, and where routers are not balanced."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
@@ -37,6 +40,7 @@ class TrainState:
             "norms": asdict(self.norms),
             "evaluation_owed": self.evaluation_owed,
             "best": self.best and asdict(self.best),
+            "router_load": self.router_load,
         }
 
     @classmethod
@@ -49,4 +53,5 @@ class TrainState:
             GradientNorms(**state["norms"]),
             state["evaluation_owed"],
             state["best"] and Best(**state["best"]),
+            state["router_load"],
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_spo.config.schema import LossConfig, SpoConfig
 from megatron_spo.data.loader import Batch, Loader
 from megatron_spo.data.rows import PackedRow
+from megatron_spo.model.experts import Load, balance, balancing
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.objective.losses import TRACKED, PairLogprobs, preference_losses, rewards, statistic_values
 from megatron_spo.objective.plan import Add, Barrier, Pass, Role, StepPlan
@@ -63,17 +64,21 @@ class Share:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave: the pairs' global sums (train/metrics.py) and the named metrics of the step."""
+    """What a step gave: the pairs' global sums (train/metrics.py), the named metrics of the step, and how the routers
+    spread its tokens, where they are balanced."""
 
     sums: dict[str, float]
     metrics: dict[str, float]
+    router_load: Load | None
 
 
 class Engine:
     """Carries out passes over global batches, in any layout."""
 
-    def __init__(self, trainable: Trainable, runtime: Runtime, *, loss: LossConfig, spo: SpoConfig) -> None:
-        self._trainable, self._runtime = trainable, runtime
+    def __init__(
+        self, trainable: Trainable, runtime: Runtime, *, loss: LossConfig, spo: SpoConfig, router_aux_loss: float
+    ) -> None:
+        self._trainable, self._runtime, self._router_aux_loss = trainable, runtime, router_aux_loss
         self._losses, self._spo = loss.terms(), spo
         self._needs_reference = bool(loss.needing_reference)
         self.keeps_statistics = any(name in TRACKED for name in loss.names)
@@ -107,7 +112,8 @@ class Engine:
         for pass_ in plan.passes:
             gradients.clear(self._trainable)
             weighed = [share for share in shares if pass_.weighs(share.role)]
-            with self._weights_of(pass_, taken):
+            balanced = self._balancing(weighed, state) if pass_ is plan.upper else nullcontext()
+            with self._weights_of(pass_, taken), balanced:
                 swept = self._sweep(pass_, weighed, statistics=state.statistics, backward=True)
             self._trainable.optimizer.prepare_grads()
             if plan.combine is not None:
@@ -124,7 +130,10 @@ class Engine:
             "learning_rate": lr,
             "spo/lambda": lambda_,
         }
-        return Outcome(measured[0].sums, metrics)
+        if not self._router_aux_loss:
+            return Outcome(measured[0].sums, metrics, None)
+        load, metrics["loss/router_aux"] = balance(self._trainable.chunks, self._trainable.config.num_layers)
+        return Outcome(measured[0].sums, metrics, load)
 
     def _measure_idle(
         self, plan: StepPlan, shares: Sequence[Share], statistics: LossStatistics
@@ -139,6 +148,16 @@ class Engine:
         if pass_.shift is None:
             return nullcontext()
         return gradients.shifted(self._trainable, taken[pass_.shift.slot], pass_.shift.step)
+
+    def _balancing(self, shares: Sequence[Share], state: TrainState) -> AbstractContextManager[None]:
+        """Adds the load-balancing loss of the rows of all shares to the objective of a pass."""
+        if not self._router_aux_loss:
+            return nullcontext()
+        tokens = sum(share.batch.tokens for share in shares)
+        rows = sum(len(share.batch.rows) for share in shares)
+        # Megatron divides this loss as it does the objective: see run_rows
+        scale = self._router_aux_loss / tokens * rows * self._runtime.topology.data
+        return balancing(self._trainable.chunks, state.router_load, scale)
 
     def _combine(self, plan: StepPlan, taken: dict[str, Gradient]) -> float:
         """Give the optimizer the gradient that the plan makes of its passes; returns the weight of the SFT term."""

@@ -4,12 +4,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.config.model_shape import Experts, read_model_shape
 from megatron_spo.errors import UserError
 
 Write = Callable[..., Path]
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN_MIXTURE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXTRA = {  # what is asked for beyond a dense model's keys
+    **dict.fromkeys((LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), {}),
+    MixtralConfig: {key: value for key, value in MIXTURE.items() if key != "model_type"},
+    Qwen3MoeConfig: {key: value for key, value in QWEN_MIXTURE.items() if key != "model_type"},
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -34,6 +49,17 @@ def test_llama(write_model: Write) -> None:
     assert not shape.qkv_bias and not shape.qk_norm
 
 
+def test_experts(write_model: Write) -> None:
+    assert read_model_shape(write_model()).experts is None
+    mixtral = read_model_shape(write_model(**MIXTURE))
+    assert mixtral.experts == Experts(count=8, per_token=2, ffn=64, renormalised=True)
+    for name in ("num_experts", "num_local_experts"):  # as on the hub, and as transformers 5 writes it
+        qwen = read_model_shape(write_model(**{**QWEN_MIXTURE, "num_experts": None, name: 8}))
+        assert qwen.experts == Experts(count=8, per_token=2, ffn=16, renormalised=False)
+    assert qwen.active_ffn == 32
+    assert read_model_shape(write_model(**QWEN_MIXTURE, norm_topk_prob=True)).experts.renormalised
+
+
 def test_rope_of_both_generations(write_model: Write) -> None:
     older = read_model_shape(write_model(rope_theta=5e5, rope_scaling=LLAMA3))
     newer = read_model_shape(write_model(rope_parameters={**LLAMA3, "rope_theta": 5e5}))
@@ -43,11 +69,11 @@ def test_rope_of_both_generations(write_model: Write) -> None:
     assert oldest.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("config_class", list(EXTRA))
 def test_absent_keys_mean_what_transformers_means(write_model: Write, config_class: type[PretrainedConfig]) -> None:
     optional = ("max_position_embeddings", "rms_norm_eps")
     family = config_class.model_type
-    folder = write_model(model_type=family, **dict.fromkeys(optional), num_key_value_heads=4)
+    folder = write_model(model_type=family, **dict.fromkeys(optional), num_key_value_heads=4, **EXTRA[config_class])
     shape, theirs = read_model_shape(folder), config_class.from_pretrained(folder)
     assert shape.max_positions == theirs.max_position_embeddings
     assert shape.norm_eps == theirs.rms_norm_eps
@@ -71,7 +97,18 @@ def test_families(write_model: Write) -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not built; built are llama, mistral, qwen2, qwen3"),
+        ({**MIXTURE, "router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not built for mixtral"),
+        ({**MIXTURE, "num_local_experts": None}, "num_local_experts = None; must be a positive integer"),
+        ({**MIXTURE, "num_experts_per_tok": 9}, "num_experts_per_tok = 9 exceeds the model's 8 experts"),
+        ({**MIXTURE, "num_experts_per_tok": 1}, "num_experts_per_tok = 1 with renormalised weights is not built"),
+        ({**QWEN_MIXTURE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not built; only 1"),
+        ({**QWEN_MIXTURE, "mlp_only_layers": [0]}, "mlp_only_layers = [0] is not built for qwen3_moe"),
+        ({**QWEN_MIXTURE, "moe_intermediate_size": None}, "moe_intermediate_size = None; must be a positive integer"),
+        ({"model_type": "qwen2_moe"}, "model_type = 'qwen2_moe' is not built"),
+        (
+            {"model_type": "gpt2"},
+            "model_type = 'gpt2' is not built; built are llama, mistral, qwen2, qwen3, mixtral, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type = None"),
         ({"attention_bias": True}, "attention_bias = True is not built for llama"),
         ({"mlp_bias": True}, "mlp_bias = True"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_spo.errors import UserError
 from tests.support.megatron import example, load_model, megatron_sums, row_of, transformers_sums
 from tests.support.tiny import tiny_model
 
@@ -23,6 +24,10 @@ VARIANTS = [
     ("mistral", {"head_dim": 16}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 16}),
+    ("mixtral", {}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
+    ("qwen3_moe", {"norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3}),
+    ("qwen3_moe", {"num_experts_per_tok": 1}),
 ]
 
 
@@ -34,6 +39,17 @@ def pairs(seed: int = 0, count: int = 5):
     made.append(example(draw(2, 5), [*common, 7, 1], [*common, 8, 9, 1]))
     made.append(example(draw(2, 5), draw(2, 6)))  # no rejected answer
     return made
+
+
+def feed_forward_gradients(ours, theirs):
+    """Gradients of the same weights of a layer: what a dense layer or the experts put out, and the router."""
+    if not hasattr(theirs, "experts"):
+        return [(ours.linear_fc2.weight.grad, theirs.down_proj.weight.grad)]
+    experts = [expert.linear_fc2.weight.grad for expert in ours.experts.local_experts]
+    return [
+        *zip(experts, theirs.experts.down_proj.grad, strict=True),
+        (ours.router.weight.grad, theirs.gate.weight.grad),
+    ]
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
@@ -48,8 +64,8 @@ def test_sums_and_gradients_equal_those_of_transformers(tmp_path, family, overri
     (expected * weights).sum().backward()
     embedding = ours.embedding.word_embeddings.weight.grad[: theirs.config.vocab_size]
     torch.testing.assert_close(embedding, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-4)
-    last = theirs.model.layers[-1].mlp.down_proj.weight.grad
-    torch.testing.assert_close(ours.decoder.layers[-1].mlp.linear_fc2.weight.grad, last, rtol=1e-4, atol=1e-4)
+    for got, wanted in feed_forward_gradients(ours.decoder.layers[-1].mlp, theirs.model.layers[-1].mlp):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_equals_one_by_one(tmp_path):
@@ -59,3 +75,9 @@ def test_packed_equals_one_by_one(tmp_path):
     packed = megatron_sums(model, row_of(examples))
     single = torch.cat([megatron_sums(model, row_of([one])) for one in examples])
     torch.testing.assert_close(packed, single, rtol=1e-6, atol=1e-5)
+
+
+def test_experts_stacked_on_disk_are_refused(tmp_path):
+    tiny_model(tmp_path, "mixtral").save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(UserError, match=r"mlp.experts.down_proj, .* as transformers' save_pretrained writes it by"):
+        load_model(tmp_path)

@@ -18,6 +18,8 @@ VARIANTS = [
     ("mistral", {"head_dim": 16}),
     ("qwen2", {}),
     ("qwen3", {"tie_word_embeddings": True}),
+    ("mixtral", {}),
+    ("qwen3_moe", {"norm_topk_prob": True, "tie_word_embeddings": True}),
 ]
 
 
@@ -84,7 +86,7 @@ def test_shards_with_an_index_when_large(tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"])
 def test_every_tensor_of_the_family_is_mapped_once(tmp_path, family):
     tiny_model(tmp_path, family)
     names = [name for row in mappings(read_model_shape(tmp_path)) for name in row.sources]

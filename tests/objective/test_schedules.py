@@ -101,3 +101,11 @@ def test_barrier_asks_for_a_fall_of_g_outside_the_safe_region(gap: float | None,
     assert isinstance(plan.combine, Barrier)
     assert (plan.combine.f, plan.combine.g) == (f.slot, g.slot)
     assert plan.combine.rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_upper_pass_is_that_of_the_preference_loss(schedule: str) -> None:
+    for plan in plans(Spo(schedule=schedule), 2):
+        weighing = [one for one in plan.passes if one.preference]
+        assert plan.upper == (weighing[0] if weighing else plan.passes[0])
+        assert len(weighing) <= 1

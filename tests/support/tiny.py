@@ -12,12 +12,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES = {
@@ -25,6 +29,8 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -72,8 +78,12 @@ def tiny_model(
         "eos_token_id": 1,
         "bos_token_id": None,
     }
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         shape["head_dim"] = 8
+    if family in ("mixtral", "qwen3_moe"):
+        shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "qwen3_moe":
+        shape |= {"num_experts": shape.pop("num_local_experts"), "moe_intermediate_size": 48}
     if family == "mistral":
         shape["sliding_window"] = None
     torch.manual_seed(seed)

@@ -9,19 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_spo.cli import main
-from tests.support.processes import Ranks, cli, largest_difference
+from tests.support.processes import Ranks, cli, largest_difference, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
-KILLS = {"tp2": 15, "dp2": 15}
-STEPS = 60
+STEPS, TRAIN_KILLS, REFERENCE_KILLS = 40, 11, 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kill")
     tiny_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(300))
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(4000))
     write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(6, seed=1))
     (folder / "config.yaml").write_text(
         f"""
@@ -33,7 +32,7 @@ loss: {{name: alpha_dpo}}
 spo: {{schedule: dual}}
 optimizer: {{lr: 1e-3}}
 precision: {{dtype: bf16}}
-training: {{global_batch_size: 8, steps: {STEPS}, threads: 1, eval_every: 20}}
+training: {{global_batch_size: 8, steps: {STEPS}, threads: 1, eval_every: 10}}
 checkpoint: {{every: 2}}
 logging: {{progress: false}}
 """
@@ -41,43 +40,63 @@ logging: {{progress: false}}
     return folder
 
 
+class Disturbed:
+    """A command started again and again; each time a rank is killed after a little more work, or while it starts."""
+
+    def __init__(self, folder: Path, layout: str, command: str, given: list[str]) -> None:
+        self._folder, self._layout, self._command, self._given = folder, layout, command, given
+        self._random, self.kills = random.Random(f"{layout} {command}"), 0
+
+    def run(self, kills: int, done: Path) -> None:
+        """Kill so many times, then let it end. `done`: the run directory, or the cache."""
+        while True:
+            name = self._folder / f"{self._layout}-{self._command}-{self.kills}"
+            name.mkdir()
+            with Ranks(name, self._command, self._folder / "config.yaml", *self._given) as job:
+                if self.kills == kills:
+                    codes = job.codes()
+                    assert codes == [0, 0], f"{codes}\n{job.said(0)}\n{job.said(1)}"
+                    return
+                if self._random.random() < 0.2:
+                    time.sleep(self._random.uniform(0.5, 5.0))
+                else:
+                    enough = self._progress(done) + self._random.randint(1, 3)
+                    job.wait_for(lambda enough=enough: self._progress(done) >= enough)
+                    time.sleep(self._random.uniform(0.0, 0.2))  # within a step, a save, a write
+                victim = self._random.randrange(2)
+                assert job.processes[victim].poll() is None, f"it ended before kill {self.kills}\n{job.said(victim)}"
+                job.processes[victim].kill()
+                self.kills += 1
+
+    def _progress(self, done: Path) -> int:
+        if self._command == "train":
+            return steps_done(done)
+        return len(list(done.glob("train-*/parts/*.part")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_kills_change_nothing(folder: Path, layout: str, record_property) -> None:  # type: ignore[no-untyped-def]
-    """A third of the kills meets the reference pass, the others the training, from its start-up to its last save."""
-    rng = random.Random(layout)
-    caches = {name: f"reference.cache={folder}/cache-{layout}-{name}" for name in ("whole", "killed")}
-    given = {name: [cache, f"output={folder}/{layout}-{name}", *LAYOUTS[layout]] for name, cache in caches.items()}
-    seconds = {}
+    cache = {name: folder / f"cache-{layout}-{name}" for name in ("whole", "killed")}
+    output = {name: folder / f"{layout}-{name}" for name in cache}
+    given = {
+        name: [f"reference.cache={cache[name]}", f"output={output[name]}", *LAYOUTS[layout]] for name in cache
+    }  # fmt: skip
     for command in ("reference", "train"):
-        begin = time.monotonic()
         assert cli(command, str(folder / "config.yaml"), *given["whole"], processes=2).returncode == 0
-        seconds[command] = time.monotonic() - begin
-    killed = 0
-    for command in ("reference", "train"):
-        wanted = KILLS[layout] // 3 if command == "reference" else KILLS[layout] - KILLS[layout] // 3
-        for attempt in range(10 * wanted):
-            name = f"{layout}-{command}-{attempt}"
-            (folder / name).mkdir()
-            with Ranks(folder / name, command, folder / "config.yaml", *given["killed"]) as job:
-                if wanted:
-                    time.sleep(rng.uniform(0.3, 0.9) * seconds[command])
-                    victim = rng.randrange(2)
-                    if job.processes[victim].poll() is None:
-                        job.processes[victim].kill()
-                        killed, wanted = killed + 1, wanted - 1
-                        continue
-                codes = job.codes()
-                assert codes == [0, 0], f"{codes}\n{job.said(0)}\n{job.said(1)}"
-            if not wanted:
-                break
-        assert wanted == 0
-    record_property("kills", killed)
-    assert killed == KILLS[layout]
-    assert largest_difference(folder / f"{layout}-killed", folder / f"{layout}-whole")[0] == 0.0
+    kills = 0
+    for command, wanted, done in (
+        ("reference", REFERENCE_KILLS, cache["killed"]),
+        ("train", TRAIN_KILLS, output["killed"]),
+    ):
+        disturbed = Disturbed(folder, layout, command, given["killed"])
+        disturbed.run(wanted, done)
+        kills += disturbed.kills
+    record_property("kills", kills)
+    assert largest_difference(output["killed"], output["whole"])[0] == 0.0
     weights = []
-    for name in ("whole", "killed"):
+    for name in output:
         target = folder / f"hf-{layout}-{name}"
-        assert main(["convert", str(folder / f"{layout}-{name}"), str(target), "--to", "hf"]) == 0
+        assert main(["convert", str(output[name]), str(target), "--to", "hf"]) == 0
         weights.append(load_file(target / "model.safetensors"))
     assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())

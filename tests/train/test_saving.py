@@ -202,13 +202,14 @@ def test_an_output_that_cannot_be_made_is_named(folder: Path, tmp_path: Path, ca
 
 
 def test_the_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
-    """The learning rate is so large that the held-out loss is at its best early."""
-    overrides = ["optimizer.lr=0.02", "training.eval_every=1", "checkpoint.every=0", "checkpoint.best=loss/sft"]
+    """The learning rate is so large that the held-out loss is at its best before the end."""
+    overrides = ["optimizer.lr=0.2", "training.eval_every=1", "checkpoint.every=0", "checkpoint.best=loss/sft"]
     run = tmp_path / "run"
     assert train(folder, run, *overrides, "training.steps=3") == 0
     assert train(folder, run, *overrides) == 0  # the best so far is part of the checkpoint
     losses = {key[2]: line["loss/sft"] for key, line in read_metrics(run).items() if key[0] == "eval"}
     best = min(losses, key=losses.__getitem__)
+    assert best not in (5, 6)  # two newest are kept anyway
     assert (run / "checkpoints/best").read_text() == f"step_{best:08d}"
     assert (run / f"checkpoints/step_{best:08d}/trainer.json").exists()
     assert main(["convert", str(run / "checkpoints/best"), str(tmp_path / "hf"), "--to", "hf"]) == 0

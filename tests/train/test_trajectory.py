@@ -1,4 +1,4 @@
-"""Five steps of `train` against a plain transformers + AdamW loop: every metric, three families, three losses."""
+"""Five steps of `train` against a plain transformers + AdamW loop: every metric, all families, three losses."""
 
 from pathlib import Path
 
@@ -35,6 +35,8 @@ ON_FAMILY = {
     "qwen2": ["dpo-relative", "simpo-token", "ipo"],
     "qwen3": ["dpo-token", "simpo-relative", "ipo-token"],
     "mistral": ["dpo-relative"],
+    "mixtral": ["dpo-relative"],
+    "qwen3_moe": ["simpo-token"],
 }
 
 
@@ -51,11 +53,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs: list[Job] = []
     for family, names in ON_FAMILY.items():
         tiny_model(folder / family, family, tie_word_embeddings=family == "qwen2")
+        router = ", freeze_router: false" if family in ("mixtral", "qwen3_moe") else ""
         config = folder / f"{family}.yaml"
         config.write_text(
             f"""
 output: {folder}/unset
-model: {{path: {folder}/{family}}}
+model: {{path: {folder}/{family}{router}}}
 data: {{train: {folder}/pairs.jsonl, max_length: 64, row_length: 100, shuffle: false}}
 reference: {{cache: {folder}/cache}}
 optimizer: {{lr: 1e-3, clip_grad: 1.0}}

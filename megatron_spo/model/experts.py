@@ -1,0 +1,125 @@
+"""The mixture of experts: routers that can be balanced over the global batch, and dispatch without a GPU.
+
+Load balancing. The loss of a layer is E * sum_i f_i * P_i over its E experts: f_i the share of all assignments that
+expert i gets, P_i the mean of the router's softmax; 1 where the load is even (Switch Transformer, arXiv 2101.03961). f
+counts and has no gradient. Megatron and transformers take both from one micro-batch, so that the loss depends on which
+pairs share a row. Here P is the mean over the tokens of the global batch, whose number is known beforehand, and f that
+of the previous global batch: the gradient is then a sum over tokens, the same in every layout, micro-batch and packing,
+and no router waits for another. Padding takes no part.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+
+Load = list[list[float]]
+"""[layers][E] share of a layer's assignments that each expert gets."""
+
+
+class BalancedRouter(TopKRouter):
+    """Megatron's router; within `balancing` with the gradient of the load-balancing loss."""
+
+    pull: Tensor | None = None
+    """[E] derivative of the loss by a token's probability of each expert."""
+    seen: Tensor
+    """fp64 [2, E]: tokens that went to each expert, and the sum of their probabilities."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [T, 1, E] in fp32.
+
+        Megatron's own needs Transformer Engine (megatron-core 0.16.1, moe_utils.py: te_general_gemm is not defined
+        without it).
+        """
+        return F.linear(input.float(), self.weight.float())
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and bool map [T, E] of the experts that each token goes to."""
+        logits = logits.view(-1, self.num_experts)
+        weights, chosen = topk_routing_with_score_function(
+            logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
+        )
+        if self.pull is None or not torch.is_grad_enabled():  # a layer to be recomputed passes here once without
+            return weights, chosen
+        assert padding_mask is not None
+        real = ~padding_mask.reshape(-1, 1)
+        probabilities = logits.softmax(-1) * real
+        self.seen += torch.stack([(chosen & real).sum(0), probabilities.detach().sum(0, dtype=torch.float64)])
+        return MoEAuxLossAutoScaler.apply(weights, (probabilities @ self.pull).sum()), chosen
+
+
+def _routers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, BalancedRouter]]:
+    """This rank's routers with the index of their layer in the model."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, BalancedRouter):
+                assert module.layer_number is not None
+                yield module.layer_number - 1, module
+
+
+def freeze_routers(chunks: Sequence[torch.nn.Module]) -> None:
+    """Leave the routers' weights out of training; must come before the optimizer is made."""
+    for _, router in _routers(chunks):
+        router.weight.requires_grad_(False)
+
+
+@contextmanager
+def balancing(chunks: Sequence[torch.nn.Module], load: Load | None, scale: float) -> Iterator[None]:
+    """Within the context, gradients hold that of each layer's load-balancing loss times `scale` as well.
+
+    Args:
+        load: the f of each layer; None before the first batch, which gets no gradient, as if the load were even.
+        scale: of a token, all that the loss is multiplied by.
+    """
+    for layer, router in _routers(chunks):
+        count, device = router.num_experts, router.weight.device
+        shares = [0.0] * count if load is None else load[layer]
+        router.pull = torch.tensor(shares, device=device) * (scale * count)
+        router.seen = torch.zeros(2, count, dtype=torch.float64, device=device)
+    try:
+        yield
+    finally:
+        for _, router in _routers(chunks):
+            router.pull = None
+
+
+def balance(chunks: Sequence[torch.nn.Module], layers: int) -> tuple[Load, float]:
+    """The load of the rows that came by within the last `balancing`, of all ranks, and their load-balancing loss, the
+    mean over the layers. Every rank must call it."""
+    routers = dict(_routers(chunks))
+    sample = next(iter(routers.values())).seen
+    totals = sample.new_zeros(2, layers, sample.shape[1])
+    for layer, router in routers.items():
+        totals[:, layer] = router.seen
+    dist.all_reduce(totals)  # no two ranks have seen the same token in the same layer
+    shares, means = (total / total.sum(-1, keepdim=True) for total in totals.cpu())
+    loss = (shares * means).sum(-1).mean() * shares.shape[-1]
+    return [[float(share) for share in row] for row in shares], float(loss)
+
+
+class _DispatchWithoutGpu(MoEAlltoAllTokenDispatcher):
+    """Takes over the split sizes of the exchange as numbers; Megatron does so for CUDA tensors only (megatron-core
+    0.16.1, moe_utils.py, maybe_move_tensor_to_cpu)."""
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                sizes = getattr(self, name)
+                if isinstance(sizes, Tensor):
+                    setattr(self, name, sizes.numpy())
+        return tokens_per_expert
+
+
+def dispatch_without_gpu(model: torch.nn.Module) -> None:
+    """Make the token dispatchers of a built model work on CPU tensors."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.token_dispatcher.__class__ = _DispatchWithoutGpu

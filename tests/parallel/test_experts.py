@@ -1,0 +1,126 @@
+"""A mixture of experts: every layout gives the numbers of one process, and a run may go on in another layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_spo.convert.export import to_hf
+from tests.support.processes import largest_difference, run_jobs
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+SP = ["parallel.tensor=2", "parallel.sequence=true"]
+EP = ["parallel.expert=2"]
+LAYOUTS = {
+    "ep2": (2, EP),
+    "ep2-overlap-recompute": (2, [*EP, "parallel.overlap=true", "parallel.recompute=full", "data.row_length=96"]),
+    "ep2-cp2": (2, [*EP, "parallel.context=2"]),
+    "ep2-tp2-sp": (2, [*EP, *SP]),
+    "tp2-sp": (2, SP),
+    "pp2-vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "ep4-dp4": (4, ["parallel.expert=4"]),
+    "ep2-tp2-sp-pp2": (4, [*EP, *SP, "parallel.pipeline=2"]),
+    "ep2-tp2-sp-dp2": (4, [*EP, *SP]),
+}
+AUX = ["model.freeze_router=false", "model.router_aux_loss=0.5"]
+MIXTRAL = ["model.path={folder}/mixtral", "reference.cache={folder}/mixtral-cache"]
+OBJECTIVES = {
+    "dpo-penalty": ["loss.name=dpo", "model.freeze_router=false"],
+    "frozen-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
+    "aux-mixtral": ["loss.name=dpo", *AUX, *MIXTRAL],
+    "aux-barrier": ["loss.name=dpo", "spo.schedule=barrier", "spo.barrier_rate=40", *AUX],
+    "aux-lookahead": ["loss.name=simpo", "spo.schedule=lookahead", "spo.lookahead_lr=0.05", *AUX, *MIXTRAL],
+    "aux-sft-set": ["loss.name=simpo", "spo.sft_data={folder}/sft.jsonl", "reference.cache=null", *AUX],
+    "aux-one-pair": ["loss.name=dpo", "training.global_batch_size=1", *AUX],  # at DP2 one rank has padding alone
+    "random-sft": ["spo.schedule=sft", "model.init=random", "reference.cache=null"],
+}
+ON_LAYOUT = {
+    "ep2": ["dpo-penalty", "aux-barrier", "aux-one-pair", "random-sft"],
+    "ep2-overlap-recompute": ["aux-mixtral"],
+    "ep2-cp2": ["aux-sft-set"],
+    "ep2-tp2-sp": ["aux-barrier", "aux-lookahead"],
+    "tp2-sp": ["aux-barrier", "random-sft"],
+    "pp2-vpp2": ["aux-mixtral"],
+    "ep4-dp4": ["dpo-penalty"],
+    "ep2-tp2-sp-pp2": ["aux-mixtral"],
+    "ep2-tp2-sp-dp2": ["aux-barrier"],
+}
+MOVED = ["aux-mixtral", "frozen-dual"]
+"""Objectives of runs that take their steps in layouts after one another: EP2, then one process, then EP2 PP2."""
+MOVES = {2: EP, 1: [], 4: [*EP, "parallel.pipeline=2"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    tiny_model(folder / "model", "qwen3_moe")
+    tiny_model(folder / "mixtral", "mixtral")
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
+    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in arithmetic_pairs(30, seed=2)]
+    write_jsonl(folder / "sft.jsonl", sft)
+    config = folder / "config.yaml"
+    config.write_text(
+        f"""
+output: {folder}/unset
+model: {{path: {folder}/model}}
+data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 48}}
+reference: {{cache: {folder}/cache}}
+optimizer: {{lr: 1e-3, weight_decay: 0.01}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 8, steps: 3, eval_every: 1}}
+logging: {{progress: false}}
+"""
+    )
+
+    def filled(overrides: list[str]) -> list[str]:
+        return [override.format(folder=folder) for override in overrides]
+
+    def train(name: str, objective: str, *more: str) -> tuple[str, str, list[str]]:
+        return "train", str(config), [f"output={folder}/{name}/{objective}", *filled(OBJECTIVES[objective]), *more]
+
+    for steps, processes in enumerate((2, 1, 4), 1):  # the cache is made at EP2, by ranks of which one has no chunk
+        layouts = {name: layout for name, (count, layout) in LAYOUTS.items() if count == processes} or {"one": []}
+        jobs = [
+            train(name, objective, *layout)
+            for name, layout in layouts.items()
+            for objective in ON_LAYOUT.get(name, list(OBJECTIVES))
+        ]
+        jobs += [train("moved", objective, *MOVES[processes], f"training.steps={steps}") for objective in MOVED]
+        if processes == 2:
+            jobs[:0] = [("reference", str(config), [*EP, *filled(more)]) for more in ([], MIXTRAL)]
+        run_jobs(jobs, processes)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "objective"), [(n, o) for n, wanted in ON_LAYOUT.items() for o in wanted])
+def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> None:
+    difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
+    assert difference < 1e-4, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", MOVED)
+def test_moved_run_equals_an_uninterrupted_one(runs: Path, objective: str) -> None:
+    difference, where = largest_difference(runs / "moved" / objective, runs / "one" / objective)
+    assert difference < 1e-4, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "moved"])
+def test_frozen_routers_stay_and_experts_move(runs: Path, layout: str, tmp_path: Path) -> None:
+    to_hf(runs / layout / "frozen-dual", tmp_path / "hf")
+    before, after = load_file(runs / "model/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    routers = [name for name in before if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 4
+    assert all(torch.equal(before[name], after[name]) for name in routers)
+    assert not any(torch.equal(before[name], after[name]) for name in before.keys() - set(routers))
+
+
+@pytest.mark.slow
+def test_trained_routers_move(runs: Path, tmp_path: Path) -> None:
+    to_hf(runs / "ep2/dpo-penalty", tmp_path / "hf")
+    before, after = load_file(runs / "model/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
