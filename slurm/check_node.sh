@@ -15,6 +15,9 @@ wrong() {
     echo "error: node $SLURMD_NODENAME: $*"
     code=2
 }
+last_words() { # the last line, without where in this script it came from
+    tail -n1 | sed 's/.*: line [0-9]*: //'
+}
 space() { # in GB, of the disk that holds this path
     df -Pk "$1" | awk 'NR == 2 {print int($4 / 1048576)}'
 }
@@ -32,12 +35,12 @@ done
 (($(space "${TMPDIR:-/tmp}") >= 1)) || wrong "less than 1 GB is free in ${TMPDIR:-/tmp}"
 if ((gpus > 0)); then
     if ! listed=$(nvidia-smi --list-gpus 2>&1); then
-        wrong "no GPU answers (nvidia-smi: $(head -n1 <<<"$listed")); SPO_DEVICE=cpu runs without"
+        wrong "no GPU answers ($(last_words <<<"$listed")); SPO_DEVICE=cpu runs without"
     elif (($(grep -c '^GPU' <<<"$listed") < gpus)); then
         wrong "$(grep -c '^GPU' <<<"$listed") GPUs answer, not $gpus; sbatch --exclude=$SLURMD_NODENAME does without it"
     fi
 fi
 if ! said=$("${SPO_PYTHON:-python3}" -m megatron_spo --version 2>&1); then
-    wrong "${SPO_PYTHON:-python3} -m megatron_spo does not start: $(tail -n1 <<<"$said")"
+    wrong "${SPO_PYTHON:-python3} -m megatron_spo does not start: $(last_words <<<"$said")"
 fi
 exit $code

@@ -83,11 +83,11 @@ say_how_to_start() {
     PYTHONUNBUFFERED=1
     export MASTER_ADDR MASTER_PORT PYTHONPATH PYTHONUNBUFFERED SPO_PYTHON
     set_nccl
+    export SLURM_WAIT=${SLURM_WAIT:-60} # seconds after the first rank's end in which srun waits for one whose node has vanished
     srun_options=(
         --relative=0 --distribution=block # rank 0 on the first node, the ranks of a node side by side: tensor parallel over NVLink
         --cpu-bind=none                   # one task would get one core; its loader and saver need more
         --kill-on-bad-exit=0              # the ranks tell each other who is lost and write status.json, then they all end
-        --wait=60                         # and where a node took its ranks along unheard, the step ends all the same
         --label
     )
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun no longer inherits it (22.05)

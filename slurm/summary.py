@@ -26,7 +26,8 @@ def row(folder: Path, overrides: str) -> list[str]:
     last = known.last(known.eval_sets[0] if known.eval_sets else None)
     values = [f"{last[name]:.4f}" if last.get(name) is not None else "-" for name in METRICS]
     why = "" if known.state == "done" else f"   <- {status.get('reason', '')}"
-    return [folder.name, known.state, str(status["step"]), *values, overrides + why]
+    steps = known.last(None)["step"]  # status.json has that of the newest checkpoint
+    return [folder.name, known.state, str(steps), *values, overrides + why]
 
 
 def table(study: Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -37,7 +38,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 GresTypes=gpu
-KillWait=10
+KillWait=5
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=96 RealMemory=1000 Gres=gpu:8
@@ -47,6 +48,18 @@ NodeName=n4 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[4]} CPUs=96 RealM
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP
 """
 """`cred_expire`: seconds that a requeued job waits. What is short here is minutes by default."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below those that the kernel gives to anybody who asks for one."""
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            one = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                one.bind(("", random.SystemRandom().randrange(12000, 20000)))
+                ports.append(one.getsockname()[1])
+    return ports
 
 
 def missing() -> str | None:
@@ -74,11 +87,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         self.hidden.mkdir(parents=True)
         (self.folder / "state").mkdir()
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(5)]
-            for one in sockets:
-                one.bind(("", 0))
-            ports = [one.getsockname()[1] for one in sockets]
+        ports = free_ports(5)
         values = {"folder": self.folder, "host": socket.gethostname().partition(".")[0], "user": getpass.getuser()}
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(ports=ports, **values))
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={self.folder}/gpu[0-7]\n")
@@ -120,6 +129,7 @@ class Cluster:
 
     def _start(self, *command: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
+            command = ("setpriv", "--pdeathsig=KILL", *command)  # even if the tests are killed
             self._daemons.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
