@@ -42,6 +42,7 @@ lint: venv
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then echo "== shellcheck"; shellcheck -x slurm/*.sh tools/*.sh tools/bench/*.sh .ci/run; fi
 
 bench: venv
 	@$(BIN)/python tools/bench/run.py

@@ -2,7 +2,7 @@
 # Runs every test that needs a GPU and prints what each found: [PYTHON=python3] gpu_check.sh [pytest arguments]
 # Exit code: 0 all ran and passed; 1 some failed or skipped themselves; 2 no NVIDIA GPU here.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=python3

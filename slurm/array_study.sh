@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# A sweep: one full run for each line of a file, as a job array, each on one node; a table of all runs afterwards.
+#   SPO_CONFIG=my.yaml SPO_OUT=/shared/study SPO_STUDY=lines.txt bash slurm/array_study.sh [sbatch options]
+# on the login node, from the repository's root. A line holds overrides as `train` takes them, such as
+#   loss.name=simpo spo.lambda=0.5
+# Empty lines and those that begin with # do not count. Three jobs are submitted, each with the options given: the
+# reference pass, which all runs share (a run whose line alters model or data names a reference.cache of its own); the
+# array, whose task N writes SPO_OUT/N, SPO_AT_ONCE of them at a time (default: all); the table SPO_OUT/summary.txt.
+#SBATCH --job-name=spo-study
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+# shellcheck source=slurm/lib.sh
+source "$home/slurm/lib.sh" || { echo "error: run it from the repository's root, or name it in SPO_HOME" >&2 && exit 2; }
+
+submit() {
+    local reference array summary after=()
+    [[ -z ${SLURM_JOB_ID:-} ]] || die 2 "run it with bash on the login node: it submits the jobs itself"
+    check_variables
+    ((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides"
+    mkdir -p "$SPO_OUT"
+    printf '%s\n' "${lines[@]}" >"$SPO_OUT/study.txt" # task N must find line N, whatever becomes of the file
+    export SPO_STUDY=$SPO_OUT/study.txt
+    if wants_reference; then
+        reference=$(SPO_STUDY_PART=reference sbatch --parsable "$@" "$0")
+        after=(--dependency="afterok:$reference" --kill-on-invalid-dep=yes)
+        echo "reference pass: job $reference"
+    fi
+    array=$(SPO_STUDY_PART=task sbatch --parsable "${after[@]}" --array="1-${#lines[@]}${SPO_AT_ONCE:+%$SPO_AT_ONCE}" "$@" "$0")
+    summary=$(SPO_STUDY_PART=summary sbatch --parsable --dependency="afterany:$array" "$@" "$0")
+    echo "${#lines[@]} runs: job array $array"
+    echo "table: job $summary, $SPO_OUT/summary.txt"
+}
+wants_reference() {
+    [[ " ${SPO_STEPS:=$ALL_STEPS} " == *" reference "* ]]
+}
+
+[[ -r ${SPO_STUDY:-} ]] || die 2 "SPO_STUDY=${SPO_STUDY:-} must name a file with one line of overrides for each run"
+mapfile -t lines < <(grep -Ev '^[[:space:]]*(#|$)' "$SPO_STUDY")
+: "${SPO_LAYOUT=parallel.tensor=4 parallel.sequence=true}"
+study=${SPO_OUT:-}
+case ${SPO_STUDY_PART:-submit} in
+    submit) submit "$@" ;;
+    reference)
+        SPO_CACHE=$study/reference SPO_OUT=$study/shared SPO_STEPS=reference
+        begin 10
+        run_steps
+        ;;
+    task)
+        line=${lines[SLURM_ARRAY_TASK_ID - 1]}
+        SPO_OUT=$study/$SLURM_ARRAY_TASK_ID SPO_OVERRIDES="${SPO_OVERRIDES:-} $line"
+        if wants_reference && [[ $line != *reference.cache=* ]]; then # filled by the first job
+            SPO_CACHE=$study/reference SPO_STEPS=${SPO_STEPS/reference/}
+        fi
+        begin 400
+        run_steps
+        ;;
+    summary)
+        SPO_OUT=$study/shared
+        begin 1
+        launch 1 1 "$SPO_OUT/logs/summary.log" "$SPO_PYTHON" "$home/slurm/summary.py" "$study" ||
+            die $? "no table: $(tail -n1 "$SPO_OUT/logs/summary.log")"
+        cat "$study/summary.txt"
+        ;;
+esac
