@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
 from megatron_spo.convert.forms import FORMS
-from megatron_spo.convert.source import Model, open_model, same
+from megatron_spo.convert.source import Model, check_sums, open_model, same
 from megatron_spo.convert.work import Job, write_shards
 from megatron_spo.errors import UserError
 from megatron_spo.model import hf_files
@@ -26,7 +26,8 @@ def convert(source: Path, target: Path, to: str, *, verify: bool = False, worker
         source: Hugging Face folder, Megatron model folder, NeMo 2 checkpoint, run directory, or one checkpoint of it.
         target: folder to write.
         to: "hf", "megatron", "nemo", or "peft" for the adapters of a run.
-        verify: read what was written and compare every tensor with the source, bit for bit.
+        verify: read what was written and compare every tensor with the source, bit for bit; compare the checksums of a
+            Hugging Face source, too, where its index has some.
         workers: processes that write.
 
     Returns:
@@ -42,6 +43,8 @@ def convert(source: Path, target: Path, to: str, *, verify: bool = False, worker
         to_peft(source, target)
         return []
     model = open_model(source)
+    if verify and model.kind == "hf":
+        check_sums(source)
     if model.kind == to:
         raise UserError(f"{source} is in the format {to!r} already; choose another --to, or copy the folder")
     job = Job(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
@@ -111,6 +114,8 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 def _verify(model: Model, written: Path) -> None:
     again = open_model(written)
+    if again.kind == "hf":
+        check_sums(written)
     if again.tensors.keys() != model.tensors.keys():
         raise UserError(f"{written} holds other tensors than its source; remove it and convert again")
     for name, tensor in model.tensors.items():

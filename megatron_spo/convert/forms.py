@@ -2,6 +2,7 @@
 
 from megatron_spo.convert.form import Form
 from megatron_spo.convert.hf_form import HuggingFace
+from megatron_spo.convert.nemo_form import Nemo
 from megatron_spo.convert.torch_dist import TorchDist
 
-FORMS: dict[str, Form] = {"hf": HuggingFace(), "megatron": TorchDist()}
+FORMS: dict[str, Form] = {"hf": HuggingFace(), "megatron": TorchDist(), "nemo": Nemo()}

@@ -59,7 +59,7 @@ def open_model(source: Path, *, check: bool = True) -> Model:
     if nemo.is_checkpoint(source):
         return _open_nemo(source)
     if (source / CONFIG).is_file() and not (source / SEAL).exists():
-        return _open_hf(source, check)
+        return _open_hf(source)
     checkpoint = _open_sealed(locate(source), check)
     return _open_run(checkpoint, check) if "config" in checkpoint.record else _open_megatron(checkpoint)
 
@@ -73,14 +73,12 @@ def _open_sealed(folder: Path, check: bool) -> Checkpoint:
         raise UserError(f"{error}; name another checkpoint") from error
 
 
-def _open_hf(folder: Path, check: bool) -> Model:
+def _open_hf(folder: Path) -> Model:
     shape, every = read_model_shape(folder), read_tensors(folder)
     needless = left_out(every, shape, folder)
     if "lm_head.weight" in needless:
         _check_tied(folder, every)
     files = tuple(shard_files(folder))
-    if check:
-        _check_sums(folder)
     tensors = {}
     for row in mappings(shape):
         expected = row.transform.shapes(full_shape(row, shape, shape.vocab))
@@ -101,8 +99,12 @@ def _check_tied(folder: Path, tensors: Mapping[str, Lazy]) -> None:
                         "(tie_word_embeddings); set that to false, or remove the tensor")  # fmt: skip
 
 
-def _check_sums(folder: Path) -> None:
-    """Compare the checksums that `convert` leaves in the index."""
+def check_sums(folder: Path) -> None:
+    """Compare the checksums that `convert` leaves in the index of a Hugging Face folder.
+
+    Raises:
+        UserError
+    """
     index = folder / INDEX
     sums = json.loads(index.read_text())["metadata"].get("xxh3_128", {}) if index.exists() else {}
     for name, expected in sums.items():
@@ -180,7 +182,7 @@ def _open_run(checkpoint: Checkpoint, check: bool) -> Model:
 
         if check:
             adapters.check_origin(checkpoint, origin, shape)
-        base = _open_hf(origin, check=False)
+        base = _open_hf(origin)
         tensors = adapters.merged_tensors(base.tensors, stored, shape, lora)
         files, notes = files + base.files, base.notes
     else:

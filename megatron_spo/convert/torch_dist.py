@@ -29,7 +29,7 @@ from megatron_spo.model import checkpoint_files
 from megatron_spo.model.families import Mapping, full_shape, mappings, padded_vocabulary
 from megatron_spo.model.hf_files import copy_side_files
 
-CHUNK_BYTES = 2**27
+CHUNK_BYTES = 2**26
 """A tensor is stored in boxes of about this size at most, since torch.save needs one whole."""
 _ENGINE_LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 """For these, Transformer Engine's layers look for an entry of their state, which has no content outside of fp8."""
