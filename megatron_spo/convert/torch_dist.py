@@ -31,6 +31,8 @@ from megatron_spo.model.hf_files import copy_side_files
 
 CHUNK_BYTES = 2**26
 """A tensor is stored in boxes of about this size at most, since torch.save needs one whole."""
+FILE_BYTES = 2**30
+"""Of a torch_dist file at most: small enough to share out among processes, and to write again after a kill."""
 _ENGINE_LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 """For these, Transformer Engine's layers look for an entry of their state, which has no content outside of fp8."""
 
@@ -64,7 +66,7 @@ class TorchDist:
     def shards(self, model: Model, limit: int) -> list[Shard]:
         boxes = [box for row in mappings(model.shape) for box in self._boxes(row, model)]
         _check_dtypes(boxes)
-        groups = filled(((box, box.nbytes) for box in boxes), limit)
+        groups = filled(((box, box.nbytes) for box in boxes), min(limit, FILE_BYTES))
         return [Shard(str(Path(self.weights, f"__{i}_0.distcp")), *group) for i, group in enumerate(groups)]
 
     def write(self, path: Path, items: list[_Box]) -> Record:

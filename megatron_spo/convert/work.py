@@ -1,5 +1,6 @@
 """Write the files of a conversion: by several processes, and only those that an earlier attempt has not finished."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -127,9 +128,11 @@ def _outcome(process: BaseProcess, pipe: Connection) -> None:
 
 
 def _worker(job: Job, todo: Sequence[int], pipe: Connection) -> None:
+    outcome: Exception | None = None
     try:
         torch.set_num_threads(1)
         _write_some(job, FORMS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo)
-        pipe.send(None)
     except Exception as error:
-        pipe.send(error)
+        outcome = error
+    with contextlib.suppress(BrokenPipeError):  # where the process that waits for this one has been killed
+        pipe.send(outcome)

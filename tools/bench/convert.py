@@ -32,6 +32,7 @@ from megatron_spo.convert.export import convert
 from megatron_spo.convert.hf_form import HuggingFace
 from megatron_spo.convert.lazy import Lazy
 from megatron_spo.convert.source import Model
+from megatron_spo.model import hf_files
 from megatron_spo.model.families import full_shape, mappings
 
 NOISE = torch.randint(-(2**15), 2**15, (2**22,), dtype=torch.int16).view(torch.bfloat16)
@@ -115,7 +116,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def convert_with(source: Path, target: Path, to: str, workers: int) -> None:
-    """A conversion with its workers as a plain argument."""
+    """A conversion into files of at most half a GiB, so that there are some for every worker."""
+    hf_files.SHARD_BYTES = 2**29
     convert(source, target, to, workers=workers)
 
 
