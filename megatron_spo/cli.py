@@ -97,9 +97,13 @@ def _parser(*, with_keys: bool) -> argparse.ArgumentParser:
 
 def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     convert = add("convert", _convert, "convert a checkpoint or a model")
-    convert.add_argument("source", metavar="SRC", type=Path, help="run directory, or a checkpoint in it")
-    convert.add_argument("target", metavar="DST", type=Path, help="folder to write")
-    convert.add_argument("--to", choices=["hf", "peft"], required=True, help="a model, or its adapters alone")
+    convert.add_argument("source", metavar="SRC", type=Path, help="model folder (Hugging Face, Megatron, NeMo 2), run "
+                         "directory, or a checkpoint in it")  # fmt: skip
+    convert.add_argument("target", metavar="DST", type=Path, help="folder to write; a second call goes on")
+    convert.add_argument("--to", choices=["hf", "megatron", "nemo", "peft"], required=True, help="a model, or the "
+                         "adapters of a run alone (peft)")  # fmt: skip
+    convert.add_argument("--verify", action="store_true", help="read it again and compare every tensor")
+    convert.add_argument("--workers", type=int, default=1, help="processes that write [%(default)s]")
 
     generate = add("generate", _generate, "write a model's answers to the prompts of a file")
     generate.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
@@ -143,9 +147,10 @@ def _reference(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from megatron_spo.convert.export import to_hf, to_peft
+    from megatron_spo.convert.export import convert
 
-    {"hf": to_hf, "peft": to_peft}[options.to](options.source, options.target)
+    notes = convert(options.source, options.target, options.to, verify=options.verify, workers=options.workers)
+    print("\n".join(notes))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,39 +1,70 @@
 """Adapters from a checkpoint: merged into the model they were trained on, or as PEFT keeps them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
+from megatron_spo.convert.lazy import Lazy
 from megatron_spo.convert.stored import StoredTensors
+from megatron_spo.errors import UserError
 from megatron_spo.model.checkpoint_files import Checkpoint
-from megatron_spo.model.families import mappings
-from megatron_spo.model.hf_files import HFWeights, file_digest, shard_files, weights_digest
+from megatron_spo.model.hf_files import file_digest, shard_files, weights_digest
 from megatron_spo.model.lora import check_base, sites
+from megatron_spo.model.tensors import Shape
+
+
+@dataclass(frozen=True)
+class _Merged(Lazy):
+    """W + scale * B A in fp32, then in the format of W."""
+
+    weight: Lazy
+    a: Lazy
+    b: Lazy
+    scale: float
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.weight.dtype
+
+    def fill(self, start: int, out: Tensor) -> None:
+        self.weight.fill(start, out)
+        a, b = self.a.rows(0, self.a.shape[0]), self.b.rows(start, start + len(out))
+        out.copy_(out.float() + self.scale * (b.float() @ a.float()))
 
 
 def merged_tensors(
-    checkpoint: Checkpoint, origin: Path, shape: ModelShape, lora: LoraConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the model: W + alpha / r * B A in fp32, then in the format of W; one at a time.
+    model: Mapping[str, Lazy], stored: StoredTensors, shape: ModelShape, lora: LoraConfig
+) -> dict[str, Lazy]:
+    """Every Hugging Face tensor of a model, the adapters in `stored` merged into it.
 
     Raises:
-        UserError: the adapters are of another model than the one in `origin`, or some are not there.
+        UserError: an adapter is not there.
+    """
+    tensors = dict(model)
+    for module, a, b in _pairs(stored, shape, lora):
+        name = f"{module}.weight"
+        tensors[name] = _Merged(model[name], a, b, lora.alpha / lora.rank)
+    return tensors
+
+
+def check_origin(checkpoint: Checkpoint, origin: Path, shape: ModelShape) -> None:
+    """Refuse to merge adapters into another model than theirs.
+
+    Raises:
+        UserError
     """
     check_base(checkpoint, weights_digest(shape.raw, {file.name: file_digest(file) for file in shard_files(origin)}))
-    names = dict.fromkeys(name for row in mappings(shape) for name in row.sources)
-    with HFWeights(origin) as weights:
-        for module, a, b in _pairs(checkpoint.path, shape, lora):
-            name = f"{module}.weight"
-            del names[name]
-            weight = weights.slice(name)[:,]
-            yield name, (weight.float() + lora.alpha / lora.rank * (b.float() @ a.float())).to(weight.dtype)
-        for name in names:
-            yield name, weights.slice(name)[:,]
 
 
 def write_peft(folder: Path, checkpoint: Path, shape: ModelShape, lora: LoraConfig, base: str) -> None:
@@ -43,9 +74,9 @@ def write_peft(folder: Path, checkpoint: Path, shape: ModelShape, lora: LoraConf
         UserError: an adapter is not in the checkpoint.
     """
     tensors = {}
-    for module, a, b in _pairs(checkpoint, shape, lora):
-        for side, tensor in (("A", a), ("B", b)):
-            tensors[f"base_model.model.{module}.lora_{side}.weight"] = tensor.clone()
+    for module, a, b in _pairs(StoredTensors(checkpoint), shape, lora):
+        for side, lazy in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{module}.lora_{side}.weight"] = lazy.rows(0, lazy.shape[0])
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -61,10 +92,12 @@ def write_peft(folder: Path, checkpoint: Path, shape: ModelShape, lora: LoraConf
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _pairs(checkpoint: Path, shape: ModelShape, lora: LoraConfig) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _pairs(stored: StoredTensors, shape: ModelShape, lora: LoraConfig) -> Iterator[tuple[str, Lazy, Lazy]]:
     """(Hugging Face module, A [r, in], B [out, r]), one after another."""
-    stored = StoredTensors(checkpoint)
     for site in sites(shape, lora.targets):
         for projection in site.adapted(lora.targets):
-            a, b = (stored.read(site.key(projection, side), site.layer) for side in "AB")
+            keys = [site.key(projection, side) for side in "AB"]
+            if absent := [key for key in keys if key not in stored]:
+                raise UserError(f"{stored.folder} lacks {absent[0]}, an adapter that its configuration calls for")
+            a, b = (stored.part(key, (site.layer,)) for key in keys)
             yield site.modules[projection], a, b

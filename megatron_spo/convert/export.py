@@ -1,114 +1,124 @@
-"""From a training checkpoint, written in any layout, to a Hugging Face model folder; no processes and no GPU needed."""
+"""From a model or a training checkpoint, written in any layout, to another format; no processes and no GPU needed."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert.adapters import merged_tensors, write_peft
-from megatron_spo.convert.stored import StoredTensors
+from megatron_spo.convert.forms import FORMS
+from megatron_spo.convert.source import Model, check_sums, open_model, same
+from megatron_spo.convert.work import Job, write_shards
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import Checkpoint, Damaged, locate, open_checkpoint
-from megatron_spo.model.families import Mapping, mappings
-from megatron_spo.model.hf_files import copy_side_files, locate_model, write_shards
+from megatron_spo.model import hf_files
+from megatron_spo.model.checkpoint_files import Damaged, locate, open_checkpoint
+from megatron_spo.model.hf_files import copy_side_files, locate_model
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A checkpoint, the section `model` of its configuration, and the model folder that the run started from."""
+def convert(source: Path, target: Path, to: str, *, verify: bool = False, workers: int = 1) -> list[str]:
+    """Write a model in another format; what is in memory of it is a few blocks of rows, whatever its size.
 
-    checkpoint: Checkpoint
-    model: dict[str, Any]
-    origin: Path
-    shape: ModelShape
-    lora: LoraConfig
+    The folder appears under its name when it is complete. Until then, finished files wait in `target`.partial, and the
+    same command goes on from them.
+
+    Args:
+        source: Hugging Face folder, Megatron model folder, NeMo 2 checkpoint, run directory, or one checkpoint of it.
+        target: folder to write.
+        to: "hf", "megatron", "nemo", or "peft" for the adapters of a run.
+        verify: read what was written and compare every tensor with the source, bit for bit; compare the checksums of a
+            Hugging Face source, too, where its index has some.
+        workers: processes that write.
+
+    Returns:
+        What the user should know, one sentence each.
+
+    Raises:
+        UserError: the source is not a model or damaged, the format is its own, or `target` exists and is not empty.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least one process must write")
+    _check_free(target)
+    if to == "peft":
+        to_peft(source, target)
+        return []
+    model = open_model(source)
+    if verify and model.kind == "hf":
+        check_sums(source)
+    if model.kind == to:
+        raise UserError(f"{source} is in the format {to!r} already; choose another --to, or copy the folder")
+    job = Job(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
+    records = write_shards(job, model, workers)
+    notes = FORMS[to].finish(job.model, model, records)
+    if verify:
+        _verify(model, job.model)
+        notes.append("verified: every tensor is equal to the source bit for bit")
+    total = sum(tensor.nbytes for tensor in model.tensors.values())
+    if target.exists():
+        target.rmdir()
+    job.model.rename(target)
+    shutil.rmtree(job.folder)
+    return [f"{target}: {len(model.tensors)} tensors, {total / 2**30:.2f} GiB in {len(records)} files", *notes]
 
 
 def to_hf(source: Path, target: Path) -> None:
     """Write the model of a run directory (its latest checkpoint) or of one checkpoint as a Hugging Face folder.
 
-    Config, tokenizer and generation config come from the model the run started from; adapters are merged into its
-    weights. The folder appears under its name when it is complete.
-
     Raises:
-        UserError: no checkpoint there, it lacks a tensor, or `target` exists and is not empty.
+        UserError: as `convert`.
     """
-    trained = _open(locate(source))
-    with _new_folder(target, trained) as folder:
-        raw = dict(trained.shape.raw)
-        if trained.lora.rank:
-            write_shards(folder, merged_tensors(trained.checkpoint, trained.origin, trained.shape, trained.lora))
-        else:
-            raw.pop("torch_dtype", None)
-            raw["dtype"] = str(_write_weights(trained, folder)).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    convert(source, target, "hf")
 
 
 def to_peft(source: Path, target: Path) -> None:
     """Write the adapters of a run directory or of one checkpoint as PEFT keeps them, with the tokenizer.
 
     Raises:
-        UserError: as `to_hf`, and where the run has no adapters.
+        UserError: no checkpoint there, damaged, without adapters, or `target` exists and is not empty.
     """
-    trained = _open(locate(source))
-    if not trained.lora.rank:
-        raise UserError(f"{source} was trained with all weights and has no adapters (lora.rank: 0); use --to hf")
-    with _new_folder(target, trained) as folder:
-        write_peft(folder, trained.checkpoint.path, trained.shape, trained.lora, trained.model["path"])
+    from megatron_spo.convert.adapters import write_peft  # brings Megatron along, which takes seconds to load
 
-
-def _open(folder: Path) -> _Trained:
+    _check_free(target)
     try:
-        checkpoint = open_checkpoint(folder, scales=True)  # and never loads them
+        checkpoint = open_checkpoint(locate(source))
     except Damaged as error:
         raise UserError(f"{error}; name another checkpoint") from error
-    config = checkpoint.record["config"]
+    config = checkpoint.record.get("config")
+    lora = LoraConfig.model_validate(config["lora"]) if config else LoraConfig()
+    if config is None or not lora.rank:
+        raise UserError(f"{source} was trained with all weights and has no adapters (lora.rank: 0); use --to hf")
     origin = locate_model(config["model"]["path"])
-    lora = LoraConfig.model_validate(config["lora"])
-    return _Trained(checkpoint, config["model"], origin, read_model_shape(origin), lora)
+    with _new_folder(target) as folder:
+        copy_side_files(origin, folder)
+        if config["model"]["tokenizer"]:
+            copy_side_files(locate_model(config["model"]["tokenizer"]), folder)
+        write_peft(folder, checkpoint.path, read_model_shape(origin), lora, config["model"]["path"])
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
 
 
 @contextmanager
-def _new_folder(target: Path, trained: _Trained) -> Iterator[Path]:
-    """A folder with the run's tokenizer, which takes the name `target` when the context ends well."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes the name `target` when the context ends well."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    copy_side_files(trained.origin, partial)
-    if trained.model["tokenizer"]:
-        copy_side_files(locate_model(trained.model["tokenizer"]), partial)
     yield partial
     if target.exists():
         target.rmdir()
     partial.rename(target)
 
 
-def _write_weights(trained: _Trained, folder: Path) -> torch.dtype:
-    rows, stored = mappings(trained.shape), StoredTensors(trained.checkpoint.path)
-    if absent := sorted({row.key for row in rows} - stored.keys()):
-        raise UserError(f"{trained.checkpoint.path} lacks {absent[0]}, which the run's model has; is model.path still "
-                        "the model that the run was started with?")  # fmt: skip
-    write_shards(folder, _tensors(stored, rows))
-    return stored.dtype(rows[0].key)
-
-
-def _tensors(stored: StoredTensors, rows: list[Mapping]) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor; one layer of one Megatron tensor, all its experts stacked, is in memory at a time."""
-    together: dict[tuple[str, tuple[int, ...]], list[Mapping]] = {}
-    for row in rows:
-        together.setdefault((row.key, row.at[:1]), []).append(row)
-    for (key, layer), parts in together.items():
-        whole = stored.read(key, *(layer or (None,)))
-        for row in parts:
-            for name, tensor in zip(row.sources, row.transform.split(whole[row.at[1:]]), strict=True):
-                yield name, tensor.clone()
+def _verify(model: Model, written: Path) -> None:
+    again = open_model(written)
+    if again.kind == "hf":
+        check_sums(written)
+    if again.tensors.keys() != model.tensors.keys():
+        raise UserError(f"{written} holds other tensors than its source; remove it and convert again")
+    for name, tensor in model.tensors.items():
+        if not same(tensor, again.tensors[name]):
+            raise UserError(f"{written}: {name} differs from the source; the disk may be faulty: remove it and convert "
+                            "again")  # fmt: skip

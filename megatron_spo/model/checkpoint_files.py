@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_spo.errors import UserError
 
@@ -154,6 +155,16 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool
     return Checkpoint(folder, content["state"], content["record"])
 
 
+def unchecked(folder: Path) -> Checkpoint:
+    """A checkpoint whose seal alone is looked at.
+
+    Raises:
+        Damaged
+    """
+    content = _read_seal(folder)
+    return Checkpoint(folder, content["state"], content["record"])
+
+
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
@@ -161,17 +172,56 @@ class _Index(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _Inert:
+    """In place of a class that nothing here reads; takes whatever a pickle gives it and does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _PartsOfIndex(_Index):
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "MCoreMetadata":  # megatron.core.dist_checkpointing.strategies.torch, 0.15: a Metadata and more
+            return Metadata
+        return super().find_class(module, name) if name in _CLASSES.get(module, ()) else _Inert
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of a folder in torch's distributed format, by whatever it was written; only what is safe is loaded.
+
+    Raises:
+        Damaged
+    """
+    return _load_index(folder, _PartsOfIndex)
+
+
+def _load_index(folder: Path, unpickler: type[_Index]) -> Metadata:
+    try:
+        with (folder / _METADATA).open("rb") as file:
+            index = unpickler(file).load()
+        stray = [w.relative_path for w in index.storage_data.values() if Path(w.relative_path).name != w.relative_path]
+    except Exception as error:  # of many kinds, for a pickle that is torn or made to harm
+        raise Damaged(f"{folder / _METADATA} is not safe to load ({_first_line(error)})") from error
+    if stray:
+        raise Damaged(f"{folder / _METADATA} names {stray[0]!r}, which lies outside of the folder")
+    return index
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _check_index(folder: Path, *, scales: bool) -> None:
     """Make sure that loading this folder reads no file outside of it and runs no code of it.
 
     torch's reader unpickles the index and the non-tensor entries (megatron-core 0.16.1 writes some of no content).
     """
+    index = _load_index(folder, _Index)  # nothing but what torch's own reader may load
     try:
-        with (folder / _METADATA).open("rb") as file:
-            index = _Index(file).load()
         for key, where in index.storage_data.items():
-            if Path(where.relative_path).name != where.relative_path:
-                raise Damaged(f"{folder / _METADATA} names {where.relative_path!r}, which lies outside of the folder")
             kind = index.state_dict_metadata[key.fqn]
             if type(kind).__name__ == "BytesStorageMetadata":
                 with (folder / where.relative_path).open("rb") as file:
@@ -183,9 +233,8 @@ def _check_index(folder: Path, *, scales: bool) -> None:
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except Damaged:
         raise
-    except Exception as error:  # of many kinds, for a pickle that is torn or made to harm
-        first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise Damaged(f"{folder / _METADATA} or an entry of it is not safe to load ({first_line})") from error
+    except Exception as error:  # of many kinds, as above
+        raise Damaged(f"an entry of {folder / _METADATA} is not safe to load ({_first_line(error)})") from error
 
 
 def candidates(folder: Path) -> tuple[list[Path], list[str]]:

@@ -8,8 +8,10 @@ hub and in what transformers saves, every expert has tensors of its own.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.errors import UserError
 from megatron_spo.model.tensors import Concatenate, Copy, GroupedQKV, PaddedVocabulary, Transform
 
 _LAYER = "model.layers.{layer}."
@@ -99,3 +101,38 @@ def mappings(shape: ModelShape) -> list[Mapping]:
     if not shape.tied:
         rows.append(Mapping("output_layer.weight", ("lm_head.weight",), PaddedVocabulary(shape.vocab)))
     return rows
+
+
+def full_shape(row: Mapping, shape: ModelShape, vocabulary: int) -> tuple[int, ...]:
+    """Shape of the Megatron tensor of one row without its stacked axes; `vocabulary` is padding included."""
+    heads, ffn = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.ffn
+    if row.key.startswith("decoder.layers.mlp.experts.") and shape.experts is not None:
+        ffn = shape.experts.ffn
+    vectors = {"linear_qkv.bias": heads, "q_layernorm.weight": shape.head_dim, "k_layernorm.weight": shape.head_dim}
+    matrices = {
+        "word_embeddings.weight": (vocabulary, shape.hidden),
+        "output_layer.weight": (vocabulary, shape.hidden),
+        "linear_qkv.weight": (heads, shape.hidden),
+        "linear_proj.weight": (shape.hidden, shape.heads * shape.head_dim),
+        "linear_fc1.weight": (2 * ffn, shape.hidden),
+        "linear_fc2.weight": (shape.hidden, ffn),
+        "router.weight": (shape.experts.count if shape.experts else 0, shape.hidden),
+    }
+    name = ".".join(row.key.split(".")[-2:])
+    return matrices.get(name) or (vectors.get(name, shape.hidden),)
+
+
+def left_out(names: Iterable[str], shape: ModelShape, folder: Path) -> list[str]:
+    """Tensors of a Hugging Face folder that the model computes from others; the rest must be its own.
+
+    Raises:
+        UserError: one belongs to no part of the model.
+    """
+    known = {name for row in mappings(shape) for name in row.sources}
+    others = sorted(set(names) - known)
+    needless = {n for n in others if n.endswith("rotary_emb.inv_freq") or (shape.tied and n == "lm_head.weight")}
+    if stray := [name for name in others if name not in needless]:
+        raise UserError(f"{folder} holds {stray[0]}, which a {shape.family} model of its config.json does "
+                        f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
+                        "transformers' save_pretrained writes it by default")  # fmt: skip
+    return sorted(needless)

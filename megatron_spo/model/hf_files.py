@@ -3,14 +3,12 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from megatron_spo.errors import UserError
 from megatron_spo.model.tensors import LazyTensor
@@ -60,6 +58,9 @@ def shard_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
+    if (folder / ".metadata").exists():
+        raise UserError(f"{folder} is a Megatron model folder; model.path must be a Hugging Face one, of which each "
+                        f"rank reads its part: megatron-spo convert {folder} DST --to hf")  # fmt: skip
     raise UserError(f"{folder} holds no safetensors weights (model.safetensors or {INDEX}); set model.init=random "
                     "to start from random weights, or save the model with transformers' save_pretrained")  # fmt: skip
 
@@ -113,37 +114,6 @@ def weights_digest(raw: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     for name, content in sorted(digests.items()):
         digest.update(f"{name} {content}".encode())
     return digest.hexdigest()
-
-
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write named tensors as safetensors shards of at most SHARD_BYTES with an index (one file when all fits)."""
-    names: list[list[str]] = []
-    total = 0
-    for i, shard in enumerate(_shards(tensors)):
-        save_file(shard, folder / f"shard-{i}", metadata={"format": "pt"})
-        names.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    if len(names) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    where: dict[str, str] = {}
-    for i, held in enumerate(names):
-        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        where.update(dict.fromkeys(held, file))
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
 
 
 def copy_side_files(source: Path, target: Path) -> None:

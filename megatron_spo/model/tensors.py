@@ -1,7 +1,7 @@
 """How one Megatron tensor is laid out in Hugging Face tensors: pure transforms, each with its inverse.
 
 A transform never holds a whole model: `read` takes the rows and columns that one rank needs from lazily opened
-sources, `split` undoes it for export.
+sources, `runs` says where the rows of each source are, for export.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ class Transform(Protocol):
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         """The part `index` of the Megatron tensor."""
 
-    def split(self, full: Tensor) -> list[Tensor]:
-        """The Hugging Face tensors of a whole Megatron tensor; inverse of `read` over everything."""
+    def runs(self, source: int, full: Shape) -> list[slice]:
+        """Where the rows of one Hugging Face tensor stand in a Megatron tensor of shape `full`, in their order."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Copy:
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
         return sources[0][index]
 
-    def split(self, full: Tensor) -> list[Tensor]:
-        return [full]
+    def runs(self, source: int, full: Shape) -> list[slice]:
+        return [slice(0, full[0])]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Concatenate:
                 pieces.append(source[(slice(start - i * height, stop - i * height), *rest)])
         return torch.cat(pieces)
 
-    def split(self, full: Tensor) -> list[Tensor]:
-        return list(full.chunk(self.parts))
+    def runs(self, source: int, full: Shape) -> list[slice]:
+        height = full[0] // self.parts
+        return [slice(source * height, (source + 1) * height)]
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class GroupedQKV:
             parts.append(part.reshape(last - first, width, *part.shape[1:]))
         return torch.cat(parts, dim=1).flatten(0, 1)
 
-    def split(self, full: Tensor) -> list[Tensor]:
-        grouped = full.reshape(self.groups, sum(self._widths), *full.shape[1:])
-        return [part.flatten(0, 1).contiguous() for part in grouped.split(self._widths, dim=1)]
+    def runs(self, source: int, full: Shape) -> list[slice]:
+        height, width, above = sum(self._widths), self._widths[source], sum(self._widths[:source])
+        return [slice(start, start + width) for start in range(above, self.groups * height, height)]
 
 
 @dataclass(frozen=True)
@@ -121,5 +122,5 @@ class PaddedVocabulary:
         padded[: real.shape[0]] = real
         return padded
 
-    def split(self, full: Tensor) -> list[Tensor]:
-        return [full[: self.vocab].contiguous()]
+    def runs(self, source: int, full: Shape) -> list[slice]:
+        return [slice(0, self.vocab)]

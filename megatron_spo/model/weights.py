@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
-from megatron_spo.model.families import Mapping, mappings
+from megatron_spo.model.families import Mapping, left_out, mappings
 from megatron_spo.model.hf_files import HFWeights
 from megatron_spo.model.tensors import PaddedVocabulary
 
@@ -45,13 +45,7 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
         UserError: a tensor is missing, has another shape, or belongs to no part of the model.
     """
     with HFWeights(folder) as weights:
-        known = {name for row in mappings(shape) for name in row.sources}
-        ignored = {"lm_head.weight"} if shape.tied else set()
-        stray = {n for n in weights.names() - known - ignored if not n.endswith("rotary_emb.inv_freq")}
-        if stray:
-            raise UserError(f"{folder} holds {min(stray)}, which a {shape.family} model of its config.json does "
-                            f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
-                            "transformers' save_pretrained writes it by default")  # fmt: skip
+        left_out(weights.names(), shape, folder)
         for row, tensor, index in local_tensors(model, shape):
             sources = [weights.slice(name) for name in row.sources]
             expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))

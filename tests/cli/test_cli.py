@@ -123,19 +123,20 @@ def test_exit_codes(run_file: Path, monkeypatch: pytest.MonkeyPatch, error: Base
 def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
-    def record(*arguments: object, **options: object) -> None:
+    def record(*arguments: object, **options: object) -> list[str]:
         calls.append((arguments, options))
+        return ["done"]
 
-    monkeypatch.setattr("megatron_spo.convert.export.to_hf", record)
+    monkeypatch.setattr("megatron_spo.convert.export.convert", record)
     monkeypatch.setattr("megatron_spo.evaluate.generate.generate_file", record)
     monkeypatch.setattr("megatron_spo.report.write_report", record)
-    assert cli.main(["convert", "run", "out", "--to", "hf"]) == 0
+    assert cli.main(["convert", "run", "out", "--to", "hf", "--verify", "--workers", "2"]) == 0
     options = ["--samples", "4", "--temperature", "0.7", "--seed", "3"]
     assert cli.main(["generate", "model", "--prompts", "p.jsonl", "--out", "o.jsonl", *options]) == 0
     assert cli.main(["report", "a", "b", "--out", "r.html"]) == 0
     sampling = {"samples": 4, "temperature": 0.7, "max_new_tokens": 256, "batch_size": 64, "seed": 3}
     assert calls == [
-        ((Path("run"), Path("out")), {}),
+        ((Path("run"), Path("out"), "hf"), {"verify": True, "workers": 2}),
         ((Path("model"), Path("p.jsonl"), Path("o.jsonl")), sampling),
         (([Path("a"), Path("b")], Path("r.html")), {}),
     ]

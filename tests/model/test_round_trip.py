@@ -58,6 +58,10 @@ def test_weights_come_back_bit_for_bit(tmp_path, family, overrides):
         assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token == "<eos>"
     assert (tmp_path / "hf/generation_config.json").exists()
+    card = (tmp_path / "hf/README.md").read_text()
+    assert f'base_model: "{tmp_path}/model"' in card
+    for entry in ('| spo.schedule | `"sft"` |', "| optimizer steps | `1` |", "| data, train |", "| loss |"):
+        assert entry in card
 
 
 def test_random_weights_follow_the_config_and_the_seed(tmp_path):

@@ -1,0 +1,134 @@
+"""Tensors on disk, of which any rows can be read without the rest, whatever they are laid out like."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_spo.errors import UserError
+from megatron_spo.model.tensors import PaddedVocabulary, Shape, Transform
+
+BLOCK_BYTES = 2**25
+"""What is in memory of a tensor at a time, unless one row is larger."""
+
+
+class Lazy(ABC):
+    """A tensor of at least one dimension that is read by its rows (indices of the first one).
+
+    Attributes:
+        shape, dtype: as of a tensor.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @abstractmethod
+    def fill(self, start: int, out: Tensor) -> None:
+        """Read rows from `start` on into the contiguous `out` [rows, *shape[1:]].
+
+        Raises:
+            UserError: the file ends too early.
+        """
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row."""
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor."""
+        return self.shape[0] * self.row_bytes
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """A part of the tensor, in memory."""
+        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        self.fill(start, out)
+        return out
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The whole tensor, a few rows after another; a block is overwritten by the next one."""
+        height = min(self.shape[0], max(1, BLOCK_BYTES // max(1, self.row_bytes)))
+        memory = torch.empty(height, *self.shape[1:], dtype=self.dtype)
+        for start in range(0, self.shape[0], height):
+            block = memory[: min(height, self.shape[0] - start)]
+            self.fill(start, block)
+            yield block
+
+
+@dataclass(frozen=True)
+class InFile(Lazy):
+    """Rows that stand one after another in a file, from byte `offset` on."""
+
+    path: Path
+    offset: int
+    shape: Shape
+    dtype: torch.dtype
+
+    def fill(self, start: int, out: Tensor) -> None:
+        into, at = as_bytes(out), self.offset + start * self.row_bytes
+        with self.path.open("rb", buffering=0) as file:
+            while into:
+                count = os.preadv(file.fileno(), [into], at)
+                if count == 0:
+                    raise UserError(f"{self.path} ends before its tensors do; copy or download it again")
+                into, at = into[count:], at + count
+
+
+@dataclass(frozen=True)
+class Picked(Lazy):
+    """Runs of another tensor's rows, one after another."""
+
+    whole: Lazy
+    runs: Sequence[slice]
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return (sum(run.stop - run.start for run in self.runs), *self.whole.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.whole.dtype
+
+    def fill(self, start: int, out: Tensor) -> None:
+        done = 0
+        for run in self.runs:
+            height = run.stop - run.start
+            first, last = max(done, start), min(done + height, start + len(out))
+            if first < last:
+                self.whole.fill(run.start + first - done, out[first - start : last - start])
+            done += height
+
+
+@dataclass(frozen=True)
+class Joined(Lazy):
+    """A Megatron tensor of shape `shape`, made of the Hugging Face tensors that belong into it."""
+
+    sources: Sequence[Lazy]
+    transform: Transform
+    shape: Shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.sources[0].dtype
+
+    def fill(self, start: int, out: Tensor) -> None:
+        if isinstance(self.transform, PaddedVocabulary):
+            out[max(0, self.transform.vocab - start) :] = 0
+        for i, source in enumerate(self.sources):
+            done = 0
+            for run in self.transform.runs(i, self.shape):
+                first, last = max(run.start, start), min(run.stop, start + len(out))
+                if first < last:
+                    source.fill(done + first - run.start, out[first - start : last - start])
+                done += run.stop - run.start
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

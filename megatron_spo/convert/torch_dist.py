@@ -1,0 +1,193 @@
+"""Megatron's distributed format (torch_dist), written file by file without Megatron and without processes."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # has no public name, and torch's reader asks for it
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.topology import padded_vocabulary
+from megatron_spo.convert.form import Record, Shard, filled
+from megatron_spo.convert.lazy import Joined, Lazy
+from megatron_spo.convert.source import CONFIG, Model
+from megatron_spo.errors import UserError
+from megatron_spo.model import checkpoint_files
+from megatron_spo.model.families import Mapping, full_shape, mappings
+from megatron_spo.model.hf_files import copy_side_files
+
+CHUNK_BYTES = 2**26
+"""A tensor is stored in boxes of about this size at most, since torch.save needs one whole."""
+FILE_BYTES = 2**30
+"""Of a torch_dist file at most: small enough to share out among processes, and to write again after a kill."""
+_ENGINE_LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+"""For these, Transformer Engine's layers look for an entry of their state, which has no content outside of fp8."""
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Rows `start` to `stop` of a Megatron tensor, to be stored under `key` at the stacked indices `at`."""
+
+    key: str
+    at: tuple[int, ...]
+    whole: Lazy
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.whole.row_bytes
+
+
+class TorchDist:
+    """A Megatron model folder: torch_dist files, config.json, tokenizer and the seal of our checkpoints."""
+
+    prefix = ""
+    weights = ""
+    """Folder of the torch_dist files within that of the model."""
+
+    def vocabulary(self, shape: ModelShape) -> int:
+        """Rows of the embedding, padding included."""
+        return padded_vocabulary(shape, 1)
+
+    def shards(self, model: Model, limit: int) -> list[Shard]:
+        boxes = [box for row in mappings(model.shape) for box in self._boxes(row, model)]
+        _check_dtypes(boxes)
+        groups = filled(((box, box.nbytes) for box in boxes), min(limit, FILE_BYTES))
+        return [Shard(str(Path(self.weights, f"__{i}_0.distcp")), *group) for i, group in enumerate(groups)]
+
+    def write(self, path: Path, items: list[_Box]) -> Record:
+        entries = []
+        with path.open("wb", buffering=0) as raw, _without_crc():
+            out = _Summed(raw)
+            for box in items:
+                ones = (1,) * len(box.at)
+                content = box.whole.rows(box.start, box.stop).view(*ones, box.stop - box.start, *box.whole.shape[1:])
+                rest = [0] * (len(box.whole.shape) - 1)
+                entries.append(_entry(out, content, box.key, [*box.at, box.start, *rest], list(content.shape)))
+                if box.key.endswith(_ENGINE_LINEAR) and box.start == 0:
+                    key = box.key.removesuffix("weight") + "_extra_state"
+                    entries.append(_entry(out, [None], key, list(box.at), None))
+        return {"sum": [out.tell(), out.digest.hexdigest()], "entries": entries}
+
+    def finish(self, folder: Path, model: Model, records: dict[str, Record]) -> list[str]:
+        weights = folder / self.weights
+        self._write_index(weights, model, records)
+        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+        versions = {f"{name}_version": 1 for name in backends}
+        (weights / "metadata.json").write_text(json.dumps(backends | versions))
+        self.finish_folder(folder, model, {Path(name).name: record["sum"] for name, record in records.items()})
+        notes, rows = list(model.notes), self.vocabulary(model.shape)
+        if rows != model.shape.vocab:
+            notes.append(f"padded the vocabulary from {model.shape.vocab} to {rows} rows, which --to hf undoes")
+        return notes
+
+    def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> None:
+        """Write what stands beside the torch_dist files; `sums` are their checksums."""
+        for side in model.sides:
+            copy_side_files(side, folder)
+        (folder / CONFIG).write_text(model.config, encoding="utf-8")
+        torch.save({}, folder / "common.pt")
+        checkpoint_files.seal(folder, {}, {"model": model.shape.family}, sums)
+
+    def _boxes(self, row: Mapping, model: Model) -> Iterator[_Box]:
+        sources = [model.tensors[name] for name in row.sources]
+        if len({source.dtype for source in sources}) > 1:
+            raise _mixed(row.sources[0], sources[0], row.sources[-1], sources[-1])
+        whole = Joined(sources, row.transform, full_shape(row, model.shape, self.vocabulary(model.shape)))
+        height = max(1, CHUNK_BYTES // whole.row_bytes)
+        for start in range(0, whole.shape[0], height):
+            yield _Box(self.prefix + row.key, row.at, whole, start, min(start + height, whole.shape[0]))
+
+    def _write_index(self, weights: Path, model: Model, records: dict[str, Record]) -> None:
+        stacked: dict[str, tuple[int, ...]] = {}
+        tensors: dict[str, TensorStorageMetadata] = {}
+        for row in mappings(model.shape):
+            key, whole = self.prefix + row.key, full_shape(row, model.shape, self.vocabulary(model.shape))
+            stacked[key] = tuple(i + 1 for i in row.at)  # those of the last layer and expert stay
+            properties = TensorProperties(model.tensors[row.sources[0]].dtype)
+            tensors[key] = TensorStorageMetadata(properties, torch.Size(stacked[key] + whole), [])
+        index = Metadata({**tensors}, storage_data={})
+        for name, record in records.items():
+            for key, offsets, sizes, begin, length in record["entries"]:
+                where = _StorageInfo(Path(name).name, begin, length)
+                if sizes is None:
+                    of = stacked[key.removesuffix("_extra_state") + "weight"]
+                    full = f"{key}/shard_{'.'.join(map(str, offsets))}_{'.'.join(map(str, of))}"
+                    index.state_dict_metadata[full] = BytesStorageMetadata()
+                    index.storage_data[MetadataIndex(full)] = where
+                    continue
+                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                index.storage_data[MetadataIndex(key, chunk.offsets, len(tensors[key].chunks))] = where
+                tensors[key].chunks.append(chunk)
+        (weights / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """Let torch.save take no CRC32: it takes longer than the writing, and torch.load does not look at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _entry(out: "_Summed", content: Any, key: str, offsets: list[int], sizes: list[int] | None) -> list[Any]:
+    begin = out.tell()
+    torch.save(content, cast(IO[bytes], out))
+    return [key, offsets, sizes, begin, out.tell() - begin]
+
+
+def _check_dtypes(boxes: list[_Box]) -> None:
+    """All layers of a tensor are one in Megatron's format."""
+    first: dict[str, _Box] = {}
+    for box in boxes:
+        other = first.setdefault(box.key, box)
+        if other.whole.dtype != box.whole.dtype:
+            raise _mixed(f"{box.key} of layer {other.at}", other.whole, f"of layer {box.at}", box.whole)
+
+
+def _mixed(one: str, first: Lazy, other: str, second: Lazy) -> UserError:
+    return UserError(
+        f"{one} is in {first.dtype} and {other} in {second.dtype}, but they are one tensor in Megatron's format, and a "
+        "conversion changes no number; save the model in one dtype"
+    )
+
+
+class _Summed:
+    """A file that torch.save writes to, and the checksum of all that was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._at = file, 0
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        self.digest.update(view)
+        self._at += (size := len(view))
+        while view:
+            view = view[self._file.write(view) :]
+        return size
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self._at
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,138 @@
+"""Write the files of a conversion: by several processes, and only those that an earlier attempt has not finished."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from megatron_spo.convert.form import Record, Shard
+from megatron_spo.convert.forms import FORMS
+from megatron_spo.convert.source import Model, open_model
+from megatron_spo.errors import UserError
+from megatron_spo.model.checkpoint_files import write_durably
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion as every process can begin it: from where, to which format and folder, files of which size."""
+
+    source: Path
+    to: str
+    folder: Path
+    shard_bytes: int
+
+    @property
+    def model(self) -> Path:
+        """The folder that becomes the model's."""
+        return self.folder / "model"
+
+    def record(self, name: str) -> Path:
+        """Where it is noted that a file is finished."""
+        return self.folder / "finished" / f"{name.replace('/', '.')}.json"
+
+
+def write_shards(job: Job, model: Model, workers: int) -> dict[str, Record]:
+    """Write all files of weights, and return their records by name.
+
+    Raises:
+        UserError: a tensor cannot be read, or the disk is full.
+    """
+    shards = FORMS[job.to].shards(model, job.shard_bytes)
+    _prepare(job, model, shards)
+    todo = [i for i, shard in enumerate(shards) if not job.record(shard.name).exists()]
+    if missing := sum(shards[i].nbytes for i in todo):
+        free = shutil.disk_usage(job.folder).free
+        if free < missing:
+            raise UserError(f"{job.folder} needs {missing:,} bytes and {free:,} are free; make room")
+    if workers == 1 or len(todo) < 2:
+        _write_some(job, shards, todo)
+    else:
+        _share_out(job, shards, todo, workers)
+    return {shard.name: json.loads(job.record(shard.name).read_text()) for shard in shards}
+
+
+def _prepare(job: Job, model: Model, shards: Sequence[Shard]) -> None:
+    """A folder with nothing in it but what the same conversion has left."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
+    plan = [job.to, model.kind, model.config, stats, [(shard.name, shard.nbytes) for shard in shards]]
+    fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    path = job.folder / "plan"
+    if not path.exists() or path.read_text() != fingerprint:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    for shard in shards:
+        (job.model / shard.name).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("finished", "unfinished"):
+        (job.folder / name).mkdir(exist_ok=True)
+    write_durably(path, fingerprint)
+
+
+def _write_some(job: Job, shards: Sequence[Shard], todo: Sequence[int]) -> None:
+    parent = multiprocessing.parent_process()
+    for shard in (shards[i] for i in todo):
+        if parent is not None and not parent.is_alive():
+            return
+        partial = job.folder / "unfinished" / f"{Path(shard.name).name}.{os.getpid()}"
+        try:
+            record = FORMS[job.to].write(partial, shard.items)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.rename(job.model / shard.name)
+            write_durably(job.record(shard.name), json.dumps(record))
+        except OSError as error:
+            raise UserError(f"{job.model / shard.name} could not be written ({error}); then the same command goes on "
+                            "from here") from error  # fmt: skip
+
+
+def _share_out(job: Job, shards: Sequence[Shard], todo: Sequence[int], workers: int) -> None:
+    """Let processes write, each a part of about the same size."""
+    parts: list[list[int]] = [[] for _ in range(min(workers, len(todo)))]
+    for i in sorted(todo, key=lambda i: -shards[i].nbytes):
+        min(parts, key=lambda part: sum(shards[k].nbytes for k in part)).append(i)
+    context = multiprocessing.get_context("spawn")  # a fork of a process in which torch has threads may hang
+    ours, theirs = zip(*(context.Pipe(duplex=False) for _ in parts), strict=True)
+    processes = [
+        context.Process(target=_worker, args=(job, part, pipe), daemon=True)
+        for part, pipe in zip(parts, theirs, strict=True)
+    ]
+    for process, pipe in zip(processes, theirs, strict=True):
+        process.start()
+        pipe.close()
+    try:
+        for process, pipe in zip(processes, ours, strict=True):
+            _outcome(process, pipe)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _outcome(process: BaseProcess, pipe: Connection) -> None:
+    """Wait for a worker; raises what ended it."""
+    try:
+        error = pipe.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"a process that wrote was ended from outside (exit code {process.exitcode}); the same command "
+                        "goes on from what is finished") from None  # fmt: skip
+    if error is not None:
+        raise error
+
+
+def _worker(job: Job, todo: Sequence[int], pipe: Connection) -> None:
+    outcome: Exception | None = None
+    try:
+        torch.set_num_threads(1)
+        _write_some(job, FORMS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo)
+    except Exception as error:
+        outcome = error
+    with contextlib.suppress(BrokenPipeError):  # where the process that waits for this one has been killed
+        pipe.send(outcome)
