@@ -13,14 +13,14 @@ from tests.support.processes import Ranks, cli, largest_difference, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
-STEPS, TRAIN_KILLS, REFERENCE_KILLS = 40, 11, 4
+STEPS, TRAIN_KILLS, REFERENCE_KILLS = 100, 11, 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kill")
     tiny_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(4000))
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(6000))
     write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(6, seed=1))
     (folder / "config.yaml").write_text(
         f"""
@@ -58,7 +58,7 @@ class Disturbed:
                     assert codes == [0, 0], f"{codes}\n{job.said(0)}\n{job.said(1)}"
                     return
                 if self._random.random() < 0.2:
-                    time.sleep(self._random.uniform(0.5, 5.0))
+                    time.sleep(self._random.uniform(0.5, 3.0))
                 else:
                     enough = self._progress(done) + self._random.randint(1, 3)
                     job.wait_for(lambda enough=enough: self._progress(done) >= enough)
