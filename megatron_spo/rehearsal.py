@@ -27,6 +27,7 @@ from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.planner.parameters import stage_parameters
 from megatron_spo.planner.rows import Lengths
 from megatron_spo.runtime import cpu_bridge
+from megatron_spo.runtime.processes import lay_groups
 
 Box = tuple[tuple[int, int], ...]
 """First and behind-last index of a part of a tensor, along each axis."""
@@ -99,15 +100,7 @@ def as_rank(rank: int, topology: Topology) -> Iterator[None]:
         raise RuntimeError("a rehearsal needs a process of its own: this one has process groups")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=topology.world)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=topology.tensor,
-            pipeline_model_parallel_size=topology.pipeline,
-            virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
-            context_parallel_size=topology.context,
-            expert_model_parallel_size=topology.expert,
-            expert_tensor_parallel_size=topology.expert_tensor,
-            create_gloo_process_groups=False,
-        )
+        lay_groups(topology, create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0)
         yield
     finally:

@@ -79,15 +79,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         dist.destroy_process_group()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=topology.tensor,
-        pipeline_model_parallel_size=topology.pipeline,
-        virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
-        context_parallel_size=topology.context,
-        expert_model_parallel_size=topology.expert,
-        expert_tensor_parallel_size=topology.expert_tensor,
-        distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60),
-    )
+    lay_groups(topology, distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60))
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Runtime(
@@ -99,6 +91,21 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         context_rank=parallel_state.get_context_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         progress=watch().progress,
+    )
+
+
+def lay_groups(topology: Topology, **more: Any) -> None:
+    """Lay Megatron's parallel groups over the processes; `more` goes to Megatron as it is."""
+    from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor,
+        pipeline_model_parallel_size=topology.pipeline,
+        virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
+        context_parallel_size=topology.context,
+        expert_model_parallel_size=topology.expert,
+        expert_tensor_parallel_size=topology.expert_tensor,
+        **more,
     )
 
 
