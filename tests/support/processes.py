@@ -1,7 +1,9 @@
 """Commands as a user starts them: in processes of their own, one or several."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -70,9 +72,7 @@ class Ranks:
     def __init__(
         self, folder: Path, command: str, config: Path, *overrides: str, count: int = 2, script: Path | None = None
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         self.errors = [folder / f"rank{rank}.err" for rank in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
         program = ["-m", "megatron_spo"] if script is None else [str(script)]
@@ -111,6 +111,15 @@ class Ranks:
             assert all(code is None for code in ended), f"{ended}\n{said}"
             assert time.monotonic() < until, said
             time.sleep(0.02)
+
+
+def _free_port() -> int:
+    """Below the range for outgoing connections: rank 1, calling until rank 0 listens, could there reach itself."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def steps_done(run: Path) -> int:
