@@ -34,7 +34,7 @@ test: venv
 	@echo "== default tests (on $(JOBS) processes)"
 	@$(PYTEST) -n $(JOBS) --dist loadscope
 	@echo "== slow tests: several ranks, whole commands (minutes), one after another"
-	@$(PYTEST) -m slow
+	@$(PYTEST) -m slow --durations=20
 
 lint: venv
 	@echo "== ruff, mypy, import arrows"

@@ -1,16 +1,15 @@
 """Write and read the state of the training, in Megatron's torch_dist format, loadable in any layout.
 
 A checkpoint is written under a name of its own and gets its final one when it is complete on every rank; the marker
-`latest` moves last. Files are written by a forked child of each rank, so training can go on meanwhile. Of a model with
+`latest` moves last. Files are written by a thread of each rank, so training can go on meanwhile. Of a model with
 adapters, these alone are written.
 """
 
-import os
-import pickle
+import queue
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -55,7 +55,7 @@ class Saver:
         self._trainable, self._record, self._keep = trainable, record, keep
         self._open: _Writing | None = None
         if not hasattr(filesystem_async, "_results_queue"):
-            raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: revise _Results")
+            raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: revise Saver.start")
 
     @property
     def is_open(self) -> bool:
@@ -77,15 +77,11 @@ class Saver:
         self._check_room(sharded)
         strategy = _Strategy(*_BACKEND)
         on_main(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)), SaveFailed)
-        filesystem_async._results_queue = results = _Results()
+        filesystem_async._results_queue = queue.SimpleQueue()  # Megatron would start a process for one
         request = strategy.async_save(sharded, str(partial))
-        request = request._replace(async_fn=request.async_fn and _WriteAndSum(request.async_fn))
-        caller = TemporalAsyncCaller()
-        if in_background:
-            caller.schedule_async_call(request)
-        else:
-            _write_here(request)
-        self._open = _Writing(state, partial, strategy, results, caller)
+        live = {_storage(tensor.data) for tensor in _sharded_tensors(sharded)}
+        files = _Files(request, strategy.writer, live if in_background else None)
+        self._open = _Writing(state, partial, strategy, files)
 
     def finished(self, *, wait: bool) -> bool:
         """Complete the open checkpoint, where all ranks have written it or this may `wait` for that.
@@ -93,7 +89,7 @@ class Saver:
         Raises:
             SaveFailed
         """
-        if self._open is None or not self._open.caller.is_current_async_call_done(blocking=wait):
+        if self._open is None or not self._open.files.written(wait=wait):
             return False
         writing, self._open = self._open, None
         try:
@@ -105,16 +101,15 @@ class Saver:
         return True
 
     def _make_partial(self, step: int) -> Path:
-        """A folder of no other attempt: the children of a killed job may still write into theirs."""
+        """A folder of no other attempt: a rank of a lost job may still write into its own."""
         partial = self.folder / f".{step_name(step)}.partial-{secrets.token_hex(4)}"
         checkpoint_files.remove_unfinished(self.folder)
         partial.mkdir(parents=True)
         return partial
 
     def _check_room(self, sharded: dict[str, Any]) -> None:
-        tensors = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
-        here = sum(t.data.nbytes for t in tensors if t.data is not None and is_main_replica(t.replica_id))
-        total = torch.tensor([here], dtype=torch.int64, device=next(self._trainable.chunks[0].parameters()).device)
+        here = sum(t.data.nbytes for t in _sharded_tensors(sharded) if is_main_replica(t.replica_id))
+        total = torch.tensor([here], dtype=torch.int64, device=torch.cuda.current_device())
         dist.all_reduce(total)
 
         def check() -> None:
@@ -127,7 +122,7 @@ class Saver:
     def _complete(self, writing: "_Writing") -> None:
         written = _plain(writing.strategy.writer.retrieve_write_results())
         outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (written, writing.results.sums))
+        dist.all_gather_object(outcomes, (written, writing.files.sums))
         failures = [f"rank {rank}: {result}" for rank, (result, _) in enumerate(outcomes) if isinstance(result, str)]
         if failures:
             raise SaveFailed("; ".join(failures[:4]))
@@ -161,8 +156,7 @@ class _Writing:
     state: TrainState
     partial: Path
     strategy: "_Strategy"
-    results: "_Results"
-    caller: TemporalAsyncCaller
+    files: "_Files"
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -177,53 +171,69 @@ class _Strategy(TorchDistSaveShardedStrategy):
         return super()._get_save_and_finalize_callbacks(writer, planned)
 
 
-class _Results:
-    """Where the child leaves what it has written, in place of the queue that Megatron would start a process for.
+class _Files:
+    """This rank's files of a checkpoint, on their way to the disk.
 
-    Memory without a name: it needs no room on the disk that may be full, goes with the processes, and unlike a pipe
-    it takes any amount before someone reads.
+    They are written by a thread. Megatron's own writers (megatron-core 0.16.1, TemporalAsyncCaller and
+    write_preloaded_data_multiproc) are forked children; a fork of a process that has threads may hang, and every rank
+    has some: of gloo or NCCL, of the watch, of the loader.
     """
 
-    def __init__(self) -> None:
-        self._file = open(os.memfd_create("checkpoint"), "w+b")  # noqa: SIM115  (open as long as the object lives)
-        self._held: Any = None
+    def __init__(self, request: AsyncRequest, writer: FileSystemWriterAsync, live: set[int] | None) -> None:
+        """`live`: storages that the training may change while the thread writes; None to write at once."""
         self.sums: dict[str, list[int | str]] = {}
+        self._writer = writer
+        self._transforms = request.async_fn.args[0] if request.async_fn else []
+        self._buckets = request.preload_fn() if request.preload_fn else []
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        if live is not None:
+            self._buckets = [_copied(bucket, live) for bucket in self._buckets]
+            self._thread.start()
+        else:
+            self._thread.run()
 
-    def put(self, results: Any) -> None:
-        """Megatron's writer hands over what it wrote, or an exception."""
-        self._held = results
+    def written(self, *, wait: bool) -> bool:
+        """Whether all ranks have written theirs; called by all of them."""
+        if wait and self._thread.ident is not None:
+            self._thread.join()
+        open_files = torch.tensor([int(self._thread.is_alive())], device=torch.cuda.current_device())
+        dist.all_reduce(open_files)
+        return not int(open_files)
 
-    def send(self, sums: dict[str, list[int | str]]) -> None:
-        """In the child: leave it all, with the checksums of the files."""
-        pickle.dump((self._held, sums), self._file)
-        self._file.flush()
-
-    def get_nowait(self) -> Any:
-        """Megatron's writer asks for what was written."""
-        self._file.seek(0)
+    def _write(self) -> None:
+        """Write, then take the checksums while the content is still in the system's memory."""
+        outcomes: dict[int, Any] = {}
+        failure: Exception | None = None
         try:
-            results, self.sums = pickle.load(self._file)
-        except EOFError:
-            return RuntimeError("the process that wrote it ended early")
-        return results
+            for i, bucket in enumerate(self._buckets):
+                results, counter = queue.Queue[Any](), queue.Queue[int]()
+                counter.put(i)
+                self._writer.write_preloaded_data(self._transforms, i, bucket, results, counter, use_fsync=True)
+                _, outcome = results.get()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                outcomes[i], path = outcome, Path(bucket[0])
+                self.sums[path.name] = checkpoint_files.checksum(path)
+        except Exception as error:  # told by the main thread, on every rank
+            failure = error
+        if self._buckets:
+            self._writer.results_queue.put(failure or outcomes)
+        self._buckets = []
 
 
-class _WriteAndSum:
-    """In the child: write, then take the checksums while the content is still in memory."""
-
-    def __init__(self, write: Callable[..., None]) -> None:
-        self._write = write
-
-    def __call__(self, rank: int, buckets: list[Any], results: _Results) -> None:
-        self._write(rank, buckets, results)
-        files = [Path(path) for path, *_ in buckets]
-        results.send({path.name: checkpoint_files.checksum(path) for path in files if path.exists()})
+def _copied(bucket: Any, live: set[int]) -> Any:
+    """With copies of the live tensors: on a CPU Megatron hands out these."""
+    path, key, (texts, tensors) = bucket
+    return path, key, (texts, [(item, t.clone() if _storage(t) in live else t) for item, t in tensors])
 
 
-def _write_here(request: AsyncRequest) -> None:
-    if request.async_fn is not None:
-        rank, _, results = request.async_fn_args
-        request.async_fn(rank, request.preload_fn(), results)
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _sharded_tensors(sharded: dict[str, Any]) -> list[ShardedTensor]:
+    """Those that hold data on this rank."""
+    return [v for v in nested_values(sharded) if isinstance(v, ShardedTensor) and v.data is not None]
 
 
 def _plain(results: Any) -> Any:

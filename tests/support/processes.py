@@ -94,7 +94,7 @@ class Ranks:
             process.kill()
             process.wait()
 
-    def codes(self, seconds: float = 120) -> list[int]:
+    def codes(self, seconds: float = 300) -> list[int]:
         """Exit codes of all, which must come by themselves."""
         return [process.wait(seconds) for process in self.processes]
 
@@ -102,7 +102,7 @@ class Ranks:
         """What a rank wrote."""
         return self.errors[rank].read_text()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Wait until something has happened; fails when a process ends first."""
         until = time.monotonic() + seconds
         while not condition():
