@@ -128,7 +128,7 @@ def stage_activations(setting: Setting, stage: int, row: Row, rows: int) -> floa
 
 
 def _description(setting: Setting, row: Row) -> float:
-    """A row's tokens, where they stand in attention's segments and its mask; rotary angles, where the layers share them."""
+    """A row's tokens, their places in attention's segments, its mask; rotary angles, where the layers share them."""
     tokens = row.tokens / setting.topology.context
     shared = setting.config.parallel.recompute == "full" or setting.kernels == "engine"
     angles = 4 * tokens * setting.shape.head_dim if shared else 0

@@ -141,8 +141,7 @@ def test_smallest_clusters_of_a_70b(world: int, parallel: dict[str, int], low: f
 
 
 def test_activations_of_a_70b_layer() -> None:
-    """33.5 * tokens * hidden / tensor bytes for bf16 layers with sequence parallelism and flash attention; ours keeps the
-    keys and values of a shared prefix twice."""
+    """33.5 * tokens * hidden / tensor bytes for bf16 layers with sequence parallelism and flash attention."""
     one = of_70b(16, tensor=8, pipeline=2)
     assert layer_activations(one, full_row(4096, 512)) == pytest.approx(33.5 * 4096 * 8192 / 8, rel=0.15)
 
