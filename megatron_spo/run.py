@@ -104,6 +104,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         steps=_steps(config, loaders[TRAIN]),
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
+        clock=runtime.clock,
     )
     state = _start(config, trainable, found, changed, runtime)
     directory.open_metrics(after_step=state.step, evaluation_owed=state.evaluation_owed)

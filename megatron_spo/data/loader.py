@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,8 @@ class Loader:
         self._size, self._seed = global_batch_size, seed
         self._shuffle, self._last_batch = data.shuffle, data.last_batch
         self._sampler: Sampler | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: tuple[int, Future[Batch]] | None = None
 
     @property
     def sampler(self) -> Sampler:
@@ -105,7 +108,14 @@ class Loader:
         return self.sampler.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
-        """The training batch of `step`, counted from 0 over all epochs."""
+        """The training batch of `step`, counted from 0 over all epochs; that of the next step is made meanwhile."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._worker.submit(self._make, step)
+        batch = self._ahead[1].result()
+        self._ahead = step + 1, self._worker.submit(self._make, step + 1)
+        return batch
+
+    def _make(self, step: int) -> Batch:
         return self.batch_of(self.sampler.indices_of_step(step), step=step)
 
     def eval_batches(self) -> Iterator[Batch]:

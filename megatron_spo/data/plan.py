@@ -140,7 +140,8 @@ def plan_rows(
 
     Every rank gets the same number of rows, the smallest multiple of `rows_multiple` that best-fit-decreasing
     packing allows; a row holds at most `row_length` tokens and may be empty; costs (default
-    `pair_costs`) are balanced over the ranks.
+    `pair_costs`) are balanced over the ranks, and over the rows of each where these are not filled to the last
+    token.
 
     tokens [B]: packed tokens of each pair.  costs [B]: relative time of each pair.
     """
@@ -149,14 +150,33 @@ def plan_rows(
     if sizes and max(sizes) > row_length:
         raise ValueError(f"a pair of {max(sizes)} tokens does not fit into a row of {row_length}")
     packed = _best_fit(range(len(sizes)), sizes, row_length)
-    rows = max(-(-len(packed) // ranks), 1)
+    rows = max(-(-len(packed) // (ranks * rows_multiple)), 1) * rows_multiple
     by_cost = _longest_first(range(len(sizes)), weights, ranks)
-    plan = [_best_fit(group, sizes, row_length) for group in by_cost]
+    plan = [_even_rows(group, sizes, weights, rows, row_length) for group in by_cost]
     if max(len(part) for part in plan) > rows:  # balance alone would cost a row more: move whole rows instead
         totals = [sum(weights[i] for i in row) for row in packed]
         plan = [[packed[i] for i in group] for group in _longest_first(range(len(packed)), totals, ranks, most=rows)]
-    rows = -(-rows // rows_multiple) * rows_multiple
     return [part + [[] for _ in range(rows - len(part))] for part in plan]
+
+
+def _even_rows(
+    items: Sequence[int], sizes: Sequence[int], costs: Sequence[float], rows: int, capacity: int
+) -> list[list[int]]:
+    """The dearest item first, each into the row that costs the least so far and takes it; by best fit if it comes to
+    one that no row takes."""
+    result: list[list[int]] = [[] for _ in range(rows)]
+    heap = [(0.0, capacity, row) for row in range(rows)]
+    for item in sorted(items, key=lambda i: (-costs[i], i)):
+        full = []
+        while heap and heap[0][1] < sizes[item]:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return _best_fit(items, sizes, capacity)
+        cost, room, row = heapq.heappop(heap)
+        result[row].append(item)
+        for entry in [*full, (cost + costs[item], room - sizes[item], row)]:
+            heapq.heappush(heap, entry)
+    return result
 
 
 def _best_fit(items: Sequence[int] | range, sizes: Sequence[int], capacity: int) -> list[list[int]]:

@@ -1,9 +1,11 @@
 """Core attention for rows of prefix-shared pairs.
 
 A row is [shared | chosen tail | rejected tail] per pair, pair after pair. A token sees the earlier tokens of its own
-pair, but a rejected tail never sees the chosen one. The pairs of a row are laid side by side as a batch of blocks, so
-the work grows with the square of a pair's length, not of the row's. Under context parallelism every rank holds a share
-of each pair's tokens and gathers the keys and values of all.
+pair, but a rejected tail never sees the chosen one. The row is cut into segments of queries over their keys
+(model/segments.py), which a GPU's kernel for variable lengths takes as they are. Elsewhere, and under context
+parallelism, segments of like size are laid side by side and their queries taken in strips, each over the keys it can
+reach, so that about the visible half of the scores is computed. Under context parallelism every rank holds a share of
+each pair's tokens and gathers the keys and values of all.
 """
 
 from dataclasses import dataclass
@@ -18,22 +20,29 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
+from megatron_spo.model.kernels import Varlen, varlen_kernel
+from megatron_spo.model.segments import Segments, blocks_of, key_order, places, segments_of
 from megatron_spo.runtime.device import to_device
 
 BLOCK = 16
-"""Queries and keys of a pair are padded to multiples of this: what torch's kernels sum in vectors of at most so many
+"""Queries and keys of a segment are padded to multiples of this: what torch's kernels sum in vectors of at most so many
 is then the same whatever other pairs are in the row, and so is bf16's rounding."""
+GPU_BLOCK = 128
+"""The same on a GPU without a kernel for variable lengths: fewer launches."""
+STRIP = 64
+"""Queries of a strip on a CPU, whose kernel skips no scores, masked or not; a multiple of BLOCK."""
 
 
 @dataclass
 class RowOnDevice(PackedSeqParams):
     """A packed row as the model takes it; Megatron hands it to every layer of every stage as `packed_seq_params`.
 
-    T tokens and E scored entries (position, target) on this rank, B pairs with at most Q tokens here and L in all.
-    Under context parallelism a rank holds its share of the tokens and the entries predicted there.
+    T tokens and E scored entries (position, target) on this rank. Under context parallelism a rank holds its share of
+    the tokens and the entries predicted there.
     """
 
     tokens: Tensor | None = None  # [1, T]
@@ -41,11 +50,8 @@ class RowOnDevice(PackedSeqParams):
     predict_at: Tensor | None = None  # [E] positions in the row
     targets: Tensor | None = None  # [E] token ids
     entries: Tensor | None = None  # [E] which of the row's entries these are
-    queries: Tensor | None = None  # [B, Q] where each token of each pair stands here (0 where there is none)
-    keys: Tensor | None = None  # [B, L] where it stands in the keys of all ranks together
-    visible: Tensor | None = None  # [B, 1, Q, L] query may see key
-    unblock: Tensor | None = None  # [T] where in the flattened blocks a token's output stands
     padding: Tensor | None = None  # [1, T] bool, the tokens that fill up the row
+    geometry: "Geometry | None" = None
 
 
 def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:
@@ -59,7 +65,6 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
     entries = np.flatnonzero(local[row.predict_at] >= 0)
     gathered = np.empty(length, dtype=np.int64)
     gathered[np.argsort(owner, kind="stable")] = np.arange(length)
-    queries, keys, inside, ends, unblock = _geometry(row.segments, length, here)
     put = partial(to_device, device=device)
     return RowOnDevice(
         qkv_format="sbhd",  # Megatron would reshape "thd" rows itself
@@ -68,11 +73,8 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
         predict_at=put(local[row.predict_at[entries]]),
         targets=put(row.targets[entries]),
         entries=put(entries),
-        queries=put(queries),
-        keys=put(gathered[keys]),
-        visible=_visible(put(inside), put(ends), keys.shape[1]),
-        unblock=put(unblock),
         padding=put(here >= row.real_tokens)[None],
+        geometry=Geometry(segments_of(row.segments, length, here), here, gathered, device),
     )
 
 
@@ -84,47 +86,6 @@ def _owners(length: int, ranks: int) -> np.ndarray:
     """
     turn = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
     return np.resize(turn, length)
-
-
-def _geometry(
-    segments: np.ndarray, length: int, here: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [B, Q], keys [B, L] (positions in the whole row), each query's place inside its pair [B, Q], where the
-    shared tokens and the chosen tail end there [B, 2], and the way back [T] of a row with these segments [B, 4], for
-    the tokens `here` [T].
-
-    Padding behind the last pair reads block position 0: finite numbers that nothing depends on.
-    """
-    if len(segments) == 0:  # a row without pairs: one block that holds its padding
-        segments = np.array([[0, length, 0, 0]])
-    start, shared, chosen = segments[:, 0], segments[:, 1], segments[:, 2]
-    lengths = segments[:, 1:].sum(1)
-    key = np.arange(_in_blocks(int(lengths.max())))
-    keys = np.where(key[None] < lengths[:, None], start[:, None] + key[None], 0)
-    pair = np.searchsorted(start, here, side="right") - 1
-    real = here < start[pair] + lengths[pair]
-    local, pair = np.flatnonzero(real), pair[real]
-    counts = np.bincount(pair, minlength=len(segments))
-    at = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)  # number within the pair, of those here
-    most = _in_blocks(max(int(counts.max()), 1))
-    queries, inside = np.zeros((2, len(segments), most), dtype=np.int64)
-    queries[pair, at], inside[pair, at] = local, here[local] - start[pair]
-    unblock = np.zeros(len(here), dtype=np.int64)
-    unblock[local] = pair * most + at
-    return queries, keys, inside, np.stack([shared, shared + chosen], axis=1), unblock
-
-
-def _visible(inside: Tensor, ends: Tensor, keys: int) -> Tensor:
-    """Which of a pair's `keys` tokens each query sees, bool [B, 1, Q, L]; made on the device, for which it is much to
-    transfer. Arguments as `_geometry` returns them."""
-    key = torch.arange(keys, device=inside.device)
-    in_chosen = (key >= ends[:, :1]) & (key < ends[:, 1:])
-    in_rejected = inside >= ends[:, 1:]
-    return ((inside[:, :, None] >= key) & ~(in_rejected[:, :, None] & in_chosen[:, None]))[:, None]
-
-
-def _in_blocks(length: int) -> int:
-    return -(-length // BLOCK) * BLOCK
 
 
 class _GatherOverRanks(torch.autograd.Function):
@@ -145,15 +106,120 @@ class _GatherOverRanks(torch.autograd.Function):
         return part, None
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """B segments of like size side by side, padded to Q queries and K keys.
+
+    bias     [B, 1, Q, K] 0 where a query sees a key, else -inf
+    reaches  keys that the queries of each strip see at most
+    """
+
+    bias: Tensor
+    strip: int
+    reaches: list[int]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries [B * Q, heads, d] over keys and values [B * K, groups, d] -> [B * Q, heads * d]."""
+        count, _, _, _ = self.bias.shape
+        q, k, v = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
+        if q.is_cuda and not _kernel_takes(q, k, v, self.bias):
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        strips = []
+        for i, reach in enumerate(self.reaches):
+            here = slice(i * self.strip, (i + 1) * self.strip)
+            out = F.scaled_dot_product_attention(
+                q[:, :, here],
+                k[:, :, :reach],
+                v[:, :, :reach],
+                attn_mask=self.bias[:, :, here, :reach],
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            strips.append(out.transpose(1, 2))
+        return torch.cat(strips, dim=1).flatten(2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A row cut into tiles: which token each of their queries [NQ] and keys [NK] is, and where each token's output
+    stands among the queries [T]."""
+
+    queries: Tensor
+    keys: Tensor
+    unblock: Tensor
+    tiles: list[Tiles]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query [T, heads, d], key and value [T of all ranks, groups, d] -> [T, heads * d]."""
+        q, k, v = query.index_select(0, self.queries), key.index_select(0, self.keys), value.index_select(0, self.keys)
+        sizes = [tile.bias.shape for tile in self.tiles]
+        q_parts = q.split([size[0] * size[2] for size in sizes])
+        k_parts, v_parts = (part.split([size[0] * size[3] for size in sizes]) for part in (k, v))
+        outs = [tile.attend(*parts) for tile, *parts in zip(self.tiles, q_parts, k_parts, v_parts, strict=True)]
+        return torch.cat(outs).index_select(0, self.unblock)
+
+
+class Geometry:
+    """Who attends to whom in a row, in the form that a backend takes; made for the first layer, kept for the others."""
+
+    def __init__(
+        self, segments: Segments, here: NDArray[np.int64], gathered: NDArray[np.int64], device: torch.device
+    ) -> None:
+        """`here`: row positions of this rank's tokens. `gathered`: where each row position stands among the keys."""
+        self._segments, self._here, self._gathered, self._device = segments, here, gathered, device
+        self._tiling: Tiling | None = None
+        self._varlen: Varlen | None = None
+
+    def tiling(self, dtype: torch.dtype) -> Tiling:
+        """For the kernel that takes a mask."""
+        if self._tiling is None:
+            cpu, put = self._device.type == "cpu", partial(to_device, device=self._device)
+            multiple = BLOCK if cpu else GPU_BLOCK
+            blocks = blocks_of(self._segments, self._here, multiple=multiple)
+            tiles = []
+            for block in blocks:
+                most, keys = block.queries.shape[1], block.keys.shape[1]
+                strip = STRIP if cpu else most
+                reach = np.maximum.reduceat(block.at.max(0), np.arange(0, most, strip)) + 1
+                sees = torch.arange(keys, device=self._device) <= put(block.at)[:, None, :, None]
+                bias = torch.zeros(sees.shape, dtype=dtype, device=self._device).masked_fill_(~sees, -torch.inf)
+                tiles.append(Tiles(bias, strip, (-(-reach // multiple) * multiple).tolist()))
+            self._tiling = Tiling(
+                put(np.concatenate([block.queries.ravel() for block in blocks])),
+                put(self._gathered[np.concatenate([block.keys.ravel() for block in blocks])]),
+                put(places(self._segments, blocks)),
+                tiles,
+            )
+        return self._tiling
+
+    def varlen(self) -> Varlen:
+        """For a kernel that takes segments of any length; not under context parallelism."""
+        if self._varlen is None:
+            put = partial(to_device, device=self._device)
+            segments = self._segments
+            self._varlen = Varlen(
+                put(key_order(segments)),
+                put(_bounds(segments.queries)),
+                put(_bounds(segments.keys)),
+                int(segments.queries.max()),
+                int(segments.keys.max()),
+            )
+        return self._varlen
+
+
+def _bounds(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
 def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
-    """Whether this torch has a kernel for grouped heads with a mask that never holds the scores [B, heads, Q, L]; else
+    """Whether this torch has a kernel for grouped heads with a mask that never holds the scores [B, heads, Q, K]; else
     it would silently take the plain product, which does."""
     arguments = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, q.shape[1] != k.shape[1])
     return torch.backends.cuda.can_use_efficient_attention(arguments)
 
 
 class PairAttention(MegatronModule):
-    """Softmax attention within the pairs of a row, by torch's scaled_dot_product_attention."""
+    """Softmax attention within the pairs of a row."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
@@ -171,19 +237,15 @@ class PairAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """Query [T, 1, heads, d], key and value [T, 1, groups, d], rotated; returns [T, 1, heads * d]."""
-        row = packed_seq_params
-        assert row.queries is not None and row.keys is not None
-        assert row.visible is not None and row.unblock is not None
+        geometry = packed_seq_params.geometry
+        assert geometry is not None
+        kernel = None
         if self.config.context_parallel_size > 1:
             both = torch.stack([key, value], dim=-1)
             key, value = _GatherOverRanks.apply(both, parallel_state.get_context_parallel_group()).unbind(-1)
-        q, k, v = (
-            part[:, 0].index_select(0, blocks.flatten()).view(*blocks.shape, part.shape[2], -1).transpose(1, 2)
-            for part, blocks in ((query, row.queries), (key, row.keys), (value, row.keys))
-        )
-        if q.is_cuda and not _kernel_takes(q, k, v, row.visible):
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=row.visible, enable_gqa=q.shape[1] != k.shape[1])
-        flat = out.transpose(1, 2).flatten(0, 1).flatten(1)
-        return flat.index_select(0, row.unblock)[:, None]
+        else:
+            kernel = varlen_kernel(query.device.type, query.dtype)
+        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if kernel is None:
+            return geometry.tiling(q.dtype).attend(q, k, v)[:, None]
+        return geometry.varlen().attend(kernel, q, k, v)[:, None]

@@ -40,10 +40,10 @@ _HOPPER = "1638 tokens/s/GPU of Llama-3-70B SFT in FP8 on 32 H100 (Megatron-Brid
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
-        "h100": Gpu("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, 8, 0.594, _HOPPER),
-        "h200": Gpu("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, 8, 0.594, f"the H100's: {_HOPPER}"),
+        "h100": Gpu("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, 8, 0.585, _HOPPER),
+        "h200": Gpu("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, 8, 0.585, f"the H100's: {_HOPPER}"),
         "b200": Gpu(
-            "b200", 178.3 * GIB, 2250e12, 4500e12, 8e12, 900e9, 50e9, 8, 0.5,
+            "b200", 178.3 * GIB, 2250e12, 4500e12, 8e12, 900e9, 50e9, 8, 0.49,
             "30624 tokens/s/GPU of Llama-3-8B in FP8 on 8 B200 (Megatron-Bridge performance summary 25.11)",
         ),
         "a100": Gpu(

@@ -45,6 +45,11 @@ class Setting:
         """Ranks over which sequence parallelism cuts the tokens outside the linear layers."""
         return self.topology.tensor if self.config.parallel.sequence else 1
 
+    @property
+    def masked(self) -> bool:
+        """Whether attention's kernel takes a mask, instead of segments of any length (model/kernels.py)."""
+        return self.kernels == "cpu" or self.item == 4 or self.topology.context > 1
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -123,11 +128,12 @@ def stage_activations(setting: Setting, stage: int, row: Row, rows: int) -> floa
 
 
 def _description(setting: Setting, row: Row) -> float:
-    """A row's tokens and where they stand in attention's blocks; rotary angles, where the layers share them."""
+    """A row's tokens, their places in attention's segments, its mask; rotary angles, where the layers share them."""
     tokens = row.tokens / setting.topology.context
     shared = setting.config.parallel.recompute == "full" or setting.kernels == "engine"
     angles = 4 * tokens * setting.shape.head_dim if shared else 0
-    return 8 * (2 * tokens + row.queries(setting.topology.context) + row.keys) + angles
+    mask = setting.item * row.mask(setting.topology.context) if setting.masked else 0
+    return 8 * (2 * tokens + row.queries(setting.topology.context) + row.keys) + angles + mask
 
 
 def _last_activations(setting: Setting, row: Row) -> float:
@@ -219,12 +225,12 @@ def _rotated(setting: Setting, tokens: float, queries: float, keys: float) -> fl
 
 
 def _core(setting: Setting, row: Row) -> float:
-    """Attention keeps queries, keys, values and outputs in blocks, the blocks' mask and a number per query and head."""
+    """Attention keeps queries, keys, values and outputs by segments and a number per query and head."""
     context, shape, tensor = setting.topology.context, setting.shape, setting.topology.tensor
     queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
-    if setting.kernels != "cpu":  # its kernels on a GPU take no groups of queries: keys and values are repeated
+    if setting.kernels != "cpu" and setting.masked:  # its kernels take no groups of queries: keys are repeated
         keys = queries
-    values = row.queries(context) * 2 * queries + row.keys * 2 * keys + row.computed(context)
+    values = row.queries(context) * 2 * queries + row.keys * 2 * keys
     return values * setting.item + 4 * row.queries(context) * shape.heads / tensor
 
 

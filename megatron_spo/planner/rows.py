@@ -21,8 +21,9 @@ Int64 = NDArray[np.int64]
 
 SPREAD = 0.6
 """Standard deviation of the logarithm of an assumed length; lengths of instruction data are about lognormal."""
-BLOCK = 16
-"""Attention pads the tokens of a pair to a multiple of this (model/attention.py)."""
+BLOCK, STRIP = 16, 64
+"""Attention pads queries and keys to multiples of the first, and takes as many queries at a time as the second says
+(model/attention.py)."""
 SAMPLED_BATCHES = 8
 
 
@@ -58,31 +59,48 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Row:
-    """A packed row: tokens with padding, real ones, pairs, tokens of the longest pair, scored entries, (query, key)
-    pairs that attention needs."""
+    """A packed row: tokens with padding, real ones, scored entries, (query, key) pairs that attention needs, and the
+    queries and keys [S, 2] of each segment into which attention cuts it (model/segments.py)."""
 
     tokens: int
     real: int
-    pairs: int
-    longest: int
     entries: int
     visible: int
+    segments: Int64
 
     def queries(self, context: int) -> int:
-        """Queries of all pairs on a context-parallel rank, padded as attention computes them."""
-        return self.pairs * _in_blocks(-(-self.longest // context))
+        """Queries on a context-parallel rank, padded as attention computes them."""
+        return int(_in_blocks(-(-self.segments[:, 0] // context)).sum())
 
     @property
     def keys(self) -> int:
-        """Keys of all pairs, padded likewise."""
-        return self.pairs * _in_blocks(self.longest)
+        """Keys of all segments, padded likewise."""
+        return int(_in_blocks(self.segments[:, 1]).sum())
+
+    def mask(self, context: int) -> int:
+        """(query, key) pairs of all segments on a context-parallel rank, padded likewise."""
+        queries = _in_blocks(-(-self.segments[:, 0] // context))
+        return int((queries * _in_blocks(self.segments[:, 1])).sum())
 
     def computed(self, context: int) -> int:
-        """(query, key) pairs that attention computes on a context-parallel rank."""
-        return self.queries(context) * _in_blocks(self.longest)
+        """(query, key) pairs that attention computes on a context-parallel rank: queries in strips, each over the keys
+        that its last query sees."""
+        queries, keys = self.segments.T[:, :, None]
+        here = _in_blocks(-(-queries // context))
+        begin = np.arange(0, int(here.max()), STRIP)
+        seen = keys - queries + np.minimum((begin + STRIP) * context, queries)
+        return int((np.clip(here - begin, 0, STRIP) * _in_blocks(seen)).sum())
 
 
-def _in_blocks(length: int) -> int:
+def segments_of(shared: Int64, chosen: Int64, rejected: Int64, padding: int) -> Int64:
+    """Queries and keys [S, 2] of the segments of a row's pairs, and of its padding."""
+    first = np.stack([shared + chosen, shared + chosen], axis=1)
+    second = np.stack([rejected, shared + rejected], axis=1)
+    every = np.concatenate([first, second, [[padding, padding]]]).astype(np.int64)
+    return every[every[:, 0] > 0]
+
+
+def _in_blocks(length: Int64) -> Int64:
     return -(-length // BLOCK) * BLOCK
 
 
@@ -139,10 +157,11 @@ def planned_batches(config: Config, lengths: Lengths, size: int, ranks: int) -> 
     def row(pairs: Int64) -> Row:
         real = int(tokens[pairs].sum())
         padded = max(-(-real // multiples.tokens), 1) * multiples.tokens
-        longest = int(tokens[pairs].max(initial=0))
-        return Row(
-            padded, real, max(len(pairs), 1), longest or padded, int(entries[pairs].sum()), int(visible[pairs].sum())
+        shared, chosen, rejected = (
+            part[pairs] for part in (lengths.shared, lengths.chosen_tail, lengths.rejected_tail)
         )
+        segments = segments_of(shared, chosen, rejected, padded - real)
+        return Row(padded, real, int(entries[pairs].sum()), int(visible[pairs].sum()), segments)
 
     batches = []
     for start in range(0, count * size, size):

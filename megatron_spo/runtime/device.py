@@ -34,7 +34,7 @@ def memory_of(device: torch.device) -> int:
 def uses_transformer_engine(precision: PrecisionConfig, *, experts: bool = False) -> bool:
     """Whether the layers are Transformer Engine's here; `check_device` has passed. Those with experts are not yet."""
     if precision.layers == "auto" and precision.fp8 is None:
-        return not experts and precision.dtype == "bf16" and torch.cuda.is_available() and _have_engine()
+        return not experts and precision.dtype == "bf16" and torch.cuda.is_available() and have_engine()
     return precision.layers != "torch"
 
 
@@ -51,7 +51,7 @@ def check_device(precision: PrecisionConfig) -> None:
         raise UserError(
             f"{precision.reason} needs an NVIDIA GPU, and torch finds none here (megatron-spo doctor); {remedy}"
         )
-    if not _have_engine():
+    if not have_engine():
         raise UserError(
             f"{precision.reason} needs Transformer Engine, which cannot be imported here: build it for this torch "
             f"(pip install --no-build-isolation -e '.[gpu]'), or {remedy}"
@@ -66,7 +66,7 @@ def check_device(precision: PrecisionConfig) -> None:
         )
 
 
-def _have_engine() -> bool:
+def have_engine() -> bool:
     """As Megatron-Core sees it, whose layers these are."""
     from megatron.core.extensions.transformer_engine import HAVE_TE  # after the bridge: importing it touches torch.cuda
 

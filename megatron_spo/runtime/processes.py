@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_spo.config.topology import Topology
 from megatron_spo.errors import LostRank, UserError
 from megatron_spo.runtime import cpu_bridge, env
+from megatron_spo.runtime.clock import Clock
 from megatron_spo.runtime.watch_thread import watch
 from megatron_spo.runtime.watchdog import DAY, Progress
 
@@ -35,6 +36,7 @@ class Runtime:
     context_rank: int
     is_last_stage: bool
     progress: Progress
+    clock: Clock
 
     @property
     def is_main(self) -> bool:
@@ -91,6 +93,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         context_rank=parallel_state.get_context_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         progress=watch().progress,
+        clock=Clock(device),
     )
 
 

@@ -36,9 +36,9 @@ from megatron_spo.model.checkpoint_files import BEST, LATEST, Checkpoint, Damage
 from megatron_spo.model.lora import load_beside_base, without_base
 from megatron_spo.model.wrap import Trainable
 from megatron_spo.runtime.processes import on_main
+from megatron_spo.train.optimizer_state import OptimizerState
 from megatron_spo.train.state import TrainState
 
-_SHARDING = "fully_reshardable"
 _BACKEND = ("torch_dist", 1)
 
 
@@ -73,7 +73,7 @@ class Saver:
         assert self._open is None
         partial = Path(on_main(lambda: str(self._make_partial(state.step)), SaveFailed))
         self._trainable.gather_weights()
-        sharded, common = save_preprocess(contents(self._trainable, loading=False))
+        sharded, common = save_preprocess(contents(self._trainable, loading=False)[0])
         self._check_room(sharded)
         strategy = _Strategy(*_BACKEND)
         on_main(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)), SaveFailed)
@@ -297,7 +297,8 @@ def load(found: Checkpoint, trainable: Trainable) -> TrainState:
         UserError: it is of another model.
     """
     try:
-        stored = load_distributed(contents(trainable, loading=True), str(found.path))
+        sharded, optimizers = contents(trainable, loading=True)
+        stored = load_distributed(sharded, str(found.path))
     except (Exception, CheckpointException) as error:  # many kinds; the files themselves are whole
         first_line = str(error).splitlines()[0][:200]
         raise UserError(
@@ -306,33 +307,26 @@ def load(found: Checkpoint, trainable: Trainable) -> TrainState:
         ) from error
     for name, chunk in _named_chunks(trainable):
         load_beside_base(chunk, stored[name])
-    with torch.no_grad():
-        for i, inner in enumerate(trainable.optimizer.chained_optimizers):
-            state = inner.state_dict()
-            for group in state["optimizer"]["param_groups"]:
-                group["step"] = stored["optimizer_step"]
-            inner.load_state_dict({**state, **stored["optimizer"][str(i)], "param_state_sharding_type": _SHARDING})
+    for i, optimizer in enumerate(optimizers):
+        optimizer.fill(stored["optimizer"].get(str(i), {}), stored["optimizer_step"])
     return TrainState.from_dict(found.state)
 
 
-def contents(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
-    """The sharded state dict of model and optimizer.
+def contents(trainable: Trainable, *, loading: bool) -> tuple[dict[str, Any], list[OptimizerState]]:
+    """The sharded state dict of model and optimizer, and what takes the loaded state of each inner optimizer.
 
-    Each inner optimizer is asked by itself: the keys that megatron-core 0.16.1 makes for several ("chained_0.") bind
-    a checkpoint to their number. Names follow the model's parameters alone, so any layout can read them.
+    Each is asked by itself: the keys that megatron-core 0.16.1 makes for several ("chained_0.") bind a checkpoint to
+    their number. Names follow the model's parameters alone, so any layout can read them.
     """
-    metadata = {
-        "distrib_optim_sharding_type": _SHARDING,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     contents: dict[str, Any] = {
         name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)
     }
     inner = trainable.optimizer.chained_optimizers
-    parts = [one.sharded_state_dict(contents, is_loading=loading, metadata=metadata) for one in inner]
-    contents["optimizer"] = {str(i): {"param_state": part["param_state"]} for i, part in enumerate(parts)}
-    contents["optimizer_step"] = max(group.get("step", 0) for one in inner for group in one.optimizer.param_groups)
-    return contents
+    states = [OptimizerState(one, contents, loading=loading) for one in inner]
+    contents["optimizer"] = {str(i): state.sharded for i, state in enumerate(states)}
+    contents["optimizer_step"] = max(group["step"] for one in inner for group in one.optimizer.param_groups)
+    return contents, states
 
 
 def _named_chunks(trainable: Trainable) -> list[tuple[str, PairModel]]:

@@ -72,7 +72,7 @@ def run_rows(
 
         return module(on_device), finish
 
-    with torch.set_grad_enabled(backward):
+    with runtime.clock.phase("forward_backward"), torch.set_grad_enabled(backward):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(rows) for _ in chunks],

@@ -15,6 +15,7 @@ from megatron_spo.errors import NotSaved, UserError
 from megatron_spo.model.wrap import learning_rate
 from megatron_spo.objective.plan import Role
 from megatron_spo.objective.schedules import observe, plan_step
+from megatron_spo.runtime.clock import Clock
 from megatron_spo.runtime.watchdog import Progress
 from megatron_spo.train.anomalies import BadStep, alarm
 from megatron_spo.train.checkpoint import SaveFailed, Saver
@@ -45,6 +46,7 @@ class Job:
     steps: int
     stop: StopRequest
     progress: Progress
+    clock: Clock
 
 
 def run(job: Job, state: TrainState) -> TrainState:
@@ -186,9 +188,11 @@ def _save_now(job: Job, state: TrainState) -> None:
 
 def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     """One step; without metrics where it was skipped: then nothing but the count of steps goes on."""
-    config, begin = job.config, time.perf_counter()
+    config = job.config
     job.progress.phase(f"step {state.step + 1}")
-    shares = _shares(job, state.step)
+    job.clock.start()
+    with job.clock.phase("data"):
+        shares = _shares(job, state.step)
     plan = plan_step(config.spo, state.step, state.schedule)
     lr = learning_rate(state.step, job.steps, config.optimizer)
     limit = state.norms.limit(config.training.spike_factor)
@@ -203,10 +207,9 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         schedule = observe(config.spo, schedule, metrics["spo/gap"])
     if job.engine.keeps_statistics and "loss/preference" in metrics:
         statistics = statistics.update(sums["statistic"], sums["statistic_squared"], shares[0].batch.pairs)
-    metrics |= {
-        **_use_of_data(job, state.step, [share.batch for share in shares if share is not None]),
-        "seconds": time.perf_counter() - begin,
-    }
+    metrics |= _use_of_data(job, state.step, [share.batch for share in shares if share is not None])
+    metrics |= job.clock.read()
+    metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
     state = replace(
         state,
         step=state.step + 1,

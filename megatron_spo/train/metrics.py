@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_spo.objective.losses import ROUNDING, PairLogprobs
 from megatron_spo.objective.terms import GlobalCounts
+from megatron_spo.runtime.processes import Runtime
 
 SUMS = (
     "objective", "preference", "chosen", "rejected", "reward_chosen", "reward_rejected", "accuracy",
@@ -53,13 +54,14 @@ def row_sums(objective: Tensor, values: PairValues) -> Tensor:
     return torch.stack([objective.detach().double(), *sums])
 
 
-def reduce_sums(per_row: list[Tensor], *, device: torch.device, contributes: bool) -> dict[str, float]:
+def reduce_sums(per_row: list[Tensor], *, runtime: Runtime) -> dict[str, float]:
     """Sums over all rows of all ranks, by one all-reduce; only ranks that hold results contribute."""
-    total = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    if contributes and per_row:
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=runtime.device)
+    if runtime.holds_results and per_row:
         total += torch.stack(per_row).sum(0)
-    dist.all_reduce(total)
-    return dict(zip(SUMS, total.tolist(), strict=True))
+    with runtime.clock.phase("communication"):
+        dist.all_reduce(total)
+        return dict(zip(SUMS, total.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

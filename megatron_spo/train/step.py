@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,13 @@ class Engine:
         self._losses, self._spo = loss.terms(), spo
         self._needs_reference = bool(loss.needing_reference)
         self.keeps_statistics = any(name in TRACKED for name in loss.names)
+        reduce_gradients = trainable.config.finalize_model_grads_func
+
+        def finalize(*arguments: Any, **keywords: Any) -> None:
+            with runtime.clock.phase("communication"):
+                reduce_gradients(*arguments, **keywords)
+
+        trainable.config.finalize_model_grads_func = finalize
 
     def train_step(
         self,
@@ -104,7 +112,7 @@ class Engine:
             BadStep: on every rank, before weights or optimizer are changed: a number is not finite, or the gradient's
                 norm exceeds `largest_norm`.
         """
-        shares = [pairs] if sft is None else [pairs, sft]
+        shares, clock = [pairs] if sft is None else [pairs, sft], self._runtime.clock
         for share in shares:
             share.prepare()
         sums = self._measure_idle(plan, shares, state.statistics)
@@ -115,21 +123,21 @@ class Engine:
             balanced = self._balancing(weighed, state) if pass_ is plan.upper else nullcontext()
             with self._weights_of(pass_, taken), balanced:
                 swept = self._sweep(pass_, weighed, statistics=state.statistics, backward=True)
-            self._trainable.optimizer.prepare_grads()
-            if plan.combine is not None:
-                taken[pass_.slot] = gradients.take(self._trainable)
+            with clock.phase("optimizer"):
+                self._trainable.optimizer.prepare_grads()
+                if plan.combine is not None:
+                    taken[pass_.slot] = gradients.take(self._trainable)
             if pass_.shift is None:
                 sums = swept | sums
-        lambda_ = self._combine(plan, taken)
+        with clock.phase("optimizer"):
+            lambda_ = self._combine(plan, taken)
         measured = [self._measured(share, sums[share.data.name]) for share in shares]
         metrics = self._named(measured[0], measured[-1], state.schedule.saw(measured[-1].sft_loss))
         if len(plan.passes) > 1:
             metrics["loss"] = metrics["loss/preference"] + lambda_ * metrics["loss/sft"]
-        metrics |= {
-            "grad_norm": self._apply(lr, shares, largest_norm),
-            "learning_rate": lr,
-            "spo/lambda": lambda_,
-        }
+        with clock.phase("optimizer"):
+            metrics["grad_norm"] = self._apply(lr, shares, largest_norm)
+        metrics |= {"learning_rate": lr, "spo/lambda": lambda_}
         if not self._router_aux_loss:
             return Outcome(measured[0].sums, metrics, None)
         load, metrics["loss/router_aux"] = balance(self._trainable.chunks, self._trainable.config.num_layers)
@@ -216,7 +224,7 @@ class Engine:
         swept, suspects = {}, []
         for share in shares:
             own, per_row = per_row[: len(share.batch.rows)], per_row[len(share.batch.rows) :]
-            sums = reduce_sums(own, device=self._runtime.device, contributes=self._runtime.holds_results)
+            sums = reduce_sums(own, runtime=self._runtime)
             swept[share.data.name] = sums
             if not all(math.isfinite(value) for value in sums.values()):
                 bad = [row for row, values in zip(share.batch.rows, own, strict=False) if not values.isfinite().all()]

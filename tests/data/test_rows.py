@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_spo.data.plan import plan_rows
+from megatron_spo.data.plan import pair_costs, plan_rows
 from megatron_spo.data.rows import Example, PackedRow, build_row
 
 
@@ -133,6 +133,22 @@ def test_plan_is_balanced_and_minimal() -> None:
     assert len(plan[0]) == -(-tokens.sum() // 4096 // 4)
     fixed = plan_rows([10, 10, 10, 10], [4.0, 1.0, 1.0, 2.0], row_length=100, ranks=2)
     assert sorted(sorted(i for row in rank for i in row) for rank in fixed) == [[0], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("medians", [(400, 40), (100, 200), (60, 120)])
+@pytest.mark.parametrize(("pairs", "ranks"), [(64, 2), (256, 1), (512, 16)])
+def test_ranks_and_rows_cost_alike(medians: tuple[int, int], pairs: int, ranks: int) -> None:
+    """Ranks of a step wait for the slowest, stages of a pipeline for the dearest row."""
+    generator = np.random.default_rng(0)
+    prompt, response = medians
+    tokens = sum((generator.lognormal(0, 0.5, pairs) * median).astype(int) + 1 for median in (prompt, *[response] * 2))
+    costs = pair_costs(tokens)
+    plan = plan_rows(tokens, row_length=4096, ranks=ranks)
+    of_rows = np.array([[costs[row].sum() for row in rank] for rank in plan])
+    assert of_rows.sum(1).max() / of_rows.sum(1).mean() < 1.03
+    assert of_rows.max() / of_rows.mean() < 1.08
+    rows = -(-int(tokens.sum()) // 4096)
+    assert of_rows.size <= -(-(rows + 1) // ranks) * ranks  # one row more than fits without any gap
 
 
 def test_whole_rows_move_where_balance_would_cost_a_row() -> None:

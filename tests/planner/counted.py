@@ -13,7 +13,7 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.planner.memory import Setting
-from megatron_spo.planner.rows import Row
+from megatron_spo.planner.rows import Row, segments_of
 from megatron_spo.runtime import env, processes
 from tests.support.megatron import example, row_of
 
@@ -36,8 +36,9 @@ def packed_row() -> PackedRow:
 
 def as_planned(row: PackedRow) -> Row:
     """The same row as the planner sees it."""
-    longest = int(row.segments[:, 1:].sum(1).max())
-    return Row(len(row.tokens), row.real_tokens, len(row.pairs), longest, len(row.targets), visible=0)
+    _, shared, chosen, rejected = row.segments.T
+    segments = segments_of(shared, chosen, rejected, len(row.tokens) - row.real_tokens)
+    return Row(len(row.tokens), row.real_tokens, len(row.targets), 0, segments)
 
 
 @dataclass

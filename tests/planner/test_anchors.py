@@ -7,6 +7,7 @@ DPO of OLMo-2-7B at 22.5% of the peak (open-instruct), which measures that imple
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_spo.config.model_shape import ModelShape
@@ -51,7 +52,9 @@ class Run:
 
     @property
     def row(self) -> Row:
-        return Sequence(self.tokens, self.tokens, 1, self.tokens, self.tokens, self.tokens * (self.tokens + 1) // 2)
+        tokens = self.tokens
+        segments = np.array([[tokens, tokens]])
+        return Sequence(tokens, tokens, tokens, tokens * (tokens + 1) // 2, segments)
 
     def step(self) -> StepTime:
         precision = {"fp8": "tensorwise"} if self.fp8 else {}

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_spo.runtime.clock import PHASES
+
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "parallel" / "worker.py"
 Job = tuple[str, str, list[str]]
@@ -49,7 +51,9 @@ def read_metrics(run: Path) -> dict[tuple[str, str, int], dict[str, float]]:
     return {(line.pop("kind"), line.pop("name", ""), line.pop("step")): line for line in lines}
 
 
-NOT_COMPARED = {"seconds", "row_fill"}
+TIMES = {"seconds", *(f"seconds/{part}" for part in (*PHASES, "other")), "tokens_per_second", "mfu"}
+"""How fast."""
+NOT_COMPARED = {*TIMES, "row_fill"}
 """How fast and in what rows: the layout's business."""
 
 

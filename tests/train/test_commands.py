@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_spo.cli import main
-from tests.support.processes import largest_difference, read_metrics
+from tests.support.processes import TIMES, largest_difference, read_metrics
 from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 
@@ -61,9 +61,12 @@ def test_reference_then_train(job, capsys):
     expected = {
         "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
         "rewards/margins", "logps/chosen", "logps/rejected", "loss/preference", "loss/sft", "spo/gap", "spo/lambda",
-        "spo/chosen_shift", "spo/rejected_shift", "spo/both_down", "pairs", "tokens", "row_fill", "seconds",
-    }  # fmt: skip
+        "spo/chosen_shift", "spo/rejected_shift", "spo/both_down", "pairs", "tokens", "row_fill",
+    } | TIMES - {"mfu"}  # fmt: skip
     assert expected <= first.keys()
+    parts = sum(value for name, value in first.items() if name.startswith("seconds/"))
+    assert parts == pytest.approx(first["seconds"])
+    assert first["tokens_per_second"] == pytest.approx(first["tokens"] / first["seconds"])
     status = json.loads((job / "run/status.json").read_text())
     assert (status["state"], status["step"], status["checkpoint"]) == ("done", 4, "step_00000004")
     assert {"config.yaml", "metrics.jsonl", "report.html", "checkpoints"} <= {p.name for p in (job / "run").iterdir()}

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.oracles.lower_level_loop import DUAL_LR, EPSILON, SMOOTHING, lower_level_trajectory
-from tests.support.processes import Job, largest_difference, read_metrics, run_jobs
+from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 STEPS, BATCH, SFT_ROWS, SFT_BATCH = 5, 6, 12, 5  # batches of 5, 5, 2, 5, 5 SFT rows
@@ -45,7 +45,7 @@ IN_LAYOUTS = {
     "dual-shuffled": [*ORACLE["dual"][0], "data.shuffle=true", "spo.v=running_min"],
     "mix-pair": [*MIX, *SCHEDULES["pair"], *SEPARATE],
 }
-EXTRA = {"tokens", "row_fill", "seconds", "sft_rows", "sft_epoch"}
+EXTRA = {"tokens", "sft_rows", "sft_epoch", *NOT_COMPARED}
 """What a separate set adds, or packs otherwise."""
 
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_spo.cli import main
 from megatron_spo.train import checkpoint, loop
-from tests.support.processes import Ranks, largest_difference, read_metrics, steps_done
+from tests.support.processes import TIMES, Ranks, largest_difference, read_metrics, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 
@@ -54,7 +54,7 @@ def lines(run: Path) -> list[dict]:
 def numbers(run: Path) -> dict:
     """What was measured, of all lines."""
     kept = {key: line for key, line in read_metrics(run).items() if key[0] != "alarm"}
-    return {key: {name: v for name, v in line.items() if name != "seconds"} for key, line in kept.items()}
+    return {key: {name: v for name, v in line.items() if name not in TIMES} for key, line in kept.items()}
 
 
 def status(run: Path) -> dict:

@@ -1,0 +1,95 @@
+"""Attention kernels of GPUs that take segments of any length, causal masks aligned at the end of the keys.
+
+torch's, where there is one (it is FlashAttention), else that of Transformer Engine. Both are given
+q [queries of all segments, heads, d], k and v [keys of all segments, groups, d] and the bounds of the segments in each.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_spo.runtime.device import have_engine
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Varlen"], Tensor]
+"""(q, k, v, segments) -> [queries of all segments, heads, d]."""
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """S segments whose queries are the row's tokens in order.
+
+    order            [NK]         row position of each key, segment after segment
+    queries, keys    int32 [S + 1] bounds of the segments
+    """
+
+    order: Tensor
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
+    def attend(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Q [T, heads, d], k and v [T, groups, d] -> [T, heads * d]."""
+        return kernel(q.contiguous(), k.index_select(0, self.order), v.index_select(0, self.order), self).flatten(1)
+
+
+@cache
+def varlen_kernel(device: str, dtype: torch.dtype) -> Kernel | None:
+    """The kernel for tensors of this type, None where there is none: on a CPU, and in fp32."""
+    if device != "cuda" or dtype == torch.float32:
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return of_engine() if have_engine() else None
+    return of_torch(varlen_attn)
+
+
+def of_torch(function: Callable[..., Any]) -> Kernel:
+    """torch.nn.attention.varlen.varlen_attn, whose way to say causal and to take grouped heads differs by version; the
+    windows of both are aligned at the end."""
+    known = inspect.signature(function).parameters
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Varlen) -> Tensor:
+        grouped = {}
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in known:
+                grouped = {"enable_gqa": True}
+            else:
+                repeats = q.shape[1] // k.shape[1]
+                k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        bounds = (segments.queries, segments.keys, segments.most_queries, segments.most_keys)
+        out: Tensor = function(q, k, v, *bounds, **causal, **grouped)
+        return out
+
+    return attend
+
+
+def of_engine() -> Kernel:
+    """Transformer Engine's, by the mask's own name: Megatron's (AttnMaskType, megatron-core 0.16.1) has no member for
+    it, and its "causal" is aligned at the start."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    modules: dict[tuple[int, int, int], Any] = {}  # no part of the model: it has no parameters
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Varlen) -> Tensor:
+        heads, groups, width = q.shape[1], k.shape[1], q.shape[2]
+        if (heads, groups, width) not in modules:
+            modules[heads, groups, width] = DotProductAttention(
+                heads, width, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd",
+                attn_mask_type="padding_causal_bottom_right",
+            )  # fmt: skip
+        out: Tensor = modules[heads, groups, width](
+            q, k, v,
+            cu_seqlens_q=segments.queries, cu_seqlens_kv=segments.keys,
+            max_seqlen_q=segments.most_queries, max_seqlen_kv=segments.most_keys,
+        )  # fmt: skip
+        return out.view(q.shape)
+
+    return attend
