@@ -15,6 +15,7 @@ import yaml
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.convert import nemo
+from megatron_spo.convert.form import Shard
 from megatron_spo.convert.source import Model
 from megatron_spo.convert.torch_dist import TorchDist
 from megatron_spo.errors import UserError
@@ -33,6 +34,12 @@ class Nemo(TorchDist):
 
     def vocabulary(self, shape: ModelShape) -> int:
         return shape.vocab
+
+    def shards(self, model: Model, limit: int) -> list[Shard]:
+        if model.shape.family not in nemo.CLASSES:
+            raise UserError(f"NeMo 2 checkpoints of {model.shape.family} models are not built; built are those of "
+                            f"{', '.join(nemo.CLASSES)}; use --to hf or --to megatron")  # fmt: skip
+        return super().shards(model, limit)
 
     def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> None:
         context = folder / "context"

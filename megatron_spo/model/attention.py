@@ -19,13 +19,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.runtime.device import to_device
 
 BLOCK = 16
 """Queries and keys of a pair are padded to multiples of this: what torch's kernels sum in vectors of at most so many
 is then the same whatever other pairs are in the row, and so is bf16's rounding."""
+SCORES_PER_CHUNK = 2**24
+"""Scores of capped attention held at a time on one rank (64 MiB in fp32, several times over)."""
 
 
 @dataclass
@@ -44,8 +48,21 @@ class RowOnDevice(PackedSeqParams):
     queries: Tensor | None = None  # [B, Q] where each token of each pair stands here (0 where there is none)
     keys: Tensor | None = None  # [B, L] where it stands in the keys of all ranks together
     visible: Tensor | None = None  # [B, 1, Q, L] query may see key
+    query_places: Tensor | None = None  # [B, Q] each query's place in its own sequence, prompt and answer
+    key_places: Tensor | None = None  # [B, L] likewise
+    near: Tensor | None = None  # [B, 1, Q, L] as `visible`, within the sliding window; made when first asked for
     unblock: Tensor | None = None  # [T] where in the flattened blocks a token's output stands
     padding: Tensor | None = None  # [1, T] bool, the tokens that fill up the row
+
+    def seen(self, window: int | None) -> Tensor:
+        """Which keys each query sees, bool [B, 1, Q, L]: at most its `window` last ones; all layers share the mask."""
+        assert self.visible is not None and self.query_places is not None and self.key_places is not None
+        if window is None or self.visible.shape[-1] <= window:
+            return self.visible
+        if self.near is None:
+            distance = self.query_places[:, :, None] - self.key_places[:, None]
+            self.near = self.visible & (distance < window)[:, None]
+        return self.near
 
 
 def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:
@@ -61,6 +78,7 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
     gathered[np.argsort(owner, kind="stable")] = np.arange(length)
     queries, keys, inside, ends, unblock = _geometry(row.segments, length, here)
     put = partial(to_device, device=device)
+    on_device, pair_ends = put(inside), put(ends)
     return RowOnDevice(
         qkv_format="sbhd",  # Megatron would reshape "thd" rows itself
         tokens=put(row.tokens[here])[None],
@@ -70,7 +88,9 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
         entries=put(entries),
         queries=put(queries),
         keys=put(gathered[keys]),
-        visible=_visible(put(inside), put(ends), keys.shape[1]),
+        visible=_visible(on_device, pair_ends, keys.shape[1]),
+        query_places=_places(on_device, pair_ends),
+        key_places=_places(torch.arange(keys.shape[1], device=device), pair_ends),
         unblock=put(unblock),
         padding=put(here >= row.real_tokens)[None],
     )
@@ -123,6 +143,12 @@ def _visible(inside: Tensor, ends: Tensor, keys: int) -> Tensor:
     return ((inside[:, :, None] >= key) & ~(in_rejected[:, :, None] & in_chosen[:, None]))[:, None]
 
 
+def _places(inside: Tensor, ends: Tensor) -> Tensor:
+    """Place in its own sequence of what stands at `inside` [B or 1, n] in a pair: the rejected tail counts from where
+    the chosen one does."""
+    return inside - (inside >= ends[:, 1:]) * (ends[:, 1:] - ends[:, :1])
+
+
 def _in_blocks(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
@@ -152,13 +178,46 @@ def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
     return torch.backends.cuda.can_use_efficient_attention(arguments)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    if q.is_cuda and not _kernel_takes(q, k, v, mask):
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
+
+
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, softcap: float, scale: float) -> Tensor:
+    """Attention [B, heads, Q, d] whose scores x are softcap * tanh(x / softcap), which no kernel of torch's computes.
+
+    The queries are taken in chunks whose scores are computed again in the backward pass, so that [Q, L] scores of all
+    heads are never held at once.
+    """
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+
+    def chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = ((q @ k.mT).float() * (scale / softcap)).tanh() * softcap
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+    size = max(BLOCK, SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = zip(q.split(size, dim=2), mask.split(size, dim=2), strict=True)
+    return torch.cat([checkpoint(chunk, part, k, v, seen, use_reentrant=False) for part, seen in parts], dim=2)
+
+
 class PairAttention(MegatronModule):
     """Softmax attention within the pairs of a row, by torch's scaled_dot_product_attention."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        shape: ModelShape,
+        **_: Any,
     ) -> None:
         super().__init__(config)
+        self._window = shape.sliding_window if layer_number - 1 in shape.sliding_layers else None
+        self._scale = shape.gemma.attention_scale if shape.gemma else shape.head_dim**-0.5
+        self._softcap = shape.gemma.attention_softcap if shape.gemma else None
 
     def forward(
         self,
@@ -172,8 +231,7 @@ class PairAttention(MegatronModule):
     ) -> Tensor:
         """Query [T, 1, heads, d], key and value [T, 1, groups, d], rotated; returns [T, 1, heads * d]."""
         row = packed_seq_params
-        assert row.queries is not None and row.keys is not None
-        assert row.visible is not None and row.unblock is not None
+        assert row.queries is not None and row.keys is not None and row.unblock is not None
         if self.config.context_parallel_size > 1:
             both = torch.stack([key, value], dim=-1)
             key, value = _GatherOverRanks.apply(both, parallel_state.get_context_parallel_group()).unbind(-1)
@@ -181,9 +239,10 @@ class PairAttention(MegatronModule):
             part[:, 0].index_select(0, blocks.flatten()).view(*blocks.shape, part.shape[2], -1).transpose(1, 2)
             for part, blocks in ((query, row.queries), (key, row.keys), (value, row.keys))
         )
-        if q.is_cuda and not _kernel_takes(q, k, v, row.visible):
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=row.visible, enable_gqa=q.shape[1] != k.shape[1])
+        mask = row.seen(self._window)
+        if self._softcap is not None:
+            out = _capped_attention(q, k, v, mask, softcap=self._softcap, scale=self._scale)
+        else:
+            out = _attention(q, k, v, mask, scale=self._scale)
         flat = out.transpose(1, 2).flatten(0, 1).flatten(1)
         return flat.index_select(0, row.unblock)[:, None]
