@@ -79,7 +79,7 @@ class ModelShape:
     raw: dict[str, Any]
     experts: Experts | None = None
     gemma: Gemma | None = None
-    sliding_layers: frozenset[int] = frozenset()
+    sliding_layers: tuple[int, ...] = ()
 
     @property
     def active_ffn(self) -> int:
@@ -146,7 +146,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         raw=raw,
         experts=_experts(path, raw, family),
         gemma=_gemma(raw, family, local_theta),
-        sliding_layers=_sliding_layers(raw, family, layers) if window else frozenset(),
+        sliding_layers=_sliding_layers(raw, family, layers) if window else (),
     )
 
 
@@ -258,14 +258,14 @@ def _sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     return raw.get("sliding_window") if used else None
 
 
-def _sliding_layers(raw: Mapping[str, Any], family: str, count: int) -> frozenset[int]:
+def _sliding_layers(raw: Mapping[str, Any], family: str, count: int) -> tuple[int, ...]:
     """The layers with a sliding window, in a model that has one, as transformers lays them."""
     every = range(count)
     if family in ("mistral", "mixtral", "qwen3_moe"):
-        return frozenset(every)
+        return tuple(every)
     if types := raw.get("layer_types"):
-        return frozenset(layer for layer in every if types[layer] == "sliding_attention")
+        return tuple(layer for layer in every if types[layer] == "sliding_attention")
     if family in GEMMA:  # the last of so many has none
         pattern = 2 if family == "gemma2" else raw.get("sliding_window_pattern", 6)
-        return frozenset(layer for layer in every if (layer + 1) % pattern)
-    return frozenset(range(raw.get("max_window_layers", 28), count))
+        return tuple(layer for layer in every if (layer + 1) % pattern)
+    return tuple(range(raw.get("max_window_layers", 28), count))

@@ -47,6 +47,7 @@ class Nemo(TorchDist):
             (context / name).mkdir(parents=True, exist_ok=True)
         for side in model.sides:
             copy_side_files(side, context / "nemo_tokenizer")
+        _for_transformers_4(context / "nemo_tokenizer" / "tokenizer_config.json")
         generation = context / "nemo_tokenizer" / "generation_config.json"
         if generation.exists():
             generation.rename(context / "artifacts" / generation.name)
@@ -54,6 +55,17 @@ class Nemo(TorchDist):
         built = _model(model.shape, model.tensors["model.norm.weight"].dtype)
         (context / "model.yaml").write_text(yaml.safe_dump(_readable(built)), encoding="utf-8")
         (context / "io.json").write_text(json.dumps(_Fiddle().document(_context(built))), encoding="utf-8")
+
+
+def _for_transformers_4(path: Path) -> None:
+    """Name in a tokenizer's configuration what transformers 5 calls by new names; NeMo 2.7 asks for transformers 4."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get("tokenizer_class") != "TokenizersBackend":
+        return
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_common(weights: Path) -> None:

@@ -54,7 +54,7 @@ class NormedResidual(torch.nn.Module):
 class TwoBaseAttention(SelfAttention):
     """Self-attention that takes its own of the rotary angles [2, T, 1, 1, d]: the second in sliding layers."""
 
-    def __init__(self, *arguments: Any, sliding_layers: frozenset[int], **more: Any) -> None:
+    def __init__(self, *arguments: Any, sliding_layers: tuple[int, ...], **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._own = int(self.layer_number - 1 in sliding_layers)
 
