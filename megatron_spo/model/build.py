@@ -63,7 +63,7 @@ class PairModel(GPTModel):
         self.rotary_pos_emb.__class__ = RowRotary
         self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
         if self.pre_process and shape.gemma is not None:
-            self.embedding.register_forward_hook(_scale_by(shape.hidden**0.5))
+            self.embedding.register_forward_hook(scale_by(shape.hidden**0.5))
         if self.post_process:
             self.output_layer.__class__ = LogProbHead
             self.output_layer.vocab = shape.vocab
@@ -88,7 +88,7 @@ class PairModel(GPTModel):
         return row.padding.chunk(self.config.tensor_model_parallel_size, dim=1)[rank]
 
 
-def _scale_by(factor: float) -> Callable[..., Tensor]:
+def scale_by(factor: float) -> Callable[..., Tensor]:
     """Forward hook of the embedding; the factor is rounded to the model's precision, as in transformers."""
     return lambda module, inputs, hidden: hidden * torch.tensor(factor, dtype=hidden.dtype, device=hidden.device)
 

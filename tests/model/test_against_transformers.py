@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_spo.errors import UserError
-from tests.support.megatron import example, load_model, megatron_sums, row_of, transformers_sums
+from tests.support.megatron import example, load_model, megatron_sums, one_process, row_of, transformers_sums
 from tests.support.tiny import tiny_model
 
 LLAMA3_SCALING = {
@@ -82,6 +82,36 @@ def test_sums_and_gradients_equal_those_of_transformers(tmp_path, family, overri
     torch.testing.assert_close(embedding, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-4)
     for got, wanted in feed_forward_gradients(ours.decoder.layers[-1].mlp, theirs.model.layers[-1].mlp):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gemmas_norms(tmp_path):
+    theirs = tiny_model(tmp_path, "gemma3_text", tie_word_embeddings=True)
+    ours = load_model(tmp_path)
+    megatron_sums(ours, row_of(pairs())).sum().backward()
+    transformers_sums(theirs, pairs()).sum().backward()
+    for mine, other in zip(ours.decoder.layers, theirs.model.layers, strict=True):
+        same = {
+            mine.input_layernorm: other.input_layernorm,
+            mine.self_attn_bda.norm: other.post_attention_layernorm,
+            mine.pre_mlp_layernorm: other.pre_feedforward_layernorm,
+            mine.mlp_bda.norm: other.post_feedforward_layernorm,
+            mine.self_attention.q_layernorm: other.self_attn.q_norm,
+            mine.self_attention.k_layernorm: other.self_attn.k_norm,
+        }
+        for norm, expected in same.items():
+            torch.testing.assert_close(norm.weight.grad, expected.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_embedding_is_scaled_as_in_bf16(tmp_path):
+    """A factor that bf16 rounds: the root of 48 is 6.928, and 6.9375 in bf16."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+
+    one_process()
+    from megatron_spo.model.build import scale_by
+
+    theirs = Gemma2TextScaledWordEmbedding(50, 48, 0, embed_scale=48**0.5).bfloat16()
+    tokens = torch.arange(50)
+    assert torch.equal(scale_by(48**0.5)(None, None, theirs.weight[tokens]), theirs(tokens))
 
 
 def test_window_and_caps_are_seen(tmp_path):
