@@ -153,7 +153,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
 def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
     if family == "gemma3":
         raise UserError(f"{path}: model_type = 'gemma3' is a model of text and images, of which only the text part "
-                        "(gemma3_text) is built; docs/convert.md has the five lines that save it as a folder of its "
+                        "(gemma3_text) is built; docs/convert.md has the lines that save it as a folder of its "
                         "own")  # fmt: skip
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type = {raw.get('model_type')!r} is not built; built are {', '.join(FAMILIES)}")

@@ -55,6 +55,9 @@ def _job(options: Options) -> tuple[Job, list[str]]:
                          "the seconds for an upper bound")  # fmt: skip
     if shape.experts is not None:
         notes.append("experts are computed one after another in small products: take the seconds for a lower bound")
+    if shape.gemma is not None and shape.gemma.attention_softcap is not None:
+        notes.append("no fused kernel computes attention with a soft cap on its scores: take the seconds for a lower "
+                     "bound")  # fmt: skip
     return Job(config, shape, gpu, options.gpus, lengths, sft), notes
 
 
