@@ -43,7 +43,6 @@ setup(
     extras_require={
         # the range that megatron-core 0.16.1 names; its torch part is compiled here: pip install --no-build-isolation
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-        "nemo": ["nemo-toolkit>=2"],
         "wandb": ["wandb>=0.18"],
         "eval": ["lm-eval>=0.4.5"],
         "dev": [

@@ -114,6 +114,9 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=256, help="tokens per answer [%(default)s]")
     generate.add_argument("--batch-size", type=int, default=64, help="answers at a time [%(default)s]")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")
+    generate.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="what computes [%(default)s]"
+    )
 
     add_options(add("plan", _plan, "memory, time and cost of a run, and the layouts that fit, before a GPU is touched"))
 
@@ -165,6 +168,7 @@ def _generate(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         seed=options.seed,
+        engine=options.engine,
     )
 
 

@@ -39,7 +39,6 @@ def report() -> str:
         apex,
         _adam(apex),
         _fp8(gpu),
-        _package("nemo-toolkit", "nemo", "no NeMo checkpoints: pip install -e '.[nemo]'"),
         _package("wandb", "wandb", "logging.wandb stays off: pip install -e '.[wandb]'"),
         _package("lm-eval", "lm_eval", "no benchmark scores: pip install -e '.[eval]'"),
         _package("trl", "trl", "the tests that compare with it cannot run: pip install -e '.[dev]'"),

@@ -123,8 +123,9 @@ def _resolve(config: Config, given: frozenset[str], shape: ModelShape | None) ->
     if config.training.steps is None and config.training.epochs is None:
         updates["training"] = config.training.model_copy(update={"epochs": 1.0})
     if shape is not None and "data.max_length" not in given:
-        limits = [config.data.max_length, shape.max_positions, shape.sliding_window or shape.max_positions]
-        updates["data"] = config.data.model_copy(update={"max_length": min(limits)})
+        updates["data"] = config.data.model_copy(
+            update={"max_length": min(config.data.max_length, shape.max_positions)}
+        )
     return config.model_copy(update=updates)
 
 

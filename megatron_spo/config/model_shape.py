@@ -10,8 +10,9 @@ from megatron_spo.errors import UserError
 
 # what transformers assumes where max_position_embeddings is absent
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768,
-                     "mixtral": 131072, "qwen3_moe": 32768}  # fmt: skip
+                     "mixtral": 131072, "qwen3_moe": 32768, "gemma2": 8192, "gemma3_text": 131072}  # fmt: skip
 FAMILIES = tuple(DEFAULT_POSITIONS)
+GEMMA = ("gemma2", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers within a layer, under Hugging Face's names."""
@@ -32,12 +33,30 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Gemma:
+    """What the Gemma families add: embeddings scaled by the root of the hidden size, norms that multiply by 1 + weight
+    and stand before and behind attention and feed-forward network, a gate of GELU (tanh) in place of SiLU, and these.
+
+    Attributes:
+        attention_scale: of the scores, in place of the inverse root of the head's dimension.
+        attention_softcap, logit_softcap: c of c tanh(x / c) on attention's scores and on logits, where there is one.
+        local_theta: base of the rotary angles in layers with a sliding window, where it is another one.
+    """
+
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    local_theta: float | None
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The numbers of a model.
 
-    `max_positions` and `sliding_window` are tokens; `rope_scaling` is the Hugging Face dict with
-    `rope_type`, or None for plain RoPE; `raw` is config.json. `ffn` is the width of a dense layer's feed-forward
-    network, in whose place `experts` stand where there are some.
+    `max_positions` and `sliding_window` are tokens, the latter those that a query sees at most (itself included) in
+    `sliding_layers`, counted from 0; `rope_scaling` is the Hugging Face dict with `rope_type`, or None for plain RoPE;
+    `raw` is config.json. `ffn` is the width of a dense layer's feed-forward network, in whose place `experts` stand
+    where there are some.
     """
 
     family: str
@@ -59,6 +78,8 @@ class ModelShape:
     initializer_range: float
     raw: dict[str, Any]
     experts: Experts | None = None
+    gemma: Gemma | None = None
+    sliding_layers: tuple[int, ...] = ()
 
     @property
     def active_ffn(self) -> int:
@@ -101,31 +122,39 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-    theta, scaling = _rope(path, raw, family)
+    theta, scaling, local_theta = _rope(path, raw, family)
+    layers = _count(path, raw, "num_hidden_layers")
+    window = _sliding_window(raw, family)
     return ModelShape(
         family=family,
-        layers=_count(path, raw, "num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         ffn=_count(path, raw, "intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(path, raw, hidden, heads, family),
         vocab=_count(path, raw, "vocab_size"),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=bool(raw.get("tie_word_embeddings", family in GEMMA)),
         norm_eps=float(raw.get("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=family == "qwen2",
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
         max_positions=_count(path, raw, "max_position_embeddings", DEFAULT_POSITIONS[family]),
-        sliding_window=_sliding_window(raw, family),
+        sliding_window=window,
         initializer_range=float(raw.get("initializer_range", 0.02)),
         raw=raw,
         experts=_experts(path, raw, family),
+        gemma=_gemma(raw, family, local_theta),
+        sliding_layers=_sliding_layers(raw, family, layers) if window else (),
     )
 
 
 def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
+    if family == "gemma3":
+        raise UserError(f"{path}: model_type = 'gemma3' is a model of text and images, of which only the text part "
+                        "(gemma3_text) is built; docs/convert.md has the lines that save it as a folder of its "
+                        "own")  # fmt: skip
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type = {raw.get('model_type')!r} is not built; built are {', '.join(FAMILIES)}")
     unbuilt = {
@@ -134,13 +163,16 @@ def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
         "quantization_config": raw.get("quantization_config"),
         "router_jitter_noise": raw.get("router_jitter_noise"),
         "mlp_only_layers": raw.get("mlp_only_layers"),
+        "use_bidirectional_attention": raw.get("use_bidirectional_attention"),
+        # transformers has the key for gemma3_text and does not read it
+        "attn_logit_softcapping": family == "gemma3_text" and raw.get("attn_logit_softcapping"),
     }
     for key, value in unbuilt.items():
         if value:
             raise UserError(f"{path}: {key} = {value!r} is not built for {family} models; only models without it")
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"{path}: hidden_act = {activation!r} is not built; only 'silu' (SwiGLU)")
+    key, only = ("hidden_activation", "gelu_pytorch_tanh") if family in GEMMA else ("hidden_act", "silu")
+    if (activation := raw.get(key) or only) != only:
+        raise UserError(f"{path}: {key} = {activation!r} is not built for {family} models; only {only!r}, gated")
 
 
 def _experts(path: Path, raw: Mapping[str, Any], family: str) -> Experts | None:
@@ -174,20 +206,37 @@ def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = N
 def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, family: str) -> int:
     if raw.get("head_dim") is not None:
         return _count(path, raw, "head_dim")
-    if family == "qwen3":  # its class default, whatever the hidden size
-        return 128
+    if family in (default := {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}):  # whatever the hidden size
+        return default[family]
     if hidden % heads:
         raise UserError(f"{path}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
     return hidden // heads
 
 
-def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling.
+def _gemma(raw: Mapping[str, Any], family: str, local_theta: float | None) -> Gemma | None:
+    if family not in GEMMA:
+        return None
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if family == "gemma2" else {}
+    attention, logits = (raw.get(key, caps.get(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping"))
+    return Gemma(raw.get("query_pre_attn_scalar", 256) ** -0.5, attention, logits, local_theta)
 
-    transformers 5 keeps both in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`.
+
+def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[str, Any] | None, float | None]:
+    """Base, scaling, and the base in layers with a sliding window where it is another one.
+
+    transformers 5 keeps them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
+    `rope_local_base_freq`.
     """
     scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or (1e6 if family == "mixtral" else 1e4)
+    local = None
+    if family == "gemma3_text":
+        within = scaling.get("sliding_attention") or {}
+        if (kind := within.get("rope_type", "default")) != "default":
+            raise UserError(f"{path}: RoPE type {kind!r} in layers with a sliding window is not built; only 'default'")
+        local = float(within.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
+        scaling = dict(scaling.get("full_attention") or {}) if "full_attention" in scaling else scaling
+    default = 1e6 if family in ("mixtral", "gemma3_text") else 1e4
+    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or default
     kind = scaling.setdefault("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in scaling.values()):
@@ -195,15 +244,28 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
     partial = scaling.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise UserError(f"{path}: partial_rotary_factor = {partial} is not built; only 1.0")
-    return float(theta), None if kind == "default" else scaling
+    return float(theta), None if kind == "default" else scaling, local
 
 
 def _sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that a query sees at most, or None; qwen models carry a window that is mostly switched off."""
     if family == "llama":
         return None
-    if family in ("mistral", "mixtral"):
-        return raw.get("sliding_window", 4096 if family == "mistral" else None)
+    if family in ("mistral", "mixtral", *GEMMA):
+        return raw.get("sliding_window", None if family == "mixtral" else 4096)
     layers = raw.get("layer_types")
     used = "sliding_attention" in layers if layers else bool(raw.get("use_sliding_window"))
     return raw.get("sliding_window") if used else None
+
+
+def _sliding_layers(raw: Mapping[str, Any], family: str, count: int) -> tuple[int, ...]:
+    """The layers with a sliding window, in a model that has one, as transformers lays them."""
+    every = range(count)
+    if family in ("mistral", "mixtral", "qwen3_moe"):
+        return tuple(every)
+    if types := raw.get("layer_types"):
+        return tuple(layer for layer in every if types[layer] == "sliding_attention")
+    if family in GEMMA:  # the last of so many has none
+        pattern = 2 if family == "gemma2" else raw.get("sliding_window_pattern", 6)
+        return tuple(layer for layer in every if (layer + 1) % pattern)
+    return tuple(range(raw.get("max_window_layers", 28), count))

@@ -158,14 +158,6 @@ def _names_engine(config: Config) -> bool:
     return config.precision.layers == "transformer_engine" or config.precision.fp8 is not None
 
 
-def _beyond(attribute: str, what: str) -> Rule:
-    """`data.max_length` must not exceed `attribute` of the model's shape, where it has one."""
-    return Rule(
-        lambda c, shape: c.data.max_length > (getattr(shape, attribute, None) or c.data.max_length),
-        f"data.max_length = {{c.data.max_length}} exceeds the model's {what} of {{shape.{attribute}}} tokens",
-    )
-
-
 def _thinner_than_rank(projection: str) -> Rule:
     """`lora.rank` must not exceed the dimensions of the projections; told of the smallest one only."""
 
@@ -321,8 +313,10 @@ RULES: tuple[Rule, ...] = (
         "another recipe",
     ),
     # data
-    _beyond("max_positions", "context"),
-    _beyond("sliding_window", "sliding attention window"),
+    Rule(
+        lambda c, shape: shape is not None and c.data.max_length > shape.max_positions,
+        "data.max_length = {c.data.max_length} exceeds the model's context of {shape.max_positions} tokens",
+    ),
     # objective
     Rule(
         lambda c, shape: any(

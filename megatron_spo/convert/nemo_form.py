@@ -15,6 +15,7 @@ import yaml
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.convert import nemo
+from megatron_spo.convert.form import Shard
 from megatron_spo.convert.source import Model
 from megatron_spo.convert.torch_dist import TorchDist
 from megatron_spo.errors import UserError
@@ -34,12 +35,19 @@ class Nemo(TorchDist):
     def vocabulary(self, shape: ModelShape) -> int:
         return shape.vocab
 
+    def shards(self, model: Model, limit: int) -> list[Shard]:
+        if model.shape.family not in nemo.CLASSES:
+            raise UserError(f"NeMo 2 checkpoints of {model.shape.family} models are not built; built are those of "
+                            f"{', '.join(nemo.CLASSES)}; use --to hf or --to megatron")  # fmt: skip
+        return super().shards(model, limit)
+
     def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> None:
         context = folder / "context"
         for name in ("nemo_tokenizer", "artifacts"):
             (context / name).mkdir(parents=True, exist_ok=True)
         for side in model.sides:
             copy_side_files(side, context / "nemo_tokenizer")
+        _for_transformers_4(context / "nemo_tokenizer" / "tokenizer_config.json")
         generation = context / "nemo_tokenizer" / "generation_config.json"
         if generation.exists():
             generation.rename(context / "artifacts" / generation.name)
@@ -47,6 +55,17 @@ class Nemo(TorchDist):
         built = _model(model.shape, model.tensors["model.norm.weight"].dtype)
         (context / "model.yaml").write_text(yaml.safe_dump(_readable(built)), encoding="utf-8")
         (context / "io.json").write_text(json.dumps(_Fiddle().document(_context(built))), encoding="utf-8")
+
+
+def _for_transformers_4(path: Path) -> None:
+    """Name in a tokenizer's configuration what transformers 5 calls by new names; NeMo 2.7 asks for transformers 4."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get("tokenizer_class") != "TokenizersBackend":
+        return
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_common(weights: Path) -> None:

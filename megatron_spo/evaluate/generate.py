@@ -4,6 +4,7 @@ The noise of a sampled response comes from (seed, row, sample number) alone: nei
 other prompts of the file change it.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from megatron_spo.errors import UserError
+
+ROOM_FOR_WEIGHTS = 0.7
+"""Share of a GPU's memory that weights may take, beside the keys and values of the answers."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,28 @@ def generate_file(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    engine: str = "transformers",
 ) -> None:
     """Writes `out_file`: the rows of `prompts_file` with two fields more, `responses` (`samples` strings) and
     `finished` (as many booleans: ended by itself within `max_new_tokens`).
 
     `prompt` is a string, tokenised as training does it, or a list of messages, for which the tokenizer's chat
-    template is used. The output appears complete or not at all. Raises UserError for wrong input.
+    template is used. `engine`: "transformers", or "vllm", which batches by itself. The output appears complete or not
+    at all. Raises UserError for wrong input.
     """
     if batch_size < 1:
         raise UserError(f"generate: batch_size is {batch_size}, it must be at least 1")
     sampling = Sampling(samples, temperature, max_new_tokens, seed)
     rows = read_prompts(Path(prompts_file))
-    model, tokenizer = load_model(Path(model_dir))
+    folder = Path(model_dir)
+    tokenizer = load_tokenizer(folder)
     prompts = [encode(tokenizer, row["prompt"], f"{prompts_file} line {i}") for i, row in enumerate(rows, 1)]
-    responses = generate(model, tokenizer, prompts, sampling, batch_size)
+    if engine == "vllm":
+        from megatron_spo.evaluate.vllm_engine import generate_by_vllm
+
+        responses = generate_by_vllm(folder, tokenizer, prompts, sampling)
+    else:
+        responses = generate(load_model(folder), tokenizer, prompts, sampling, batch_size)
     for row, answers in zip(rows, responses, strict=True):
         row["responses"] = [answer.text for answer in answers]
         row["finished"] = [answer.finished for answer in answers]
@@ -120,8 +132,8 @@ def prompt_problem(prompt: object) -> str | None:
     return None
 
 
-def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Transformers model (on the GPU where there is one) and tokenizer of an HF folder."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF folder. Raises UserError where it is none."""
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
     if not (folder / "config.json").is_file():
@@ -129,17 +141,46 @@ def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
         if (folder / "checkpoints").is_dir():
             reason = f"convert it first: megatron-spo convert {folder} DST --to hf"
         raise UserError(f"{folder} is not a Hugging Face model folder; {reason}")
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise _does_not_load(folder, error) from error
+
+
+def load_model(folder: Path) -> Any:
+    """The transformers model of an HF folder: on the GPU, over all of them where one is too small, or on the CPU."""
+    transformers_logging.disable_progress_bar()
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    place = placement(sum(file.stat().st_size for file in folder.glob("*.safetensors")), gpus)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, device_map=place
+        )
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder} does not load as a Hugging Face model: {reason}") from error
+        raise _does_not_load(folder, error) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return (model if place else model.to("cuda" if gpus else "cpu")).eval()
+
+
+def placement(weights: int, gpus: Sequence[int]) -> str | None:
+    """How transformers is to place so many bytes of weights on GPUs of so many: None for one device.
+
+    Raises:
+        UserError: they must be split, and the package that does so is not there.
+    """
+    if len(gpus) < 2 or weights < ROOM_FOR_WEIGHTS * gpus[0]:
+        return None
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError(f"generate: {weights / 2**30:.0f} GiB of weights do not fit one GPU of {gpus[0] / 2**30:.0f} "
+                        f"GiB; to split them over the {len(gpus)} here, pip install accelerate")  # fmt: skip
+    return "auto"
+
+
+def _does_not_load(folder: Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"{folder} does not load as a Hugging Face model: {reason}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], where: str) -> list[int]:
@@ -175,7 +216,7 @@ def generate(
     batch_size: int,
 ) -> list[list[Response]]:
     """`sampling.samples` responses to each prompt (token ids), in the order of the prompts."""
-    stops = end_tokens(model, tokenizer)
+    stops = end_tokens(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
     # our own: a model's saved generation config may carry penalties and cut-offs that nobody asked for here
     model.generation_config = GenerationConfig(
@@ -196,9 +237,9 @@ def generate(
     return [[found[row, sample] for sample in range(sampling.samples)] for row in range(len(prompts))]
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a response: the model's and the tokenizer's."""
-    of_model = model.generation_config.eos_token_id if model.generation_config else None
+def end_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a response: the model's, by its configuration (of generation), and the tokenizer's."""
+    of_model = config.eos_token_id if config else None
     listed = of_model if isinstance(of_model, list) else [of_model]
     return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 

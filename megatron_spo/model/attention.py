@@ -22,10 +22,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model.kernels import Varlen, varlen_kernel
-from megatron_spo.model.segments import Segments, blocks_of, key_order, places, segments_of
+from megatron_spo.model.segments import Blocks, Segments, blocks_of, key_order, places, segments_of
 from megatron_spo.runtime.device import to_device
 
 BLOCK = 16
@@ -35,6 +37,9 @@ GPU_BLOCK = 128
 """The same on a GPU without a kernel for variable lengths: fewer launches."""
 STRIP = 64
 """Queries of a strip on a CPU, whose kernel skips no scores, masked or not; a multiple of BLOCK."""
+
+SCORES_PER_CHUNK = 2**24
+"""Scores of capped attention held at a time on one rank (64 MiB in fp32, several times over)."""
 
 
 @dataclass
@@ -107,34 +112,55 @@ class _GatherOverRanks(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys: times `scale`, capped (x -> softcap * tanh(x / softcap))."""
+
+    scale: float
+    softcap: float | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Attention [B, heads, Q, d] over k and v [B, groups, K, d]; bias [B, 1, Q, K]."""
+        grouped = q.shape[1] != k.shape[1]
+        if self.softcap is not None or (q.is_cuda and not _kernel_takes(q, k, v, bias)):
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+            grouped = False
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped, scale=self.scale)
+        return self._capped(q, k, v, bias, self.softcap)
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
+        """No kernel of torch's caps. Queries are taken in chunks whose scores are computed again in the backward pass,
+        so that [Q, K] scores of all heads are never held at once."""
+
+        def chunk(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+            scores = ((q @ k.mT).float() * (self.scale / softcap)).tanh() * softcap
+            return (scores + bias).softmax(-1).to(v.dtype) @ v
+
+        size = max(BLOCK, SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
+        parts = zip(q.split(size, dim=2), bias.split(size, dim=2), strict=True)
+        return torch.cat([checkpoint(chunk, part, k, v, seen, use_reentrant=False) for part, seen in parts], dim=2)
+
+
+@dataclass(frozen=True)
 class Tiles:
     """B segments of like size side by side, padded to Q queries and K keys.
 
     bias     [B, 1, Q, K] 0 where a query sees a key, else -inf
-    reaches  keys that the queries of each strip see at most
+    reaches  the keys, from and to, that the queries of each strip see at most
     """
 
     bias: Tensor
     strip: int
-    reaches: list[int]
+    reaches: list[tuple[int, int]]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Queries [B * Q, heads, d] over keys and values [B * K, groups, d] -> [B * Q, heads * d]."""
         count, _, _, _ = self.bias.shape
         q, k, v = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
-        if q.is_cuda and not _kernel_takes(q, k, v, self.bias):
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         strips = []
         for i, reach in enumerate(self.reaches):
-            here = slice(i * self.strip, (i + 1) * self.strip)
-            out = F.scaled_dot_product_attention(
-                q[:, :, here],
-                k[:, :, :reach],
-                v[:, :, :reach],
-                attn_mask=self.bias[:, :, here, :reach],
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            here, keys = slice(i * self.strip, (i + 1) * self.strip), slice(*reach)
+            out = scores.attend(q[:, :, here], k[:, :, keys], v[:, :, keys], self.bias[:, :, here, keys])
             strips.append(out.transpose(1, 2))
         return torch.cat(strips, dim=1).flatten(2).flatten(0, 1)
 
@@ -149,13 +175,14 @@ class Tiling:
     unblock: Tensor
     tiles: list[Tiles]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Query [T, heads, d], key and value [T of all ranks, groups, d] -> [T, heads * d]."""
         q, k, v = query.index_select(0, self.queries), key.index_select(0, self.keys), value.index_select(0, self.keys)
         sizes = [tile.bias.shape for tile in self.tiles]
         q_parts = q.split([size[0] * size[2] for size in sizes])
         k_parts, v_parts = (part.split([size[0] * size[3] for size in sizes]) for part in (k, v))
-        outs = [tile.attend(*parts) for tile, *parts in zip(self.tiles, q_parts, k_parts, v_parts, strict=True)]
+        parts = zip(self.tiles, q_parts, k_parts, v_parts, strict=True)
+        outs = [tiles.attend(q, k, v, scores) for tiles, q, k, v in parts]
         return torch.cat(outs).index_select(0, self.unblock)
 
 
@@ -167,30 +194,42 @@ class Geometry:
     ) -> None:
         """`here`: row positions of this rank's tokens. `gathered`: where each row position stands among the keys."""
         self._segments, self._here, self._gathered, self._device = segments, here, gathered, device
-        self._tiling: Tiling | None = None
+        self._tilings: dict[int | None, Tiling] = {}
         self._varlen: Varlen | None = None
 
-    def tiling(self, dtype: torch.dtype) -> Tiling:
+    def narrows(self, window: int | None) -> bool:
+        """Whether a query somewhere in the row sees fewer keys when it sees its `window` last ones only."""
+        return window is not None and int(self._segments.keys.max()) > window
+
+    def tiling(self, dtype: torch.dtype, window: int | None) -> Tiling:
         """For the kernel that takes a mask."""
-        if self._tiling is None:
-            cpu, put = self._device.type == "cpu", partial(to_device, device=self._device)
-            multiple = BLOCK if cpu else GPU_BLOCK
-            blocks = blocks_of(self._segments, self._here, multiple=multiple)
-            tiles = []
-            for block in blocks:
-                most, keys = block.queries.shape[1], block.keys.shape[1]
-                strip = STRIP if cpu else most
-                reach = np.maximum.reduceat(block.at.max(0), np.arange(0, most, strip)) + 1
-                sees = torch.arange(keys, device=self._device) <= put(block.at)[:, None, :, None]
-                bias = torch.zeros(sees.shape, dtype=dtype, device=self._device).masked_fill_(~sees, -torch.inf)
-                tiles.append(Tiles(bias, strip, (-(-reach // multiple) * multiple).tolist()))
-            self._tiling = Tiling(
+        window = window if self.narrows(window) else None
+        if window not in self._tilings:
+            multiple = BLOCK if self._device.type == "cpu" else GPU_BLOCK
+            blocks, put = (
+                blocks_of(self._segments, self._here, multiple=multiple),
+                partial(to_device, device=self._device),
+            )
+            self._tilings[window] = Tiling(
                 put(np.concatenate([block.queries.ravel() for block in blocks])),
                 put(self._gathered[np.concatenate([block.keys.ravel() for block in blocks])]),
                 put(places(self._segments, blocks)),
-                tiles,
+                [self._tiles(block, dtype, window, multiple) for block in blocks],
             )
-        return self._tiling
+        return self._tilings[window]
+
+    def _tiles(self, block: Blocks, dtype: torch.dtype, window: int | None, multiple: int) -> Tiles:
+        most, keys = block.queries.shape[1], block.keys.shape[1]
+        strip = STRIP if self._device.type == "cpu" else most
+        begins = np.arange(0, most, strip)
+        last = np.maximum.reduceat(block.at.max(0), begins) + 1
+        first = np.zeros_like(last) if window is None else np.minimum.reduceat(block.at.min(0), begins) - window + 1
+        key = torch.arange(keys, device=self._device)
+        at = to_device(block.at, self._device)[:, None, :, None]
+        sees = key <= at if window is None else (key <= at) & (key > at - window)
+        bias = torch.zeros(sees.shape, dtype=dtype, device=self._device).masked_fill_(~sees, -torch.inf)
+        bounds = np.maximum(first, 0) // multiple * multiple, -(-last // multiple) * multiple
+        return Tiles(bias, strip, list(zip(*(bound.tolist() for bound in bounds), strict=True)))
 
     def varlen(self) -> Varlen:
         """For a kernel that takes segments of any length; not under context parallelism."""
@@ -222,9 +261,22 @@ class PairAttention(MegatronModule):
     """Softmax attention within the pairs of a row."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        shape: ModelShape,
+        **_: Any,
     ) -> None:
         super().__init__(config)
+        plain = shape.head_dim**-0.5
+        self._window = shape.sliding_window if layer_number - 1 in shape.sliding_layers else None
+        self._scores = (
+            Scores(shape.gemma.attention_scale, shape.gemma.attention_softcap) if shape.gemma else Scores(plain)
+        )
+        self._is_plain = self._scores == Scores(plain)
 
     def forward(
         self,
@@ -243,9 +295,9 @@ class PairAttention(MegatronModule):
         if self.config.context_parallel_size > 1:
             both = torch.stack([key, value], dim=-1)
             key, value = _GatherOverRanks.apply(both, parallel_state.get_context_parallel_group()).unbind(-1)
-        else:
+        elif self._is_plain and not geometry.narrows(self._window):
             kernel = varlen_kernel(query.device.type, query.dtype)
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
         if kernel is None:
-            return geometry.tiling(q.dtype).attend(q, k, v)[:, None]
+            return geometry.tiling(q.dtype, self._window).attend(q, k, v, self._scores)[:, None]
         return geometry.varlen().attend(kernel, q, k, v)[:, None]

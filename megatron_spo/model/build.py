@@ -1,5 +1,6 @@
 """Build the policy for one rank: GPTModel over packed rows, with the log-prob head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from megatron_spo.model.logprobs import LogProbHead
 
 
 class RowRotary(RotaryEmbedding):
-    """Rotary angles [T, 1, 1, d] at the positions of a row; put in place by changing the class of the built one."""
+    """Rotary angles [T, 1, 1, d] at the positions of a row, or [2, T, 1, 1, d] for two bases; put in place by changing
+    the class of the built one."""
 
     def get_rotary_seq_len(
         self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, row: RowOnDevice, **_: Any
@@ -32,8 +34,8 @@ class RowRotary(RotaryEmbedding):
         return row.positions
 
     def forward(self, positions: Tensor, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None]
+        angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq[..., None, :]
+        return torch.cat((angles, angles), dim=-1)[..., None, None, :]
 
 
 class PairModel(GPTModel):
@@ -60,9 +62,12 @@ class PairModel(GPTModel):
         )
         self.rotary_pos_emb.__class__ = RowRotary
         self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
+        if self.pre_process and shape.gemma is not None:
+            self.embedding.register_forward_hook(scale_by(shape.hidden**0.5))
         if self.post_process:
             self.output_layer.__class__ = LogProbHead
             self.output_layer.vocab = shape.vocab
+            self.output_layer.softcap = shape.gemma.logit_softcap if shape.gemma else None
 
     def forward(self, row: RowOnDevice) -> Tensor:
         """Log-probabilities [1, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
@@ -83,25 +88,41 @@ class PairModel(GPTModel):
         return row.padding.chunk(self.config.tensor_model_parallel_size, dim=1)[rank]
 
 
+def scale_by(factor: float) -> Callable[..., Tensor]:
+    """Forward hook of the embedding; the factor is rounded to the model's precision, as in transformers."""
+    return lambda module, inputs, hidden: hidden * torch.tensor(factor, dtype=hidden.dtype, device=hidden.device)
+
+
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Rotary inverse frequencies [head_dim / 2], with the scaling that transformers defines for the model.
+    """Rotary inverse frequencies [head_dim / 2], with the scaling that transformers defines for the model; [2,
+    head_dim / 2] where layers with a sliding window have their own, in the second row.
 
     Raises:
         UserError: a scaling that also rescales attention, which is not built.
     """
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     plain = 1.0 / (shape.rope_theta**exponents)
-    kind = (shape.rope_scaling or {}).get("rope_type", (shape.rope_scaling or {}).get("type", "default"))
-    if kind == "default":
+    if shape.gemma is not None and shape.gemma.local_theta is not None:
+        return torch.stack([_scaled(plain, shape), 1.0 / (shape.gemma.local_theta**exponents)])
+    return _scaled(plain, shape)
+
+
+def _scaled(plain: Tensor, shape: ModelShape) -> Tensor:
+    scaling = shape.rope_scaling
+    if scaling is None:
         return plain
+    if scaling["rope_type"] == "linear":
+        return plain / scaling["factor"]
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     raw = dict(shape.raw)
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
     if attention_factor != 1.0:
-        raise UserError(f"rope scaling {kind!r} with an attention factor is not supported; use llama3 or linear")
+        raise UserError(
+            f"rope scaling {scaling['rope_type']!r} with an attention factor is not supported; use llama3 or linear"
+        )
     return frequencies.float()
 
 

@@ -1,7 +1,8 @@
 """The one table between Hugging Face and Megatron tensor names, for import, export and random weights.
 
 The families llama, mistral, qwen2 and qwen3 share Hugging Face's names; they differ in query/key norms, in the
-biases of the attention projections and in tied embeddings, which are facts of the ModelShape. The mixtures of experts,
+biases of the attention projections and in tied embeddings, which are facts of the ModelShape. Gemma's have two more
+norms in a layer, and `post_attention_layernorm` means another one there. The mixtures of experts,
 mixtral and qwen3_moe, have names of their own for the router and for the three matrices of each expert; on disk, on the
 hub and in what transformers saves, every expert has tensors of its own.
 """
@@ -57,11 +58,15 @@ def _attention_rows(shape: ModelShape) -> Iterator[Row]:
         yield attention + "q_layernorm.weight", (hf_attention + "q_norm.weight",), Copy()
         yield attention + "k_layernorm.weight", (hf_attention + "k_norm.weight",), Copy()
     yield attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), Copy()
+    if shape.gemma is not None:
+        yield attention + "linear_proj.post_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",), Copy()
+        yield "mlp.linear_fc2.post_layernorm.weight", (_LAYER + "post_feedforward_layernorm.weight",), Copy()
 
 
-def _dense_rows() -> Iterator[Row]:
+def _dense_rows(shape: ModelShape) -> Iterator[Row]:
     hf = _LAYER + "mlp."
-    yield "mlp.linear_fc1.layer_norm_weight", (_LAYER + "post_attention_layernorm.weight",), Copy()
+    norm = "post_attention_layernorm" if shape.gemma is None else "pre_feedforward_layernorm"
+    yield "mlp.linear_fc1.layer_norm_weight", (f"{_LAYER}{norm}.weight",), Copy()
     yield "mlp.linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), Concatenate(2)
     yield "mlp.linear_fc2.weight", (hf + "down_proj.weight",), Copy()
 
@@ -92,7 +97,7 @@ def mappings(shape: ModelShape) -> list[Mapping]:
     for layer in range(shape.layers):
         rows += _filled(_attention_rows(shape), layer)
         if shape.experts is None:
-            rows += _filled(_dense_rows(), layer)
+            rows += _filled(_dense_rows(shape), layer)
             continue
         rows += _filled(_router_rows(shape), layer)
         for expert in range(shape.experts.count):

@@ -31,17 +31,24 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class VocabParallelLogProb(torch.autograd.Function):
-    """log softmax(hidden @ weight^T)[target], with the vocabulary spread over a process group."""
+    """log softmax(hidden @ weight^T)[target], with the vocabulary spread over a process group; the logits x are
+    c tanh(x / c) before the softmax where there is a `softcap` c."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        first_row: int,
+        group: dist.ProcessGroup | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Hidden [E, h], weight [V_local, h] (rows from `first_row` of the vocabulary), targets [E] -> fp32 [E]."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty_like(logprobs)
         for part in _chunks(hidden, weight):
-            logits = _product(hidden[part], weight.t())
+            logits = _capped(_product(hidden[part], weight.t()), softcap)
             peak = logits.amax(-1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
             if group is not None:
                 dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -55,7 +62,7 @@ class VocabParallelLogProb(torch.autograd.Function):
             normaliser[part] = peak + sums[0].log()
             logprobs[part] = sums[1] - normaliser[part]
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.first_row, ctx.group = first_row, group
+        ctx.first_row, ctx.group, ctx.softcap = first_row, group, softcap
         return logprobs
 
     @staticmethod
@@ -65,17 +72,24 @@ class VocabParallelLogProb(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _chunks(hidden, weight):
             scale = gradients[0][part]
-            d_logits = (_product(hidden[part], weight.t()) - normaliser[part, None]).exp_().mul_(-scale[:, None])
+            logits = _capped(_product(hidden[part], weight.t()), ctx.softcap)
+            d_logits = (logits - normaliser[part, None]).exp_().mul_(-scale[:, None])
             if len(weight):
                 local, here = _local(targets[part], ctx.first_row, len(weight))
                 d_logits.scatter_(1, local, d_logits.gather(1, local) + torch.where(here, scale, 0.0)[:, None])
+            if ctx.softcap is not None:  # the derivative of c tanh(x / c) is 1 - tanh^2(x / c)
+                d_logits.mul_(1 - (logits / ctx.softcap).square_())
             lowered = d_logits.to(weight.dtype)
             d_hidden[part] = lowered @ weight
             if d_weight is not None:
                 d_weight += _product(lowered.t(), hidden[part])
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -97,11 +111,12 @@ class LogProbHead(ColumnParallelLinear):
     """The output layer, returning log-probabilities [E, 1] of the row's scored entries instead of logits.
 
     Put in place by changing the class of the built output layer, so that Megatron's flags for tied embeddings stay.
-    `row` and `vocab` (the real vocabulary; padded rows take no part in the softmax) are set by the model.
+    `row`, `vocab` (the real vocabulary; padded rows take no part in the softmax) and `softcap` are set by the model.
     """
 
     row: RowOnDevice
     vocab: int
+    softcap: float | None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -117,4 +132,5 @@ class LogProbHead(ColumnParallelLinear):
         real = min(max(self.vocab - first_row, 0), rows)
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if tensor_parallel else None
-        return VocabParallelLogProb.apply(hidden, weight[:real], self.row.targets, first_row, group)[:, None], None
+        arguments = (hidden, weight[:real], self.row.targets, first_row, group, self.softcap)
+        return VocabParallelLogProb.apply(*arguments)[:, None], None

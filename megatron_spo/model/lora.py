@@ -191,10 +191,10 @@ def _adapt(
     linear: Any = layer.get_submodule(site.linear)
     adapter = LoraAdapter(site, lora, shape, config, device=linear.weight.device, seed=seed)
     layer.get_submodule(parent).add_module(f"{name}_lora", adapter)
-    linear.register_forward_hook(_adding(adapter, config.layernorm_epsilon))
+    linear.register_forward_hook(_adding(adapter, config))
 
 
-def _adding(adapter: LoraAdapter, epsilon: float) -> Callable[..., Any]:
+def _adding(adapter: LoraAdapter, config: TransformerConfig) -> Callable[..., Any]:
     """Forward hook of a linear layer, whose outputs are (product, bias).
 
     Transformer Engine's may begin with the norm; the adapters then need it a second time.
@@ -205,7 +205,8 @@ def _adding(adapter: LoraAdapter, epsilon: float) -> Callable[..., Any]:
             return outputs
         hidden, norm = inputs[0], getattr(linear, "layer_norm_weight", None)
         if norm is not None:
-            hidden = F.rms_norm(hidden, norm.shape, norm, epsilon)
+            norm = norm + 1 if config.layernorm_zero_centered_gamma else norm
+            hidden = F.rms_norm(hidden, norm.shape, norm, config.layernorm_epsilon)
         return outputs[0] + adapter(hidden), outputs[1]
 
     return hook

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
@@ -18,6 +19,11 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU as Gemma computes it, by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
 
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
@@ -34,8 +40,9 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
+        layernorm_zero_centered_gamma=shape.gemma is not None,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if shape.gemma is None else gelu_tanh,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
@@ -63,7 +70,8 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         **_fp8(precision),
         gradient_accumulation_fusion=False,  # build.py switches it on where it can be
         masked_softmax_fusion=False,  # of Megatron's own attention, in whose place ours is
-        bias_activation_fusion=engine,  # compiled by torch; keeps one tensor less for the backward pass
+        # compiled by torch; keeps one tensor less for the backward pass
+        bias_activation_fusion=engine and shape.gemma is None,
         bias_dropout_fusion=False,  # there is no dropout
         # takes angles [T, 1, 1, d] by the token's place in the row, which is how RowRotary hands them on
         apply_rope_fusion=engine,

@@ -58,13 +58,13 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
 
 @torch.no_grad()
 def fill_randomly(model: PairModel, shape: ModelShape, seed: int) -> None:
-    """Draw the weights as transformers does for a new model: normal matrices, norms of one, biases of zero.
+    """Draw the weights as transformers does for a new model: normal matrices, neutral norms, biases of zero.
 
     Each global tensor has a generator of its own, seeded by its name, so the model is the same in every layout.
     """
     for row, tensor, index in local_tensors(model, shape):
         if row.is_norm:
-            tensor.data.fill_(1.0)
+            tensor.data.fill_(1.0 if shape.gemma is None else 0.0)
         elif row.key.endswith("bias"):
             tensor.data.zero_()
         else:

@@ -46,12 +46,19 @@ def _job(options: Options) -> tuple[Job, list[str]]:
         raise UserError(f"precision.fp8 = {config.precision.fp8} on --gpu {gpu.name}, of which no fp8 rate is known; "
                         "set precision.fp8=null, or give --fp8")  # fmt: skip
     lengths = _lengths(options, config)
-    notes = [lengths.source]
+    notes, sft = [lengths.source], None
     if config.spo.sft_data:
-        notes.append("the rows of spo.sft_data are not counted: add their share to each step")
+        sft = _sft_lengths(options, config)
+        notes.append(f"rows of spo.sft_data in each step {sft.source}")
+        if config.spo.schedule in ("sft", "alternating"):
+            notes.append("pairs and SFT rows are counted in every step, though only one of them goes backward: take "
+                         "the seconds for an upper bound")  # fmt: skip
     if shape.experts is not None:
         notes.append("experts are computed one after another in small products: take the seconds for a lower bound")
-    return Job(config, shape, gpu, options.gpus, lengths), notes
+    if shape.gemma is not None and shape.gemma.attention_softcap is not None:
+        notes.append("no fused kernel computes attention with a soft cap on its scores: take the seconds for a lower "
+                     "bound")  # fmt: skip
+    return Job(config, shape, gpu, options.gpus, lengths, sft), notes
 
 
 def _any_layout(config: Config) -> Config:
@@ -59,11 +66,25 @@ def _any_layout(config: Config) -> Config:
     return config.model_copy(update={"parallel": type(config.parallel)()})
 
 
+def _folder(options: Options, config: Config) -> str:
+    """Of the tokenizer, where the configuration names none."""
+    return options.model if options.model and Path(options.model).is_dir() else config.model.path
+
+
+def _sft_lengths(options: Options, config: Config) -> Lengths:
+    """Of the separate SFT set; as those of the pairs, without a rejected answer."""
+    folder = _folder(options, config)
+    if options.prompt_tokens is None and is_at_hand(config, config.spo.sft_data, folder):
+        return measured_lengths(config, config.spo.sft_data, folder, "sft")
+    prompt, response = options.prompt_tokens or CHAT[0], options.response_tokens or CHAT[1]
+    return assumed_lengths(prompt, response, options.pairs or PAIRS, config.data.max_length).without_rejected()
+
+
 def _lengths(options: Options, config: Config) -> Lengths:
     given = [options.prompt_tokens, options.response_tokens]
     if any(given) and not all(given):
         raise UserError("--prompt-tokens and --response-tokens belong together; give both or neither")
-    folder = options.model if options.model and Path(options.model).is_dir() else config.model.path
+    folder = _folder(options, config)
     if not any(given) and is_at_hand(config, config.data.train, folder):
         kind = "any" if config.spo.schedule == "sft" else "preference"
         return measured_lengths(config, config.data.train, folder, kind)

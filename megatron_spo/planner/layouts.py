@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import cycle, product
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.rules import Facts, broken_rules
@@ -58,13 +58,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a configuration on a model's shape, with its pairs, on so many GPUs of a type."""
+    """What is planned: a configuration on a model's shape, with its pairs and the rows of its separate SFT set, on so
+    many GPUs of a type."""
 
     config: Config
     shape: ModelShape
     gpu: Gpu
     gpus: int
     lengths: Lengths
+    sft: Lengths | None = None
     _batches: dict[tuple[int, int, int], list[Batch]] = field(default_factory=dict, compare=False)
 
     @property
@@ -75,12 +77,17 @@ class Job:
         return "torch" if plain else "engine"
 
     def batches(self, config: Config, ranks: int) -> list[Batch]:
-        """Global batches over so many data-parallel ranks; the same ones for every layout that cuts them alike."""
+        """Global batches over so many data-parallel ranks, rows of pairs and of the SFT set; the same ones for every
+        layout that cuts them alike."""
         multiples = row_multiples(config)
         key = (ranks, multiples.tokens, multiples.rows)
         if key not in self._batches:
             size = config.training.global_batch_size
-            self._batches[key] = planned_batches(config, self.lengths, size, ranks)
+            batches = planned_batches(config, self.lengths, size, ranks)
+            if self.sft is not None:
+                more = cycle(planned_batches(config, self.sft, config.spo.sft_batch_size or size, ranks))
+                batches = [[a + b for a, b in zip(batch, next(more), strict=True)] for batch in batches]
+            self._batches[key] = batches
         return self._batches[key]
 
 

@@ -168,7 +168,8 @@ def whole_layer(setting: Setting, row: Row, selective: bool) -> float:
     into_qkv = _input(setting, tokens * shape.hidden / setting.split, ("q_proj", "k_proj", "v_proj"))
     into_out = _input(setting, tokens * queries, ("o_proj",))
     attention = into_qkv + rotary + heads + core + into_out + _adapter_products(setting, tokens)
-    return 2 * _norm(setting, tokens) + attention + _feed_forward(setting, tokens)
+    norms = 2 if shape.gemma is None else 4
+    return norms * _norm(setting, tokens) + attention + _feed_forward(setting, tokens)
 
 
 def _input(setting: Setting, numbers: float, projections: tuple[str, ...]) -> float:

@@ -54,7 +54,7 @@ def _layer(config: Config, shape: ModelShape) -> Mapping[str, int]:
     tensor, experts = config.parallel.tensor, shape.experts
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     biases = (queries + 2 * keys) // tensor if shape.qkv_bias else 0
-    norms = shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    norms = shape.hidden * (1 if shape.gemma is None else 3) + (2 * shape.head_dim if shape.qk_norm else 0)
     attention = shape.attention_weights // tensor + biases + norms
     if experts is None:
         mlp = 3 * shape.hidden * shape.ffn // tensor + shape.hidden

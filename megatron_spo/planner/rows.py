@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,10 @@ class Lengths:
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def without_rejected(self) -> Lengths:
+        """SFT rows of the same prompts and chosen answers."""
+        return replace(self, rejected_tail=np.zeros_like(self.rejected_tail))
 
     @property
     def tokens(self) -> Int64:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -22,6 +24,7 @@ MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok
 QWEN_MIXTURE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 EXTRA = {  # what is asked for beyond a dense model's keys
     **dict.fromkeys((LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), {}),
+    **dict.fromkeys((Gemma2Config, Gemma3TextConfig), {"hidden_act": None}),
     MixtralConfig: {key: value for key, value in MIXTURE.items() if key != "model_type"},
     Qwen3MoeConfig: {key: value for key, value in QWEN_MIXTURE.items() if key != "model_type"},
 }
@@ -78,7 +81,8 @@ def test_absent_keys_mean_what_transformers_means(write_model: Write, config_cla
     assert shape.max_positions == theirs.max_position_embeddings
     assert shape.norm_eps == theirs.rms_norm_eps
     assert shape.tied == theirs.tie_word_embeddings
-    assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    assert shape.rope_theta == (rope.get("full_attention") or rope)["rope_theta"]
     assert shape.initializer_range == theirs.initializer_range
     assert shape.sliding_window == getattr(theirs, "sliding_window", None)
     assert shape.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
@@ -91,7 +95,41 @@ def test_families(write_model: Write) -> None:
     assert qwen3.qk_norm and not qwen3.qkv_bias and qwen3.tied and qwen3.head_dim == 16
     layers = ["full_attention", "sliding_attention"] * 2
     mixed = read_model_shape(write_model(model_type="qwen3", sliding_window=64, layer_types=layers))
-    assert mixed.sliding_window == 64
+    assert (mixed.sliding_window, mixed.sliding_layers) == (64, (1, 3))
+
+
+def test_sliding_layers(write_model: Write) -> None:
+    """Where no list of layer types is given, as transformers lays them."""
+    window = {"sliding_window": 64, "num_hidden_layers": 12}
+    every = set(range(12))
+    expected = {
+        "mistral": every,
+        "qwen2": {10, 11},
+        "qwen3_moe": every,
+        "gemma2": set(range(0, 12, 2)),
+        "gemma3_text": every - {5, 11},
+    }
+    for family, layers in expected.items():
+        more = {"use_sliding_window": True, "max_window_layers": 10, **(QWEN_MIXTURE if "moe" in family else {})}
+        shape = read_model_shape(write_model(**more | window | {"model_type": family, "hidden_act": None}))
+        assert set(shape.sliding_layers) == layers, family
+    assert read_model_shape(write_model(**MIXTURE)).sliding_layers == ()
+
+
+def test_gemma3_of_both_generations(write_model: Write) -> None:
+    """As on the hub, and as transformers 5 writes it."""
+    linear = {"rope_type": "linear", "factor": 8.0}
+    shared = {"model_type": "gemma3_text", "hidden_act": None}
+    older = write_model(**shared, rope_theta=2e6, rope_local_base_freq=2e4, rope_scaling=linear)
+    shapes = [read_model_shape(older)]
+    rope = {
+        "full_attention": {**linear, "rope_theta": 2e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    shapes.append(read_model_shape(write_model(**shared, rope_parameters=rope)))
+    for shape in shapes:
+        assert shape.gemma is not None
+        assert (shape.rope_theta, shape.rope_scaling, shape.gemma.local_theta) == (2e6, linear, 2e4)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +145,17 @@ def test_families(write_model: Write) -> None:
         ({"model_type": "qwen2_moe"}, "model_type = 'qwen2_moe' is not built"),
         (
             {"model_type": "gpt2"},
-            "model_type = 'gpt2' is not built; built are llama, mistral, qwen2, qwen3, mixtral, qwen3_moe",
+            "model_type = 'gpt2' is not built; built are llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, "
+            "gemma2, gemma3_text",
         ),
         ({"model_type": None}, "model_type = None"),
         ({"attention_bias": True}, "attention_bias = True is not built for llama"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation = 'gelu' is not built for gemma2"),
+        ({"model_type": "gemma3"}, "model_type = 'gemma3' is a model of text and images, of which only the text part"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not built"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not built"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE type 'longrope'"),

@@ -144,13 +144,6 @@ def test_layouts_of_experts(load: Load, write_model: Callable[..., Path]) -> Non
     assert "parallel.expert = 3 does not divide the 4 processes that hold a layer (8 processes" in str(raised.value)
 
 
-def test_sliding_window(load: Load, write_model: Callable[..., Path]) -> None:
-    write_model(model_type="mistral", sliding_window=64)
-    with pytest.raises(UserError, match="exceeds the model's sliding attention window of 64 tokens"):
-        load("data.max_length=65")
-    assert load().data.max_length == 64
-
-
 def test_optional_packages(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "installed", lambda module: False)
     for key in ("precision.fp8=tensorwise", "precision.layers=transformer_engine"):

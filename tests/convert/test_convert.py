@@ -32,6 +32,8 @@ VARIANTS = [
     ("qwen3", {}),
     ("mixtral", {"vocab_size": 263}),
     ("qwen3_moe", {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    ("gemma2", {"tie_word_embeddings": True}),
+    ("gemma3_text", {"tie_word_embeddings": True}),
 ]
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.generate import encode_text, generate_file
+from megatron_spo.evaluate import generate
+from megatron_spo.evaluate.generate import encode_text, generate_file, placement
 from tests.support.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 PROMPTS = ["a", "what is 12+30?", "", "second", "a rather longer prompt than the others have", "x y"]
@@ -68,6 +70,40 @@ def test_sampling_follows_the_model(model_dir: Path, tmp_path: Path) -> None:
         if sum(text == texts[token] for text in texts) == 1:
             error = 4 * np.sqrt(expected[token] / count)
             assert abs(responses.count(texts[token]) / count - expected[token]) < error
+
+
+def test_where_the_weights_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = 80 * 2**30
+    assert placement(140 * 2**30, []) is None  # the CPU
+    assert placement(140 * 2**30, [gpu]) is None
+    assert placement(16 * 2**30, [gpu] * 8) is None
+    assert placement(140 * 2**30, [gpu] * 8) == "auto"
+    monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="140 GiB of weights do not fit one GPU of 80 GiB; .* pip install accelerate"):
+        placement(140 * 2**30, [gpu] * 8)
+
+
+def test_a_model_that_accelerate_places_answers_the_same(
+    model_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_new_tokens": 6, "samples": 2, "temperature": 1.0}
+    generate_file(model_dir, prompts, tmp_path / "whole", **options)
+    monkeypatch.setattr(generate, "placement", lambda weights, gpus: "auto")
+    generate_file(model_dir, prompts, tmp_path / "placed", **options)
+    assert rows_of(tmp_path / "placed") == rows_of(tmp_path / "whole")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_answers_the_same(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    for engine in ("transformers", "vllm"):
+        generate_file(model_dir, prompts, tmp_path / engine, max_new_tokens=6, engine=engine)
+    assert rows_of(tmp_path / "vllm") == rows_of(tmp_path / "transformers")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_there(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--engine vllm needs vLLM .*leave --engine out"):
+        generate_file(model_dir, prompts, tmp_path / "out", engine="vllm")
 
 
 def test_messages_go_through_the_chat_template(model_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_spo.errors import UserError
-from tests.support.megatron import example, load_model, megatron_sums, row_of, transformers_sums
+from tests.support.megatron import example, load_model, megatron_sums, one_process, row_of, transformers_sums
 from tests.support.tiny import tiny_model
 
 LLAMA3_SCALING = {
@@ -15,6 +15,13 @@ LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+GEMMA3 = {  # layers with a window turn by another base
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
 }
 VARIANTS = [
     ("llama", {}),
@@ -28,6 +35,15 @@ VARIANTS = [
     ("qwen3_moe", {"norm_topk_prob": False}),
     ("qwen3_moe", {"norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3}),
     ("qwen3_moe", {"num_experts_per_tok": 1}),
+    # windows of 8 tokens, which most sequences exceed
+    ("mistral", {"sliding_window": 8}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}),
+    ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
+    ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}),
+    ("gemma2", {"tie_word_embeddings": True}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": 1.0, "tie_word_embeddings": True}),
+    ("gemma3_text", {"tie_word_embeddings": True, **GEMMA3}),
+    ("gemma3_text", {"final_logit_softcapping": 2.0}),
 ]
 
 
@@ -68,8 +84,54 @@ def test_sums_and_gradients_equal_those_of_transformers(tmp_path, family, overri
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_equals_one_by_one(tmp_path):
-    tiny_model(tmp_path)
+def test_gradients_of_gemmas_norms(tmp_path):
+    theirs = tiny_model(tmp_path, "gemma3_text", tie_word_embeddings=True)
+    ours = load_model(tmp_path)
+    megatron_sums(ours, row_of(pairs())).sum().backward()
+    transformers_sums(theirs, pairs()).sum().backward()
+    for mine, other in zip(ours.decoder.layers, theirs.model.layers, strict=True):
+        same = {
+            mine.input_layernorm: other.input_layernorm,
+            mine.self_attn_bda.norm: other.post_attention_layernorm,
+            mine.pre_mlp_layernorm: other.pre_feedforward_layernorm,
+            mine.mlp_bda.norm: other.post_feedforward_layernorm,
+            mine.self_attention.q_layernorm: other.self_attn.q_norm,
+            mine.self_attention.k_layernorm: other.self_attn.k_norm,
+        }
+        for norm, expected in same.items():
+            torch.testing.assert_close(norm.weight.grad, expected.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_embedding_is_scaled_as_in_bf16(tmp_path):
+    """A factor that bf16 rounds: the root of 48 is 6.928, and 6.9375 in bf16."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+
+    one_process()
+    from megatron_spo.model.build import scale_by
+
+    theirs = Gemma2TextScaledWordEmbedding(50, 48, 0, embed_scale=48**0.5).bfloat16()
+    tokens = torch.arange(50)
+    assert torch.equal(scale_by(48**0.5)(None, None, theirs.weight[tokens]), theirs(tokens))
+
+
+def test_window_and_caps_are_seen(tmp_path):
+    """What the comparison above would not notice, were it without effect on these pairs."""
+    sums = []
+    for changes in ({}, {"sliding_window": 512}, {"attn_logit_softcapping": None}, {"final_logit_softcapping": None}):
+        tiny_model(tmp_path, "gemma2", **changes)
+        sums.append(megatron_sums(load_model(tmp_path), row_of(pairs())).detach())
+    assert all((other - sums[0]).abs().max() > 1e-2 for other in sums[1:])
+
+
+@pytest.mark.parametrize("scores", [1, 2**24])
+def test_capped_attention_in_chunks_of_any_size(tmp_path, monkeypatch, scores):
+    monkeypatch.setattr("megatron_spo.model.attention.SCORES_PER_CHUNK", scores)
+    test_sums_and_gradients_equal_those_of_transformers(tmp_path, "gemma2", {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_packed_equals_one_by_one(tmp_path, family):
+    tiny_model(tmp_path, family)
     model = load_model(tmp_path)
     examples = pairs(count=8)
     packed = megatron_sums(model, row_of(examples))

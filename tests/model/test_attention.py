@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model import kernels
-from megatron_spo.model.attention import RowOnDevice, row_to_device
+from megatron_spo.model.attention import RowOnDevice, Scores, row_to_device
 from tests.data.test_rows import visible
 from tests.support.megatron import example, row_of
 
@@ -35,13 +35,15 @@ ROWS = {
 }
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, one: PackedRow) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, one: PackedRow, window: int | None = None, cap: float = torch.inf) -> Tensor:
     """[T, heads * d] of q [T, heads, d], k and v [T, groups, d]; padding sees the padding before it."""
     out = []
     for at in range(len(one.tokens)):
         seen = visible(one, at) if at < one.real_tokens else list(range(one.real_tokens, at + 1))
+        seen = seen if window is None else seen[-window:]
         keys, values = (part[seen].repeat_interleave(HEADS // GROUPS, dim=1) for part in (k, v))
-        weights = (torch.einsum("hd,khd->hk", q[at], keys) / WIDTH**0.5).softmax(-1)
+        scores = torch.einsum("hd,khd->hk", q[at], keys) / WIDTH**0.5
+        weights = (scores if cap == torch.inf else cap * (scores / cap).tanh()).softmax(-1)
         out.append(torch.einsum("hk,khd->hd", weights, values).flatten())
     return torch.stack(out)
 
@@ -83,7 +85,7 @@ def by_window(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tenso
 
 
 def tiled(on_device: RowOnDevice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return on_device.geometry.tiling(q.dtype).attend(q, k, v)
+    return on_device.geometry.tiling(q.dtype, None).attend(q, k, v, Scores(WIDTH**-0.5))
 
 
 def varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -108,6 +110,23 @@ def test_values_and_gradients_are_those_of_plain_attention(backend: str, name: s
         assert torch.allclose(ours, theirs, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("window", "cap"), [(1, None), (7, None), (70, None), (None, 2.0), (33, 2.0), (400, None)])
+def test_windows_and_caps_are_those_of_plain_attention(name: str, window: int | None, cap: float | None) -> None:
+    one = ROWS[name]
+    q, k, v = inputs(len(one.tokens))
+    expected = plain(q, k, v, one, window, cap or torch.inf)
+    tiling = row_to_device(one, CPU).geometry.tiling(q.dtype, window)
+    found = tiling.attend(q, k, v, Scores(WIDTH**-0.5, cap))
+    weights = torch.randn_like(expected)
+    for ours, theirs in zip(
+        (found, *torch.autograd.grad(found, (q, k, v), weights)),
+        (expected, *torch.autograd.grad(expected, (q, k, v), weights)),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-10 if cap is None else 1e-5)
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90), st.integers(1, 40)), min_size=1, max_size=3),
     st.sampled_from([1, 2, 3]),
@@ -128,8 +147,8 @@ def test_ranks_of_a_context_parallel_group_make_the_row(sizes: list[tuple[int, i
 def test_scores_that_are_computed_are_near_those_that_are_needed() -> None:
     """Half the square and a strip, not the whole one."""
     one = row((300, 400, 400), (200, 100, 500))
-    tiles = row_to_device(one, CPU).geometry.tiling(torch.float32).tiles
-    computed = sum(tile.bias.shape[0] * tile.strip * reach for tile in tiles for reach in tile.reaches)
+    tiles = row_to_device(one, CPU).geometry.tiling(torch.float32, None).tiles
+    computed = sum(tile.bias.shape[0] * tile.strip * (to - start) for tile in tiles for start, to in tile.reaches)
     needed = sum(len(visible(one, at)) for at in range(one.real_tokens))
     assert needed < computed < 1.2 * needed
 

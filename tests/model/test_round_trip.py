@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_spo.cli import main
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.model.families import mappings
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import FAMILIES, arithmetic_pairs, tiny_model, write_jsonl
 
 VARIANTS = [
     ("llama", {"vocab_size": 301}),
@@ -20,6 +20,8 @@ VARIANTS = [
     ("qwen3", {"tie_word_embeddings": True}),
     ("mixtral", {}),
     ("qwen3_moe", {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    ("gemma2", {"tie_word_embeddings": True}),
+    ("gemma3_text", {}),
 ]
 
 
@@ -79,6 +81,14 @@ def test_random_weights_follow_the_config_and_the_seed(tmp_path):
     assert torch.equal(a["model.norm.weight"], torch.ones(32))
 
 
+def test_random_norms_of_gemma_are_neutral(tmp_path):
+    tiny_model(tmp_path / "model", "gemma2")
+    run = train_without_change(tmp_path, "model.init=random")
+    assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    assert not any(tensor.any() for name, tensor in tensors.items() if "norm" in name)
+
+
 def test_shards_with_an_index_when_large(tmp_path, monkeypatch):
     tiny_model(tmp_path / "model")
     monkeypatch.setattr("megatron_spo.model.hf_files.SHARD_BYTES", 40_000)
@@ -90,7 +100,7 @@ def test_shards_with_an_index_when_large(tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_the_family_is_mapped_once(tmp_path, family):
     tiny_model(tmp_path, family)
     names = [name for row in mappings(read_model_shape(tmp_path)) for name in row.sources]

@@ -107,6 +107,15 @@ def test_tokens_per_second_of_runs_that_nothing_was_calibrated_by(run: Run, publ
     assert run.tokens_per_second() == pytest.approx(published, rel=0.15)
 
 
+def test_the_seconds_of_the_a100_are_those_of_its_published_utilisation() -> None:
+    """Megatron-LM's README gives 51.4% model FLOPs utilisation for the paper's 175B; counted as the paper does, 13.75 s
+    per step of 64 sequences on 64 GPUs are just that."""
+    batch, sequence, layers, hidden, vocab = 64, 2048, 96, 12288, 51200
+    extra = sequence / (6 * hidden) + vocab / (12 * layers * hidden)
+    flops = 72 * batch * sequence * layers * hidden**2 * (1 + extra)
+    assert flops / 13.75 / 64 / GPUS["a100"].bf16 == pytest.approx(0.514, abs=5e-4)
+
+
 def test_flops_per_second_of_a_70b_in_fp8() -> None:
     """710 TFLOP/s per GPU are published beside the tokens per second."""
     assert SFT_70B.tokens_per_second() * SFT_70B.flops_per_token() == pytest.approx(710e12, rel=0.02)

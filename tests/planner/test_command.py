@@ -13,6 +13,7 @@ from megatron_spo.config.load import load_config
 from megatron_spo.planner.at_start import memory_line, shortage
 from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.memory import Memory
+from megatron_spo.planner.presets import PRESETS
 from tests.support.processes import ROOT
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
@@ -84,6 +85,31 @@ def test_experts_get_layouts_of_experts(capsys: pytest.CaptureFixture[str], tmp_
     code, text, _ = plan(capsys, EXAMPLE, "--model", "Mixtral-8x7B", "--gpus", 32, "--gpu", "h200", "--json", out)
     assert code == 0 and "take the seconds for a lower bound" in text
     assert {one["parallel"]["expert"] for one in json.loads(out.read_text())["fitting"]} >= {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_planned_for(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    code, text, _ = plan(capsys, EXAMPLE, "--model", name, "--gpus", 16, "--gpu", "h200", "--json", out)
+    found = json.loads(out.read_text())
+    assert code == 0 and len(found["fitting"] + found["not_fitting"]) > 4, text
+
+
+def test_rows_of_the_sft_set_are_counted(tiny: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in arithmetic_pairs(30, seed=2)]
+    write_jsonl(tmp_path / "sft.jsonl", sft)
+
+    def seconds(*overrides: str) -> float:
+        out = tmp_path / "plan.json"
+        code, text, _ = plan(capsys, tiny, *overrides, "--gpus", 1, "--json", out)
+        assert code == 0 and ("sft.jsonl" in text) == bool(overrides)
+        computing: float = json.loads(out.read_text())["configured"]["step_seconds"]["compute"]
+        return computing
+
+    own = [f"spo.sft_data={tmp_path}/sft.jsonl"]
+    alone, as_many, twice = seconds(), seconds(*own), seconds(*own, "spo.sft_batch_size=16")
+    assert 1.3 * alone < as_many < 2 * alone
+    assert twice - alone == pytest.approx(2 * (as_many - alone), rel=0.15)
 
 
 def test_lengths_are_measured_where_the_data_is(tiny: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from tests.support.megatron import load_model, megatron_sums
 from tests.support.tiny import tiny_model
 
 
-def _as_products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, enable_gqa: bool) -> Tensor:
+def _as_products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, enable_gqa: bool, scale: float) -> Tensor:
     """Attention in the two products of which torch's counter knows nothing in its fused kernel for CPUs."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return (q @ k.transpose(-1, -2) + attn_mask).softmax(-1) @ v
+    return (scale * q @ k.transpose(-1, -2) + attn_mask).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])

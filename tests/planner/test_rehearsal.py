@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from megatron_spo.config.load import load_config
+from megatron_spo.config.schema import Config
 from megatron_spo.errors import UserError
+from megatron_spo.planner.parameters import stage_parameters
 from megatron_spo.planner.presets import PRESETS, shape_of
+from tests.planner.counted import CONFIG
 from tests.support.processes import ROOT, launch
 
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -74,8 +77,30 @@ def test_what_is_wrong_is_found(rehearsed: dict[str, Any], spoilt: str, told: st
     assert any(told in fault for fault in rehearsed["spoilt"][spoilt]), rehearsed["spoilt"][spoilt]
 
 
-def test_every_preset_has_a_shape() -> None:
-    assert len(PRESETS) == 6 and all(shape_of(name).layers > 0 for name in PRESETS)
+BILLIONS = {  # parameters as published on the model cards, of Gemma 3 those of the text part
+    "Gemma-2-27B": 27.2,
+    "Gemma-2-9B": 9.24,
+    "Gemma-3-12B": 11.8,
+    "Gemma-3-27B": 27.0,
+    "Llama-3.1-8B": 8.03,
+    "Llama-3.3-70B": 70.6,
+    "Mixtral-8x22B": 141,
+    "Mixtral-8x7B": 46.7,
+    "Qwen2.5-72B": 72.7,
+    "Qwen3-235B-A22B": 235,
+    "Qwen3-30B-A3B": 30.5,
+    "Qwen3-32B": 32.8,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_of_their_models(name: str) -> None:
+    one_rank = stage_parameters(Config.model_validate(CONFIG), shape_of(name), 0)
+    assert one_rank.held / 1e9 == pytest.approx(BILLIONS[name], rel=0.005)
+
+
+def test_presets_are_found_by_hub_ids() -> None:
+    assert shape_of("google/gemma-3-27b-it") == shape_of("Gemma-3-27B")
     assert shape_of("meta-llama/Llama-3.3-70B-Instruct") == shape_of("Llama-3.3-70B")
     assert shape_of("meta-llama/Meta-Llama-3.1-8B") == shape_of("llama-3.1-8b")
     with pytest.raises(UserError, match="nobody/model.*--model"):

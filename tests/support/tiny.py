@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,6 +35,8 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -78,8 +84,12 @@ def tiny_model(
         "eos_token_id": 1,
         "bos_token_id": None,
     }
-    if family in ("qwen3", "qwen3_moe"):
+    if family in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
         shape["head_dim"] = 8
+    if family in ("gemma2", "gemma3_text"):
+        shape |= {"query_pre_attn_scalar": 12, "sliding_window": 8}
+    if family == "gemma2":  # caps that numbers as small as these come up to
+        shape |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
     if family in ("mixtral", "qwen3_moe"):
         shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     if family == "qwen3_moe":

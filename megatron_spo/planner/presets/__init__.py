@@ -1,7 +1,9 @@
 """Shapes of published models: a folder each, with what of its config.json on the hub decides shape and arithmetic.
 
 Source: config.json of meta-llama/Llama-3.3-70B-Instruct, meta-llama/Llama-3.1-8B-Instruct, Qwen/Qwen2.5-72B-Instruct,
-Qwen/Qwen3-32B, Qwen/Qwen3-235B-A22B and mistralai/Mixtral-8x7B-Instruct-v0.1.
+Qwen/Qwen3-32B, Qwen/Qwen3-30B-A3B, Qwen/Qwen3-235B-A22B, mistralai/Mixtral-8x7B-Instruct-v0.1,
+mistralai/Mixtral-8x22B-Instruct-v0.1, google/gemma-2-9b-it, google/gemma-2-27b-it, and the text_config of
+google/gemma-3-12b-it and google/gemma-3-27b-it with what transformers assumes for the keys that it leaves out.
 """
 
 from pathlib import Path

@@ -1,0 +1,53 @@
+"""Responses by vLLM, where it is installed: the model is split over the visible GPUs, and requests are batched by vLLM.
+
+Its random numbers are its own, so that samples differ from those of transformers; they too follow from (seed, row,
+sample number) alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_spo.errors import UserError
+from megatron_spo.evaluate.generate import Response, Sampling, cut, end_tokens
+
+
+def generate_by_vllm(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[list[Response]]:
+    """`sampling.samples` responses to each prompt (token ids), in the order of the prompts.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise UserError(f"generate: --engine vllm needs vLLM ({error}); install it in the environment of this command, "
+                        "or leave --engine out") from error  # fmt: skip
+    config = AutoConfig.from_pretrained(folder)
+    visible = max(torch.cuda.device_count(), 1)
+    ranks = max(n for n in range(1, visible + 1) if config.num_attention_heads % n == 0)
+    engine: Any = LLM(model=str(folder), tensor_parallel_size=ranks)
+    if (folder / "generation_config.json").exists():
+        config = GenerationConfig.from_pretrained(folder)
+    stops = end_tokens(config, tokenizer)
+    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(sampling.samples)]
+    settings = [
+        SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=sorted(stops),
+            seed=int(np.random.SeedSequence((sampling.seed, *job)).generate_state(1)[0]),
+            detokenize=False,
+        )
+        for job in jobs
+    ]
+    outputs = engine.generate([{"prompt_token_ids": list(prompts[row])} for row, _ in jobs], settings)
+    # vLLM ends a response with its stop token, as transformers does
+    found = [cut(tokenizer, output.outputs[0].token_ids, stops) for output in outputs]
+    return [found[start : start + sampling.samples] for start in range(0, len(found), sampling.samples)]

@@ -1,0 +1,66 @@
+"""Gemma's own parts, and sliding windows, in every kind of layout: the numbers of one process."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import largest_difference, run_jobs
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+LAYOUTS = {
+    "tp2": ["parallel.tensor=2"],
+    "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=selective"],
+    "pp2": ["parallel.pipeline=2"],
+    "pp2-vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.recompute=full"],
+    "cp2": ["parallel.context=2"],
+    "dp2-overlap": ["parallel.overlap=true", "data.row_length=32"],
+}
+OBJECTIVES = {
+    "gemma2": ["model.path={folder}/gemma2"],
+    "gemma3": ["model.path={folder}/gemma3_text"],
+    "gemma3-lora": ["model.path={folder}/gemma3_text", "lora.rank=2", "reference.cache=null"],
+    "mistral": ["model.path={folder}/mistral"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gemma")
+    tiny_model(folder / "gemma2", "gemma2", tie_word_embeddings=True, vocab_size=301)
+    layers = ["sliding_attention", "full_attention"] * 2
+    tiny_model(folder / "gemma3_text", "gemma3_text", tie_word_embeddings=True, layer_types=layers)
+    tiny_model(folder / "mistral", "mistral", sliding_window=8)
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
+    config = folder / "config.yaml"
+    config.write_text(
+        f"""
+output: {folder}/unset
+model: {{path: {folder}/gemma2}}
+data: {{train: {folder}/pairs.jsonl, max_length: 48}}
+loss: {{name: dpo}}
+optimizer: {{lr: 1e-3, weight_decay: 0.01}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 8, steps: 3}}
+logging: {{progress: false}}
+"""
+    )
+    for processes, layouts in ((2, LAYOUTS), (1, {"one": []})):
+        jobs = []
+        for objective, overrides in OBJECTIVES.items():
+            model = [f"reference.cache={folder}/cache-{objective}", *(o.format(folder=folder) for o in overrides)]
+            if processes == 2 and "lora.rank=2" not in model:
+                jobs.append(("reference", str(config), [*model, "parallel.tensor=2"]))
+            jobs += [
+                ("train", str(config), [f"output={folder}/{name}/{objective}", *model, *layout])
+                for name, layout in layouts.items()
+            ]
+        run_jobs(jobs, processes)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> None:
+    difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
+    assert difference < 1e-4, where
