@@ -118,15 +118,16 @@ class Scores:
     scale: float
     softcap: float | None = None
 
+    def heads_repeat(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
+        """Whether the kernel needs the keys and values of a group once for each of its heads."""
+        return self.softcap is not None or (q.is_cuda and not _kernel_takes(q, k, v, bias))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Attention [B, heads, Q, d] over k and v [B, groups, K, d]; bias [B, 1, Q, K]."""
+        if self.softcap is not None:
+            return self._capped(q, k, v, bias, self.softcap)
         grouped = q.shape[1] != k.shape[1]
-        if self.softcap is not None or (q.is_cuda and not _kernel_takes(q, k, v, bias)):
-            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-            grouped = False
-        if self.softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped, scale=self.scale)
-        return self._capped(q, k, v, bias, self.softcap)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped, scale=self.scale)
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
         """No kernel of torch's caps. Queries are taken in chunks whose scores are computed again in the backward pass,
@@ -137,8 +138,9 @@ class Scores:
             return (scores + bias).softmax(-1).to(v.dtype) @ v
 
         size = max(BLOCK, SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
+        again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
         parts = zip(q.split(size, dim=2), bias.split(size, dim=2), strict=True)
-        return torch.cat([checkpoint(chunk, part, k, v, seen, use_reentrant=False) for part, seen in parts], dim=2)
+        return torch.cat([again(part, k, v, seen) for part, seen in parts], dim=2)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class Tiles:
         """Queries [B * Q, heads, d] over keys and values [B * K, groups, d] -> [B * Q, heads * d]."""
         count, _, _, _ = self.bias.shape
         q, k, v = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
+        if scores.heads_repeat(q, k, v, self.bias):
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
         strips = []
         for i, reach in enumerate(self.reaches):
             here, keys = slice(i * self.strip, (i + 1) * self.strip), slice(*reach)
