@@ -31,7 +31,10 @@ from megatron_spo.model.lora import add_adapters, check_base
 from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
+from megatron_spo.planner.rows import lengths_of
+from megatron_spo.planner.utilisation import Utilisation, peak_of
 from megatron_spo.report import write_report
+from megatron_spo.runtime.device import name_of
 from megatron_spo.runtime.processes import Runtime, agree, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
@@ -84,7 +87,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     on_main(lambda: _write_provenance(config, directory, sources, weights), UserError)
     chunks = make_model(config, sources)
     add_adapters(chunks, sources.shape, config.lora, config.training.seed)
-    trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
+    overlap = config.parallel.overlap and runtime.topology.data * runtime.topology.context > 1
+    trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=overlap)
     loaders = _loaders(config, sources, runtime)
     references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}
     if config.runs_reference:
@@ -105,6 +109,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
         clock=runtime.clock,
+        at_peak=_at_peak(config, sources, runtime),
     )
     state = _start(config, trainable, found, changed, runtime)
     directory.open_metrics(after_step=state.step, evaluation_owed=state.evaluation_owed)
@@ -156,6 +161,15 @@ def _steps(config: Config, loader: Loader) -> int:
     if config.training.steps is not None:
         return config.training.steps
     return max(1, math.ceil((config.training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
+
+
+def _at_peak(config: Config, sources: Sources, runtime: Runtime) -> loop.AtPeak | None:
+    """What a step's share of the GPUs' peak is reckoned by, where that is known."""
+    peak = peak_of(name_of(runtime.device), fp8=config.precision.fp8 is not None)
+    if peak is None:
+        return None
+    sets = {name: lengths_of(dataset, name) for name, dataset in sources.named_sets().items()}
+    return Utilisation(config, sources.shape, sets, peak * runtime.topology.world).seconds
 
 
 def _record(config: Config, sources: Sources) -> dict[str, Any]:

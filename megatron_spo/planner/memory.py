@@ -229,8 +229,9 @@ def _core(setting: Setting, row: Row) -> float:
     """Attention keeps queries, keys, values and outputs by segments and a number per query and head."""
     context, shape, tensor = setting.topology.context, setting.shape, setting.topology.tensor
     queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
-    capped = shape.gemma is not None and shape.gemma.attention_softcap is not None
-    if capped or (setting.kernels != "cpu" and setting.masked):  # no groups of queries are taken: keys are repeated
+    if shape.gemma is not None and shape.gemma.attention_softcap is not None:  # computed again from its inputs
+        return (row.queries(context) + row.keys * 2) * queries * setting.item
+    if setting.kernels != "cpu" and setting.masked:  # its kernels take no groups of queries: keys are repeated
         keys = queries
     values = row.queries(context) * 2 * queries + row.keys * 2 * keys
     return values * setting.item + 4 * row.queries(context) * shape.heads / tensor

@@ -22,6 +22,11 @@ def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | No
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def name_of(device: torch.device) -> str:
+    """What a GPU's driver calls it; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def memory_of(device: torch.device) -> int:
     """Bytes of a GPU, or of this machine's memory, as far as this process's group of processes may use it."""
     if device.type == "cuda":

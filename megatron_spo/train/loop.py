@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_spo.config.schema import Config
@@ -30,6 +32,9 @@ LOWER_IS_BETTER = ("loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_d
 Listener = Callable[[str, int, dict[str, float]], None]
 """Called with (kind, step, metrics) for every line of metrics.jsonl."""
 
+AtPeak = Callable[[str, NDArray[np.int64]], float]
+"""Seconds that pairs of a data set, by its name and their indices, would take on all GPUs at their peak."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -47,6 +52,7 @@ class Job:
     stop: StopRequest
     progress: Progress
     clock: Clock
+    at_peak: AtPeak | None
 
 
 def run(job: Job, state: TrainState) -> TrainState:
@@ -210,6 +216,9 @@ def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     metrics |= _use_of_data(job, state.step, [share.batch for share in shares if share is not None])
     metrics |= job.clock.read()
     metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+    if job.at_peak is not None:
+        ideal = sum(job.at_peak(share.data.name, share.batch.indices) for share in shares if share is not None)
+        metrics["mfu"] = ideal / metrics["seconds"]
     state = replace(
         state,
         step=state.step + 1,

@@ -21,7 +21,7 @@ from tests.support.megatron import engine_keys, sharded_keys
 
 def _trainable(config: Config) -> Trainable:
     chunks = make_model(config, read_sources(config, join(config)))
-    return make_trainable(chunks, chunks[0].config, config.optimizer, overlap=config.parallel.overlap)
+    return make_trainable(chunks, chunks[0].config, config.optimizer, overlap=False)
 
 
 def layers(config: Config) -> dict[str, Any]:

@@ -72,6 +72,15 @@ def test_reference_then_train(job, capsys):
     assert {"config.yaml", "metrics.jsonl", "report.html", "checkpoints"} <= {p.name for p in (job / "run").iterdir()}
 
 
+def test_share_of_the_peak_where_the_gpu_is_known(job, monkeypatch):
+    assert command(job, "train", "loss.name=simpo", "reference.cache=null", f"output={job}/cpu") == 0
+    monkeypatch.setattr("megatron_spo.run.name_of", lambda device: "NVIDIA H100 80GB HBM3")
+    assert command(job, "train", "loss.name=simpo", "reference.cache=null", f"output={job}/h100") == 0
+    cpu, h100 = (read_metrics(job / name)["train", "", 1] for name in ("cpu", "h100"))
+    assert "mfu" not in cpu
+    assert 0 < h100["mfu"] < 1e-3
+
+
 def test_a_reference_free_loss_needs_no_cache(job):
     assert command(job, "train", "loss.name=simpo", "reference.cache=null") == 0
     assert "spo/gap" not in read_metrics(job / "run")["train", "", 1]

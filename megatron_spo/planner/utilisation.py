@@ -1,0 +1,48 @@
+"""MFU of a step: the operations that it needs, over what its GPUs could do at their peak meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.config.schema import Config
+from megatron_spo.planner.flops import forward_flops, step_flops
+from megatron_spo.planner.gpus import GPUS
+from megatron_spo.planner.rows import Lengths, Row
+
+OTHER_KINDS = ("pcie", "nvl", "gb200")
+"""Slower or faster kinds of GPUs of the table's names."""
+
+
+def peak_of(device: str, *, fp8: bool) -> float | None:
+    """FLOP/s of the data sheet of a GPU by the name that its driver gives it; None if it is not in the table."""
+    words = device.lower()
+    if any(kind in words for kind in OTHER_KINDS):
+        return None
+    gpu = next((gpu for name, gpu in GPUS.items() if name in words), None)
+    return None if gpu is None else gpu.fp8 if fp8 else gpu.bf16
+
+
+class Utilisation:
+    """Seconds that batches would take on all GPUs at their peak.
+
+    One forward and one backward pass over the real tokens are counted, nothing that is computed again, twice (lookahead
+    and barrier) or for the reference.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape, sets: Mapping[str, Lengths], peak: float) -> None:
+        """`sets`: by name. `peak`: FLOP/s of all GPUs together."""
+        self._config, self._shape, self._sets, self._peak = config, shape, sets, peak
+
+    def seconds(self, name: str, indices: NDArray[np.int64]) -> float:
+        """Of the pairs `indices` of the data set `name`."""
+        lengths = self._sets[name]
+        tokens, entries, visible = (
+            int(values[indices].sum()) for values in (lengths.tokens, lengths.entries, lengths.visible)
+        )
+        row = Row(tokens, tokens, entries, visible, np.zeros((0, 2), dtype=np.int64))
+        flops = step_flops(self._config, forward_flops(self._shape, row, necessary=True), necessary=True)
+        return (self._shape.layers * (flops.linear + flops.attention) + flops.head) / self._peak
