@@ -63,23 +63,20 @@ def generate_file(
     prompts_file: str | Path,
     out_file: str | Path,
     *,
-    samples: int = 1,
-    temperature: float = 0.0,
-    max_new_tokens: int = 256,
     batch_size: int = 64,
-    seed: int = 0,
     engine: str = "transformers",
+    **sampled: Any,
 ) -> None:
     """Writes `out_file`: the rows of `prompts_file` with two fields more, `responses` (`samples` strings) and
     `finished` (as many booleans: ended by itself within `max_new_tokens`).
 
     `prompt` is a string, tokenised as training does it, or a list of messages, for which the tokenizer's chat
-    template is used. `engine`: "transformers", or "vllm", which batches by itself. The output appears complete or not
-    at all. Raises UserError for wrong input.
+    template is used. `engine`: "transformers", or "vllm", which batches by itself. `sampled`: fields of Sampling. The
+    output appears complete or not at all. Raises UserError for wrong input.
     """
     if batch_size < 1:
         raise UserError(f"generate: batch_size is {batch_size}, it must be at least 1")
-    sampling = Sampling(samples, temperature, max_new_tokens, seed)
+    sampling = Sampling(**sampled)
     rows = read_prompts(Path(prompts_file))
     folder = Path(model_dir)
     tokenizer = load_tokenizer(folder)

@@ -1,6 +1,7 @@
 """Build the policy for one rank: GPTModel over packed rows, with the log-prob head."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -137,6 +138,11 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
     model = PairModel(config, block_spec(shape, config, vp_stage), shape, vp_stage=vp_stage)
     _mark_tensor_parallel(model)
     _accumulate_in_place(model)
+    if shape.gemma is not None:
+        for layer in model.decoder.layers:
+            # Megatron records gradients of what it adds to the residual under no_grad too (megatron-core 0.16.1,
+            # transformer_layer.py); with a norm in it, a forward pass alone would keep what its backward pass needs
+            layer.bias_dropout_add_exec_handler = nullcontext
     if config.use_cpu_initialization:
         dispatch_without_gpu(model)
     return model if config.use_cpu_initialization else model.cuda()

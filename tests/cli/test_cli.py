@@ -131,10 +131,11 @@ def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("megatron_spo.evaluate.generate.generate_file", record)
     monkeypatch.setattr("megatron_spo.report.write_report", record)
     assert cli.main(["convert", "run", "out", "--to", "hf", "--verify", "--workers", "2"]) == 0
-    options = ["--samples", "4", "--temperature", "0.7", "--seed", "3"]
+    options = ["--samples", "4", "--temperature", "0.7", "--seed", "3", "--engine", "vllm"]
     assert cli.main(["generate", "model", "--prompts", "p.jsonl", "--out", "o.jsonl", *options]) == 0
     assert cli.main(["report", "a", "b", "--out", "r.html"]) == 0
     sampling = {"samples": 4, "temperature": 0.7, "max_new_tokens": 256, "batch_size": 64, "seed": 3}
+    sampling["engine"] = "vllm"
     assert calls == [
         ((Path("run"), Path("out"), "hf"), {"verify": True, "workers": 2}),
         ((Path("model"), Path("p.jsonl"), Path("o.jsonl")), sampling),

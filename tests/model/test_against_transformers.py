@@ -102,6 +102,15 @@ def test_gradients_of_gemmas_norms(tmp_path):
             torch.testing.assert_close(norm.weight.grad, expected.weight.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_a_forward_pass_alone_keeps_nothing(tmp_path, family):
+    tiny_model(tmp_path, family)
+    model, kept = load_model(tmp_path), []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert not megatron_sums(model, row_of(pairs())).requires_grad
+    assert not kept
+
+
 def test_the_embedding_is_scaled_as_in_bf16(tmp_path):
     """A factor that bf16 rounds: the root of 48 is 6.928, and 6.9375 in bf16."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding

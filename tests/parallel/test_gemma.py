@@ -31,16 +31,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(folder / "gemma3_text", "gemma3_text", tie_word_embeddings=True, layer_types=layers)
     tiny_model(folder / "mistral", "mistral", sliding_window=8)
     write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
+    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(5, seed=1))
     config = folder / "config.yaml"
     config.write_text(
         f"""
 output: {folder}/unset
 model: {{path: {folder}/gemma2}}
-data: {{train: {folder}/pairs.jsonl, max_length: 48}}
+data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 48}}
 loss: {{name: dpo}}
 optimizer: {{lr: 1e-3, weight_decay: 0.01}}
 precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 3}}
+training: {{global_batch_size: 8, steps: 3, eval_every: 2}}
 logging: {{progress: false}}
 """
     )
