@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_spo import __version__
 from megatron_spo.errors import Anomaly, LostRank, NotSaved, Stopped, UserError
+from megatron_spo.evaluate.command import add_options as add_evaluate_options
 from megatron_spo.planner.options import add_options, read_options
 from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.quiet import quiet_third_parties
@@ -115,6 +116,7 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--batch-size", type=int, default=64, help="answers at a time [%(default)s]")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")
 
+    add_evaluate_options(add("evaluate", _evaluate, "scores of answers; how a model ranks pairs, or does on tasks"))
     add_options(add("plan", _plan, "memory, time and cost of a run, and the layouts that fit, before a GPU is touched"))
 
     report = add("report", _report, "draw one or several runs into one HTML page")
@@ -166,6 +168,12 @@ def _generate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from megatron_spo.evaluate.command import evaluate
+
+    print(evaluate(options))
 
 
 def _plan(options: argparse.Namespace) -> None:

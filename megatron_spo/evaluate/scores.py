@@ -7,7 +7,7 @@ Japanese characters.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
@@ -41,9 +41,13 @@ class AnswerScore:
     length_ratio: float | None
 
 
+AVERAGED = tuple(field.name for field in fields(AnswerScore))
+"""What is averaged over the rows, and so has an interval."""
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Means over the answers, under the names of AnswerScore; None where no row has what it needs.
+    """Means over the rows of the means over their answers, under the names of AnswerScore; None where no row has any.
 
     Attributes:
         distinct_1, distinct_2: different words, and runs of 2, as a share of all of them in all answers together. They
@@ -65,7 +69,7 @@ class Scores:
 
     def of_rows(self, name: str) -> NDArray[np.float64]:
         """[rows] mean of an AnswerScore's attribute over each row's answers; NaN where a row has none."""
-        return np.array([_mean(getattr(one, name) for one in row) for row in self.answers], dtype=np.float64)
+        return np.array(_row_means(self.answers, name), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,17 @@ def score(
         expected, reference = expected_answer(row), reference_text(row)
         one = (score_answer(text, end, expected, reference) for text, end in zip(texts, ends, strict=True))
         scored.append(tuple(one))
-    flat = [one for row in scored for one in row]
-    if not flat:
-        raise ValueError("there is no answer to score")
     texts = [text for row in answers for text in row]
+    if not texts:
+        raise ValueError("there is no answer to score")
+    means = {name: _mean(_row_means(scored, name)) for name in AVERAGED}
     return Scores(
-        exact_match=_mean(one.exact_match for one in flat),
-        malformed=_mean(one.malformed for one in flat) or 0.0,
-        rep_4=_mean(one.rep_4 for one in flat) or 0.0,
+        exact_match=means["exact_match"],
+        malformed=means["malformed"] or 0.0,
+        rep_4=means["rep_4"] or 0.0,
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),
-        length_ratio=_mean(one.length_ratio for one in flat),
+        length_ratio=means["length_ratio"],
         answers=tuple(scored),
     )
 
@@ -234,6 +238,10 @@ def _plain(text: str) -> str:
 
 def _runs(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _row_means(answers: Iterable[Iterable[AnswerScore]], name: str) -> list[float | None]:
+    return [_mean(getattr(one, name) for one in row) for row in answers]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
