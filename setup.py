@@ -49,6 +49,7 @@ setup(
             "accelerate>=1",
             "hypothesis>=6",
             "import-linter>=2",
+            "lm-eval>=0.4.5",
             "mypy>=1.13",
             "peft>=0.18",
             "pytest>=8",

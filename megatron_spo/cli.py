@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_spo import __version__
 from megatron_spo.errors import Anomaly, LostRank, NotSaved, Stopped, UserError
+from megatron_spo.evaluate.command import add_options as add_evaluate_options
 from megatron_spo.planner.options import add_options, read_options
 from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.quiet import quiet_third_parties
@@ -118,6 +119,7 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--engine", choices=("transformers", "vllm"), default="transformers", help="what computes [%(default)s]"
     )
 
+    add_evaluate_options(add("evaluate", _evaluate, "scores of answers; how a model ranks pairs, or does on tasks"))
     add_options(add("plan", _plan, "memory, time and cost of a run, and the layouts that fit, before a GPU is touched"))
 
     report = add("report", _report, "draw one or several runs into one HTML page")
@@ -170,6 +172,12 @@ def _generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         engine=options.engine,
     )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from megatron_spo.evaluate.command import evaluate
+
+    print(evaluate(options))
 
 
 def _plan(options: argparse.Namespace) -> None:

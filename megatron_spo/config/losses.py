@@ -17,6 +17,9 @@ from types import MappingProxyType
 from typing import Literal
 
 Statistic = Literal["sum", "mean"]
+ROUNDING = 4e-6
+"""Relative rounding of an fp32 sum of log-probs. A policy that equals its reference is off by so much in another
+layout, or with other neighbours in its row; where the sign of a difference decides, a smaller one counts as none."""
 
 
 @dataclass(frozen=True)

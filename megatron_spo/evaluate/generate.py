@@ -96,7 +96,7 @@ def generate_file(
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file, each checked to have a `prompt`."""
     if not path.is_file():
-        raise UserError(f"prompts file {path} does not exist")
+        raise UserError(f"{path} does not exist")
     rows = []
     with path.open("rb") as file:  # bytes: text mode would also split lines at a lone carriage return
         for number, line in enumerate(file, 1):
@@ -110,7 +110,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
                 raise UserError(f"{path} line {number}: field `prompt` {problem}")
             rows.append(row)
     if not rows:
-        raise UserError(f"prompts file {path} is empty")
+        raise UserError(f"{path} is empty")
     return rows
 
 
@@ -304,10 +304,15 @@ def cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: set[in
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """JSONL that appears complete or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that appears complete or not at all, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

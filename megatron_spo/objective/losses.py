@@ -17,12 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_spo.config.losses import LossTerm
+from megatron_spo.config.losses import ROUNDING, LossTerm
 from megatron_spo.objective.statistics import LossStatistics
-
-ROUNDING = 4e-6
-"""Relative rounding of an fp32 sum of log-probs. A policy that equals its reference is off by so much in another
-layout, or with other neighbours in its row; where the sign of a difference decides, a smaller one counts as none."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,23 +15,28 @@ from megatron_spo.report.runs import Points
 
 PALETTE = (
     "#3b82c4",
-    "#e07b39",
+    "#cf6a28",
     "#3a9d5d",
     "#c44e52",
     "#8f6bb8",
     "#a07855",
-    "#d174ae",
-    "#7f8c8d",
-    "#a5a532",
-    "#2aa9b8",
+    "#c2609d",
+    "#7a8788",
+    "#8c8c22",
+    "#2091a0",
 )
+"""Each stands out from white and from black by 3:1 or more."""
+SIDES = {"chosen": PALETTE[0], "rejected": PALETTE[1]}
+ALARM = "#c44e52"
+MAX_POINTS = 400
+"""Points of a drawn curve: a picture shows no more."""
 TEXT = "#010203"  # stands for the page's text colour until the SVG is written
-SIZE = (5.2, 3.3)  # inches; small, so that the lettering stays readable when a phone scales the picture down
+SIZE = (5.2, 3.4)  # inches; small, so that the lettering stays readable when a phone scales the picture down
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron-spo",  # the same picture gives the same bytes
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 12,
     "text.color": TEXT,
     "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT,
@@ -38,19 +44,20 @@ STYLE: dict[Any, Any] = {
     "ytick.color": TEXT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 11,
+    "axes.titlesize": 13,
 }
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`faint` curves lie behind the others."""
+    """`faint` curves lie behind the others; `alarms` are points to mark."""
 
     label: str
     colour: str
     points: Points
     faint: bool = False
     dashed: bool = False
+    alarms: Points = field(default_factory=list)
 
 
 def run_colours(names: Sequence[str]) -> dict[str, str]:
@@ -83,19 +90,65 @@ def new_figure(panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
 def plot_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
     """Lines over the step; a curve of one point is a dot."""
     for curve in curves:
-        steps, values = zip(*curve.points, strict=True)
+        steps, values = zip(*thinned(curve.points), strict=True)
         axes.plot(
             steps,
             values,
             color=curve.colour,
             label=None if curve.faint else curve.label,
-            alpha=0.25 if curve.faint else 1,
+            alpha=0.4 if curve.faint else 1,
             linewidth=1 if curve.faint else 1.8,
             linestyle="--" if curve.dashed else "-",
             marker="o" if len(steps) == 1 else None,
         )
+        for step, value in curve.alarms:
+            axes.plot(step, value, marker="v", markersize=9, color=ALARM, markeredgecolor=TEXT, clip_on=False)
     axes.set(title=title, xlabel="step")
     axes.grid(alpha=0.2)
+
+
+def thinned(points: Points) -> Points:
+    """At most MAX_POINTS points, among them the extremes of every stretch."""
+    if len(points) <= MAX_POINTS:
+        return points
+    stretches, kept = MAX_POINTS // 2, []
+    for i in range(stretches):
+        stretch = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
+        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+    return kept
+
+
+def draw_shifts(sides: Mapping[str, Sequence[float]]) -> str:
+    """SVG of the distributions of the pairs' log-prob changes, a colour for each side; 0 is before the training."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure()
+        everything = np.concatenate([np.asarray(values, dtype=float) for values in sides.values()])
+        low, high = np.quantile(everything, [0.005, 0.995])  # a few far pairs must not squeeze all others into one bar
+        edges = np.linspace(min(low, 0.0), max(high, 0.0) + 1e-9, 41).tolist()
+        for side, values in sides.items():
+            shown = np.clip(values, edges[0], edges[-1])
+            axes.hist(shown, edges, color=SIDES[side], alpha=0.35)
+            axes.hist(shown, edges, color=SIDES[side], histtype="step", linewidth=1.8)
+        axes.axvline(0, color=TEXT, linestyle="--", linewidth=1.2)
+        axes.set(xlabel="change of log p, nats", ylabel="pairs")
+        return page_svg(figure)
+
+
+def draw_stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], title: str) -> str:
+    """SVG of one horizontal bar a run, made of named parts."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE[0], 1.2 + 0.45 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        names = list(rows)[::-1]
+        left = np.zeros(len(names))
+        for part, colour in colours.items():
+            widths = np.array([rows[name].get(part, 0.0) for name in names])
+            axes.barh(range(len(names)), widths, left=left, color=colour, height=0.6)
+            left += widths
+        axes.set(title=title)
+        axes.set_yticks(range(len(names)), [name if len(name) <= 20 else f"…{name[-19:]}" for name in names])
+        axes.margins(x=0.02)
+        return page_svg(figure)
 
 
 def plot_bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str], title: str) -> None:

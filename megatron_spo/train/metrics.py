@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spo.objective.losses import ROUNDING, PairLogprobs
+from megatron_spo.config.losses import ROUNDING
+from megatron_spo.objective.losses import PairLogprobs
 from megatron_spo.objective.terms import GlobalCounts
 from megatron_spo.runtime.processes import Runtime
 

@@ -7,7 +7,18 @@ import pytest
 
 from megatron_spo.errors import UserError
 from megatron_spo.report import write_report
-from megatron_spo.report.figures import draw_bars
+from megatron_spo.report.figures import ALARM, MAX_POINTS, PALETTE, SIDES, draw_bars, thinned
+from megatron_spo.report.page import DARK, LIGHT
+from megatron_spo.report.results import group_runs, summary
+from megatron_spo.report.runs import read_runs
+from tests.report.full_run import make_full_run, write
+from tests.support.processes import cli, run_jobs
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+SECTIONS = (
+    "Results", "Alarms", "Curves", "Generated answers", "Held-out pairs", "Pairs whose chosen answer fell most",
+    "Samples", "Speed", "What differs between the runs", "Provenance",
+)  # fmt: skip
 
 
 def make_run(folder: Path, *, beta: float, evaluated: bool = True) -> Path:
@@ -96,3 +107,142 @@ def test_bars_show_their_values() -> None:
     svg = draw_bars({"one": 0.25, "two": 1.0}, {"one": "#123123", "two": "#321321"}, "Shares")
     assert "0.250" in svg and "Shares" in svg and "#123123" in svg
     assert not re.match(r"<svg[^>]* width=", svg)
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"<h2 id=[^>]*>(.*?)</h2>", text)
+
+
+def test_every_part_of_a_run_is_shown(tmp_path: Path) -> None:
+    runs = [make_full_run(tmp_path / f"simpo-seed{seed}", seed=seed) for seed in range(3)]
+    runs.append(make_full_run(tmp_path / "dpo", loss="dpo", falls=False))
+    write_report(runs, tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text()
+    page = Page(text)
+    assert headings(text) == list(SECTIONS)
+    assert [address for address in page.fetched if not address.startswith("#")] == []
+    assert "script" not in page.tags and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert page.tags.count("svg") == 8 + 5 + 4 + 1  # metrics, scores of answers, distributions, speed
+    seeds = ["simpo (3 seeds)", "held_out", "60"]
+    assert any(page.cells[i : i + 3] == seeds for i in range(len(page.cells)))
+    assert "3.1 nats" in text and "60%" in page.cells and "tokens/s" in page.cells
+    assert "training.seed" in page.cells and "loss.name" in page.cells
+    assert "torch: &quot;2.13.0&quot;" in text and "fedcba98" in text
+    assert "step 60: wrong, malformed" in text and "step 10: right" in text
+    assert "It is 42. It is 42." in text
+
+
+def test_missing_parts_leave_no_section(tmp_path: Path) -> None:
+    write_report([make_run(tmp_path / "one", beta=0.1)], tmp_path / "out")
+    assert headings((tmp_path / "out").read_text()) == ["Results", "Curves", "Speed", "Provenance"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text("")
+    write_report([empty], tmp_path / "out")
+    assert headings((tmp_path / "out").read_text()) == ["Results", "Provenance"]
+
+
+def test_alarms_are_on_the_curve_of_their_metric_and_data(tmp_path: Path) -> None:
+    run = make_full_run(tmp_path / "run")
+    write_report([run], tmp_path / "out")
+    pictures = re.findall(r"<svg.*?</svg>", (tmp_path / "out").read_text(), re.DOTALL)
+    marked = [picture for picture in pictures[:8] if ALARM in picture]
+    assert len(marked) == 1 and "log p(chosen)" in marked[0]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write(run / "metrics.jsonl", [line for line in lines if line["kind"] != "alarm"])
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out").read_text()
+    assert "Alarms" not in headings(text) and "alarm (triangle)" not in text
+
+
+def test_seeds_are_grouped_and_their_intervals_are_students(tmp_path: Path) -> None:
+    folders = [make_full_run(tmp_path / f"a-seed{seed}", seed=seed) for seed in (1, 2)]
+    folders.append(make_full_run(tmp_path / "b", loss="dpo"))
+    groups = group_runs(read_runs(folders))
+    assert [(group.name, len(group.runs)) for group in groups] == [("a (2 seeds)", 2), ("b", 1)]
+    assert summary([1.0, 3.0]) == "2 ± 13"  # 12.706 * sqrt(2) / sqrt(2)
+    assert summary([1.0, 2.0, 3.0, 4.0]) == "2.5 ± 2.1"  # 3.182 * 1.291 / 2
+    assert summary([0.125]) == "0.125" and summary([]) == ""
+
+
+def test_a_large_run_gives_a_small_page(tmp_path: Path) -> None:
+    runs = [make_full_run(tmp_path / f"run{seed}", seed=seed, steps=12_000) for seed in range(2)]
+    write_report(runs, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_size < 3_000_000
+
+
+def test_thinning_keeps_the_extremes() -> None:
+    points = [(step, float(step == 7777)) for step in range(20_000)]
+    kept = thinned(points)
+    assert len(kept) <= MAX_POINTS and (7777, 1.0) in kept and kept == sorted(kept)
+    assert thinned(points[:MAX_POINTS]) == points[:MAX_POINTS]
+
+
+def test_numbers_that_are_none_are_not_drawn(tmp_path: Path) -> None:
+    run = make_full_run(tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"kind": "train", "step": 61, "loss": NaN, "spo/gap": Infinity}\n')
+    write_report([run], tmp_path / "out")
+    assert "nan" not in {cell.lower() for cell in Page((tmp_path / "out").read_text()).cells}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("samples.jsonl", '{"step": 1}\n{"step": 2}\n', "samples.jsonl line 1: not a sample"),
+        ("held_out/held_out.json", '{"pairs": [{"row": 1}]}', "held_out.json is damaged"),
+        ("held_out/held_out.json", "{", "held_out.json is damaged"),
+        ("status.json", "[]", "status.json is damaged"),
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+    ],
+)
+def test_a_damaged_part_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    run = make_full_run(tmp_path / "run")
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        write_report([run], tmp_path / "out")
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast() -> None:
+    """What WCAG 2 asks for: 4.5 for text, 3 for the lines of a picture; in light and in dark."""
+    for theme in (LIGHT, DARK):
+        for name in ("text", "muted", "link"):
+            assert contrast(theme[name], theme["back"]) >= 4.5, name
+        for colour in (*PALETTE, *SIDES.values(), ALARM):
+            assert contrast(colour, theme["back"]) >= 3, (colour, theme["back"])
+
+
+@pytest.mark.slow
+def test_report_of_a_real_run(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model")
+    pairs = [write_jsonl(tmp_path / f"{name}.jsonl", arithmetic_pairs(n)) for name, n in (("train", 16), ("held", 8))]
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+output: {tmp_path}/unset
+model: {{path: {tmp_path}/model}}
+data: {{train: {pairs[0]}, eval: {pairs[1]}, max_length: 64}}
+reference: {{cache: {tmp_path}/cache}}
+training: {{global_batch_size: 8, steps: 4, eval_every: 2}}
+precision: {{dtype: fp32}}
+logging: {{progress: false}}
+"""
+    )
+    trains = [("train", str(config), [f"output={tmp_path}/s{seed}", f"training.seed={seed}"]) for seed in (1, 2)]
+    run_jobs([("reference", str(config), []), *trains], 1)
+    done = cli("report", str(tmp_path / "s1"), str(tmp_path / "s2"), "--out", str(tmp_path / "out.html"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out.html").read_text()
+    assert {"Results", "Curves", "Speed", "Provenance"} <= set(headings(text))
+    assert "(2 seeds)" in text and "megatron-core" in text

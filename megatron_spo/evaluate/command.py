@@ -1,0 +1,121 @@
+"""`megatron-spo evaluate`: its options, and what they start. `--help` imports nothing that it computes with."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_spo.errors import UserError
+
+MODES = {
+    "ANSWERS": {"answers", "alpaca_eval", "generator"},
+    "--pairs": {"model", "pairs", "reference", "batch_size", "max_length", "truncation", "bad_rows"},
+    "--tasks": {"model", "tasks", "batch_size"},
+}
+"""What is evaluated -> the options that go with it, `--out` apart."""
+BATCH_SIZE = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options; one that is not given is None."""
+    parser.add_argument("answers", metavar="ANSWERS.jsonl", nargs="*", type=Path, help="what `generate` wrote; "
+                        "two files of the same prompts: with the paired difference, second minus first")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="JSON file for everything that was found")
+    parser.add_argument("--alpaca-eval", type=Path, metavar="FILE", help="write the answers for AlpacaEval's judge")
+    parser.add_argument("--generator", help="the model's name in that file [the folder of ANSWERS.jsonl / its name]")
+    model = parser.add_argument_group("of a model, in place of answers")
+    model.add_argument("--model", type=Path, help="folder in Hugging Face format")
+    model.add_argument("--pairs", metavar="DATA", help="preference pairs to rank: a file or hub id, as in data.train")
+    model.add_argument("--reference", type=Path, help="Hugging Face folder of the reference: implicit rewards too")
+    model.add_argument("--max-length", type=int, help="as data.max_length [2048, or the model's limit]")
+    model.add_argument("--truncation", choices=["error", "drop", "left", "right"], help="as data.truncation [error]")
+    model.add_argument("--bad-rows", choices=["error", "drop"], help="as data.bad_rows [error]")
+    model.add_argument("--tasks", nargs="+", metavar="TASK", help="run lm-evaluation-harness: names or YAML files of "
+                       "its tasks (extra `eval`)")  # fmt: skip
+    model.add_argument("--batch-size", type=int, help=f"sequences at a time [{BATCH_SIZE}]")
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """Does what the options ask for; returns what to show. Raises UserError for wrong input."""
+    mode = _mode(options)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"evaluate: --batch-size is {options.batch_size}, it must be at least 1")
+    shown, found = {"ANSWERS": _answers, "--pairs": _pairs, "--tasks": _tasks}[mode](options)
+    if options.out:
+        _write(options.out, found)
+    return shown
+
+
+def _mode(options: argparse.Namespace) -> str:
+    given = {name for names in MODES.values() for name in names if getattr(options, name) not in (None, [])}
+    modes = [mode for mode in MODES if mode.removeprefix("--").lower() in given]
+    if len(modes) != 1:
+        raise UserError("evaluate: give one of ANSWERS.jsonl, --model with --pairs, and --model with --tasks")
+    if unused := sorted(given - MODES[modes[0]]):
+        raise UserError(f"evaluate: --{unused[0].replace('_', '-')} does not go with {modes[0]}")
+    if modes[0] != "ANSWERS" and options.model is None:
+        raise UserError(f"evaluate: {modes[0]} needs --model")
+    if options.generator and not options.alpaca_eval:
+        raise UserError("evaluate: --generator goes with --alpaca-eval")
+    return modes[0]
+
+
+def _answers(options: argparse.Namespace) -> tuple[str, Any]:
+    from megatron_spo.evaluate.answers import alpaca_eval, differences, read_answers, table
+
+    if len(options.answers) > 2:
+        raise UserError(f"evaluate: {len(options.answers)} files of answers; give one, or two to compare")
+    files = [read_answers(path) for path in options.answers]
+    compared = differences(*files) if len(files) == 2 else {}
+    if options.alpaca_eval:
+        if len(files) == 2:
+            raise UserError("evaluate: --alpaca-eval takes one file of answers")
+        path = files[0].path.resolve()
+        _write(options.alpaca_eval, alpaca_eval(files[0], options.generator or f"{path.parent.name}/{path.stem}"))
+    found = {"files": [file.as_json() for file in files]}
+    if compared:
+        found["differences"] = {name: vars(one) for name, one in compared.items()}  # type: ignore[assignment]
+    return table(files, compared), found
+
+
+def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
+    from megatron_spo.config.model_shape import read_model_shape
+    from megatron_spo.config.schema import DataConfig, DataSource
+    from megatron_spo.data.dataset import build_dataset
+    from megatron_spo.data.tokenize import load_tokenizer
+    from megatron_spo.evaluate.generate import load_model
+    from megatron_spo.evaluate.pairs import score_pairs
+
+    model, _ = load_model(options.model)
+    reference = load_model(options.reference)[0] if options.reference else None
+    source = DataSource(path=options.pairs)
+    limit = options.max_length
+    if limit is None:
+        limit = min(2048, read_model_shape(str(options.model)).max_positions)
+    if limit < 2:
+        raise UserError(f"evaluate: --max-length is {limit}, it must be at least 2")
+    data = DataConfig(
+        train=[source],
+        max_length=limit,
+        truncation=options.truncation or "error",
+        bad_rows=options.bad_rows or "error",
+    )
+    dataset = build_dataset([source], data, load_tokenizer(str(options.model)))
+    scores = score_pairs(model, reference, dataset, options.batch_size or BATCH_SIZE)
+    dropped = [vars(row) for row in dataset.dropped]
+    found = {"model": str(options.model), "reference": options.reference and str(options.reference),
+             "pairs": options.pairs, "dropped": dropped, **scores.as_json()}  # fmt: skip
+    return scores.table() + (f"\n{len(dropped)} rows dropped" if dropped else ""), found
+
+
+def _tasks(options: argparse.Namespace) -> tuple[str, Any]:
+    from megatron_spo.evaluate.harness import run_tasks, table
+
+    found = run_tasks(options.model, options.tasks, options.batch_size or BATCH_SIZE)
+    return table(found), found
+
+
+def _write(path: Path, content: Any) -> None:
+    from megatron_spo.evaluate.generate import write_text
+
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

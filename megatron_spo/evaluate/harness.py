@@ -1,0 +1,53 @@
+"""lm-evaluation-harness on a Hugging Face model folder (extra `eval`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_spo.errors import UserError
+from megatron_spo.evaluate.answers import aligned
+from megatron_spo.evaluate.generate import load_model
+
+
+def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """The harness's own results of its tasks on the model: registered names, or YAML files of tasks.
+
+    Raises UserError where the harness is not installed or does not know a task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"evaluate --tasks needs lm-evaluation-harness ({error}); pip install 'megatron-spo[eval]'"
+        ) from error
+    files = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise UserError(f"task file {missing[0]} does not exist")
+    manager = TaskManager(include_defaults=len(files) < len(tasks))  # reading all of its own tasks takes seconds
+    for task in tasks:
+        if task not in files and task not in manager.all_tasks:
+            raise UserError(f"lm-evaluation-harness has no task {task!r}; `lm_eval ls tasks` lists them")
+    loaded, tokenizer = load_model(model)
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=manager,
+        log_samples=False,
+    )
+    assert found is not None  # None on ranks other than 0: this is one process
+    return {key: found[key] for key in ("results", "versions", "n-shot", "n-samples", "configs", "config")}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A task's metric a line, with its standard error."""
+    lines = [["task", "metric", "value"]]
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            name, comma, filtered = key.partition(",")
+            if comma and not name.endswith("_stderr") and isinstance(value, int | float):
+                error = metrics.get(f"{name}_stderr,{filtered}")
+                spread = f" +- {error:.4f}" if isinstance(error, int | float) else ""
+                lines.append([task, name if filtered == "none" else f"{name} ({filtered})", f"{value:.4f}{spread}"])
+    return aligned(lines)

@@ -1,0 +1,86 @@
+"""The numbers of a report: runs grouped by what they are but for the seed, their last lines, their speed."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from megatron_spo.report.runs import Run, is_number
+
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
+"""Student's t, two-sided 95%, for 2 to 30 runs (degrees of freedom 1 to 29)."""
+NORMAL_95 = 1.96
+PARTS = ("data", "forward_backward", "communication", "optimizer", "other")
+"""Of a step's time: `seconds/PART` in its line."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    runs: dict[str, Run]
+
+    @property
+    def state(self) -> str:
+        """The states of its runs, each once."""
+        return ", ".join(dict.fromkeys(run.state for run in self.runs.values()))
+
+    @property
+    def eval_sets(self) -> list[str]:
+        """The held-out sets of its runs."""
+        return list(dict.fromkeys(name for run in self.runs.values() for name in run.eval_sets))
+
+
+def group_runs(runs: dict[str, Run]) -> list[Group]:
+    """Groups in the order of their first runs; a run of unknown configuration is alone."""
+    members: dict[object, dict[str, Run]] = {}
+    for name, run in runs.items():
+        members.setdefault(run.group or name, {})[name] = run
+    return [Group(_common_name(list(group)), group) for group in members.values()]
+
+
+def _common_name(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    start = os.path.commonprefix(names).rstrip("0123456789").removesuffix("seed").rstrip("-_./ s")
+    return f"{start or names[0]} ({len(names)} seeds)"
+
+
+def summary(values: Sequence[float]) -> str:
+    """A number; of several runs the mean and the half-width of its 95% interval (Student's t over the runs)."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    factor = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else NORMAL_95
+    return f"{mean(values):.4g} ± {factor * stdev(values) / len(values) ** 0.5:.2g}"
+
+
+def last_values(group: Group, data: str | None, metric: str) -> list[float]:
+    """The metric of each run's last line of a held-out set, or of training (None)."""
+    lines = [run.last(data) for run in group.runs.values()]
+    return [line[metric] for line in lines if is_number(line.get(metric))]
+
+
+def seconds_by_part(run: Run) -> dict[str, float]:
+    """Mean seconds of a step by part, without the first line, which warms up; empty where it was not measured."""
+    lines = run.of(None)[1:] or run.of(None)
+    measured = {part: [line[f"seconds/{part}"] for line in lines if f"seconds/{part}" in line] for part in PARTS}
+    return {part: mean(values) for part, values in measured.items() if values}
+
+
+def speed_row(run: Run) -> list[str]:
+    """Cells: seconds a step, tokens and pairs a second, the share of each part."""
+    lines = [line for line in run.of(None)[1:] or run.of(None) if line.get("seconds")]
+    if not lines:
+        return []
+    seconds = sum(line["seconds"] for line in lines)
+    rates = [sum(line.get(key, 0) for line in lines) / seconds for key in ("tokens", "pairs")]
+    parts = seconds_by_part(run)
+    whole = sum(parts.values())
+    shares = [f"{parts[part] / whole:.0%}" if part in parts and whole else "" for part in PARTS]
+    return [f"{seconds / len(lines):.3g}", *(f"{rate:.4g}" for rate in rates), *shares]

@@ -1,0 +1,250 @@
+"""`megatron-spo evaluate`: answers, pairs and lm-evaluation-harness, as a user calls it."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_spo import cli
+from megatron_spo.evaluate.generate import generate_file
+from tests.support.processes import read_metrics, run_jobs
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_tokenizer, write_jsonl
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answers(count: int, right: int) -> list[dict]:
+    """Rows with one answer each, the first `right` of them right, all but the last ended."""
+    return [
+        {"prompt": f"{i}+1=", "chosen": f"so {i + 1}", "responses": [f"so {i + (1 if i < right else 2)}"],
+         "finished": [i < count - 1]}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random models in folders a and b, and pairs."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_model(folder / "a")
+    tiny_model(folder / "b", seed=1)
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(9))
+    return folder
+
+
+def refused(arguments: list[str | Path], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", *map(str, arguments)]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_scores_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "answers.jsonl", answers(20, 15))
+    assert cli.main(["evaluate", str(file), "--out", str(tmp_path / "deep" / "scores.json")]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "deep" / "scores.json").read_text())["files"][0]
+    scores = found["scores"]
+    assert scores["exact_match"]["value"] == 0.75 and scores["exact_match"]["rows"] == 20
+    assert 0.5 < scores["exact_match"]["low"] < 0.75 < scores["exact_match"]["high"] < 1
+    assert scores["malformed"]["value"] == 0.05 and scores["length_ratio"]["value"] == 1
+    assert 0 < scores["distinct_2"] <= 1
+    assert [row[0]["exact_match"] for row in found["rows"]] == [True] * 15 + [False] * 5
+    assert "exact match" in shown and "0.750 [" in shown and "20 / 20" in shown
+
+
+def test_two_files_are_compared_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write_jsonl(tmp_path / f"{right}.jsonl", answers(40, right)) for right in (20, 30)]
+    assert cli.main(["evaluate", *map(str, files), "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    difference, alone = found["differences"]["exact_match"], found["files"][0]["scores"]["exact_match"]
+    assert difference["value"] == 0.25 and difference["low"] > 0.1  # second minus first
+    assert difference["high"] - difference["low"] < alone["high"] - alone["low"]
+    assert found["differences"]["malformed"]["value"] == 0
+    assert "+0.250 [+0." in capsys.readouterr().out
+    write_jsonl(files[1], answers(39, 30))
+    refused(files, "has 40 rows", capsys)
+    write_jsonl(files[1], [{**row, "prompt": "other"} if i == 6 else row for i, row in enumerate(answers(40, 30))])
+    refused(files, "30.jsonl line 7: its prompt is not that of", capsys)
+
+
+def test_what_generate_writes_is_evaluated(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"samples": 2, "temperature": 1.0, "max_new_tokens": 6}
+    generate_file(models / "a", models / "pairs.jsonl", tmp_path / "answers.jsonl", **options)
+    assert cli.main(["evaluate", str(tmp_path / "answers.jsonl")]) == 0
+    assert "9 / 18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"responses": "text"}, "line 2: field `responses` must be a list of one or more strings"),
+        ({"responses": []}, "line 2: field `responses` must be a list of one or more strings"),
+        ({"finished": [1]}, "line 2: field `finished` must be a list of 1 booleans"),
+        ({"finished": None}, "line 2: field `finished` must be a list of 1 booleans"),
+        ({"prompt": 3}, "line 2: field `prompt` must be a string or a list of messages"),
+    ],
+)
+def test_malformed_answers(changed: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = answers(3, 3)
+    rows[1] |= changed
+    refused([write_jsonl(tmp_path / "a.jsonl", rows)], message, capsys)
+
+
+def test_alpaca_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = {"prompt": [{"role": "user", "content": "hi"}], "responses": ["ho"], "finished": [True], "dataset": "x"}
+    (tmp_path / "m").mkdir()
+    file = write_jsonl(tmp_path / "m" / "a.jsonl", [*answers(1, 1), message])
+    assert cli.main(["evaluate", str(file), "--alpaca-eval", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        {"instruction": "0+1=", "output": "so 1", "generator": "m/a"},
+        {"dataset": "x", "instruction": "hi", "output": "ho", "generator": "m/a"},
+    ]
+    capsys.readouterr()
+    for wrong, part in (
+        ({**message, "responses": ["a", "b"], "finished": [True, True]}, "line 1: 2 responses; AlpacaEval judges one"),
+        ({**message, "prompt": [{"role": "system", "content": "s"}, *message["prompt"]]}, "line 1: AlpacaEval's instr"),
+    ):
+        refused([write_jsonl(file, [wrong]), "--alpaca-eval", tmp_path / "o"], part, capsys)
+
+
+def test_pairs_against_one_sequence_at_a_time(models: Path, tmp_path: Path) -> None:
+    """Batches of any size give what a loop over single, unpadded sequences gives."""
+    arguments = ["evaluate", "--model", str(models / "a"), "--pairs", str(models / "pairs.jsonl")]
+    for size in ("1", "4"):
+        assert cli.main([*arguments, "--batch-size", size, "--out", str(tmp_path / size)]) == 0
+    found = [json.loads((tmp_path / size).read_text()) for size in ("1", "4")]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(models / "a"), AutoTokenizer.from_pretrained(models / "a")
+    for row, one, four in zip(rows_of(models / "pairs.jsonl"), *(f["rows"] for f in found), strict=True):
+        for side in ("chosen", "rejected"):
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ids = torch.tensor([[*prompt, *tokenizer(row[side])["input_ids"], tokenizer.eos_token_id]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+            expected = logps.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
+            assert one[f"{side}_logp"] == pytest.approx(expected, rel=1e-5)
+            assert four[f"{side}_logp"] == pytest.approx(expected, rel=1e-5)
+            assert one[f"{side}_tokens"] == ids.shape[1] - len(prompt)
+    means = np.array([[r[f"{s}_logp"] / r[f"{s}_tokens"] for s in ("chosen", "rejected")] for r in found[0]["rows"]])
+    assert found[0]["scores"]["accuracy/mean"]["value"] == np.mean(means[:, 0] > means[:, 1])
+    assert found[0]["rows"][3]["where"].endswith("pairs.jsonl line 4")
+
+
+def test_the_reference_itself_is_a_tie(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "--model", models / "a", "--reference", models / "a", "--pairs", models / "pairs.jsonl"]
+    assert cli.main(list(map(str, [*arguments, "--out", tmp_path / "out"]))) == 0
+    scores = json.loads((tmp_path / "out").read_text())["scores"]
+    assert scores["rewards/accuracies"]["value"] == 0.5 and scores["spo/both_down"]["value"] == 0
+    assert "rewards/accuracies" in capsys.readouterr().out
+
+
+def test_wrong_pairs_and_options(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, good = ["--model", models / "a"], ["--pairs", models / "pairs.jsonl"]
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*arithmetic_pairs(1), {"prompt": "a", "chosen": "b"}])
+    refused([*model, "--pairs", bad], "bad.jsonl line 2: field 'rejected' is missing", capsys)
+    refused([*model, *good, "--max-length", "6"], "data.max_length allows 6", capsys)
+    refused([*model, "--pairs", tmp_path / "none.jsonl"], "none.jsonl does not exist", capsys)
+    refused([*model, *good, "--max-length", "0"], "--max-length is 0", capsys)
+    refused([*model, *good, "--batch-size", "0"], "--batch-size is 0", capsys)
+    refused(["--model", tmp_path, *good], "is not a Hugging Face model folder", capsys)
+    refused([], "give one of ANSWERS.jsonl", capsys)
+    refused(model, "give one of ANSWERS.jsonl", capsys)
+    refused(good, "--pairs needs --model", capsys)
+    refused([bad, *model, *good], "give one of ANSWERS.jsonl", capsys)
+    refused([bad, "--truncation", "left"], "--truncation does not go with ANSWERS", capsys)
+    refused([bad, "--generator", "me"], "--generator goes with --alpaca-eval", capsys)
+    refused([bad, bad, bad], "3 files of answers", capsys)
+    assert cli.main(list(map(str, ["evaluate", *model, "--pairs", bad, "--bad-rows", "drop"]))) == 0
+    assert "1 rows dropped" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_pairs_equal_the_trainers_held_out_metrics(tmp_path: Path, chat: bool) -> None:
+    """A trained run's last held-out lines, from its exported model by transformers."""
+    tiny_model(tmp_path / "model")
+    rows = arithmetic_pairs(30)
+    if chat:
+        tiny_tokenizer(tmp_path / "model", chat=True)
+        for row in rows:
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            row |= {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    write_jsonl(tmp_path / "pairs.jsonl", rows[:20])
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", rows[20:])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+output: {tmp_path}/unset
+model: {{path: {tmp_path}/model}}
+data: {{train: {tmp_path}/pairs.jsonl, eval: {held_out}, max_length: 128}}
+reference: {{cache: {tmp_path}/cache}}
+optimizer: {{lr: 3e-3}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 10, steps: 4, eval_every: 4}}
+logging: {{progress: false}}
+"""
+    )
+    losses = ("dpo",) if chat else ("dpo", "simpo")
+    trains = [("train", str(config), [f"output={tmp_path}/{loss}", f"loss.name={loss}"]) for loss in losses]
+    run_jobs([("reference", str(config), []), *trains], 1)
+    for loss in losses:
+        exported = tmp_path / f"{loss}-hf"
+        assert cli.main(["convert", str(tmp_path / loss), str(exported), "--to", "hf"]) == 0
+        arguments = ["--model", exported, "--reference", tmp_path / "model", "--pairs", held_out]
+        assert cli.main(["evaluate", *map(str, arguments), "--out", str(tmp_path / "out")]) == 0
+        scores = {name: one["value"] for name, one in json.loads((tmp_path / "out").read_text())["scores"].items()}
+        (trained,) = [
+            line for (kind, _, step), line in read_metrics(tmp_path / loss).items() if (kind, step) == ("eval", 4)
+        ]
+        if loss == "simpo":  # its rewards are mean log-probs, without the reference
+            assert trained["rewards/accuracies"] == pytest.approx(scores.pop("accuracy/mean"), abs=1e-9)
+            del scores["rewards/accuracies"]
+        common = scores.keys() & trained.keys()
+        assert len(common) == (6 if loss == "dpo" else 5)
+        assert not math.isclose(trained["spo/chosen_shift"], 0, abs_tol=1e-2)
+        for name in common:
+            assert scores[name] == pytest.approx(trained[name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_harness_on_a_local_task(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The harness's accuracy on our pairs as a multiple-choice task equals our own ranking."""
+    pytest.importorskip("lm_eval")
+    rows = [{**row, "answers": [row["chosen"], row["rejected"]]} for row in arithmetic_pairs(9)]
+    data = write_jsonl(tmp_path / "choices.jsonl", rows)
+    task = tmp_path / "pairs_task.yaml"
+    task.write_text(
+        f"""
+task: pairs_task
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{answers}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    out = tmp_path / "out.json"
+    arguments = ["evaluate", "--model", str(models / "a"), "--tasks", str(task), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(models / "a"), AutoTokenizer.from_pretrained(models / "a")
+
+    def log_probability(prompt: str, answer: str) -> float:
+        ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        return float(logps[len(tokenizer(prompt)["input_ids"]) - 1 :].sum())
+
+    right = [log_probability(r["prompt"], r["chosen"]) > log_probability(r["prompt"], r["rejected"]) for r in rows]
+    found = json.loads(out.read_text())["results"]["pairs_task"]
+    assert found["acc,none"] == pytest.approx(np.mean(right))
+    assert "pairs_task" in capsys.readouterr().out
+    refused(["--model", models / "a", "--tasks", "no_such_task"], "has no task 'no_such_task'", capsys)
+    refused(["--model", models / "a", "--tasks", tmp_path / "no.yaml"], "no.yaml does not exist", capsys)
