@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.answers import Answers
 from megatron_spo.assemble import (
     SFT,
     TRAIN,
@@ -39,12 +40,14 @@ from megatron_spo.train import checkpoint, loop
 from megatron_spo.train.reference_sums import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.train.resume import changes
 from megatron_spo.train.run_directory import RunDirectory
+from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
 from megatron_spo.train.stop import StopRequest
 
 PACKAGES = ("megatron-spo", "megatron-core", "torch", "transformers", "transformer-engine", "apex")
 """Whose versions a run writes down."""
+REPORT = "report.html"
 
 
 def train(config: Config) -> None:
@@ -67,6 +70,8 @@ def train(config: Config) -> None:
     except BaseException as error:
         directory.ended(getattr(error, "code", 1), str(error) or type(error).__name__)
         raise
+    finally:
+        directory.sinks.close(directory.path / REPORT)
 
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
@@ -100,12 +105,16 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         sft=data.pop(SFT, None),
         evals=list(data.values()),
         directory=directory,
-        listeners=_listeners(config, runtime),
+        decode=lambda ids: str(sources.tokenizer.decode(list(ids))),
+        answer=Answers(config, sources, trainable, record, directory=directory, runtime=runtime)
+        if config.monitor.generate_every
+        else None,
         steps=_steps(config, loaders[TRAIN]),
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
     )
     state = _start(config, trainable, found, changed, runtime)
+    _open_sinks(config, directory, state.step)
     directory.open_metrics(after_step=state.step, evaluation_owed=state.evaluation_owed)
     directory.status("running", state.step, steps=job.steps)
     signals.after_step()
@@ -113,8 +122,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     runtime.progress.phase("report", times=4)
     directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:
-        with directory.tolerated("report.html"):
-            write_report([directory.path], directory.path / "report.html")
+        with directory.tolerated(REPORT):
+            write_report([directory.path], directory.path / REPORT)
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 
 
@@ -203,17 +212,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _listeners(config: Config, runtime: Runtime) -> list[loop.Listener]:
-    """Weights & Biases, where the config asks for it."""
-    if config.logging.wandb == "off" or not runtime.is_main:
-        return []
-    import wandb
-
-    run = wandb.init(
-        project=config.logging.project,
-        name=Path(config.output).name,
-        mode=config.logging.wandb,
-        dir=config.output,
-        config=config.model_dump(mode="json", by_alias=True),
-    )
-    return [lambda kind, step, metrics: run.log({f"{kind}/{name}": v for name, v in metrics.items()}, step=step)]
+def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
+    """Weights & Biases and TensorBoard, where the config asks for them."""
+    if not directory.is_main:
+        return
+    logging, folder = config.logging, directory.path
+    if logging.wandb != "off":
+        directory.sinks.open(
+            WeightsAndBiases, folder, mode=logging.wandb, project=logging.project, config=plain(config)
+        )
+    if logging.tensorboard:
+        directory.sinks.open(TensorBoard, folder, after_step=step)

@@ -79,8 +79,13 @@ class TokenizedSet:
 
     def describe(self, index: int) -> str:
         """Where row `index` comes from, for messages: "pairs.jsonl line 12"."""
+        source, _ = self._locate(index)
+        return f"{source.label} {source.unit} {self.line(index)}"
+
+    def line(self, index: int) -> int:
+        """Line or row of its source that row `index` is, counted from 1."""
         source, row = self._locate(index)
-        return f"{source.label} {source.unit} {int(source.lines[row])}"
+        return int(source.lines[row])
 
     def _locate(self, index: int) -> tuple[TokenizedSource, int]:
         if not 0 <= index < len(self):

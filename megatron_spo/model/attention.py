@@ -46,6 +46,7 @@ class RowOnDevice(PackedSeqParams):
     visible: Tensor | None = None  # [B, 1, Q, L] query may see key
     unblock: Tensor | None = None  # [T] where in the flattened blocks a token's output stands
     padding: Tensor | None = None  # [1, T] bool, the tokens that fill up the row
+    hidden_states: bool = False  # of the entries, to be returned behind their log-probabilities
 
 
 def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:
