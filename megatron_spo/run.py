@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_spo.assemble import (
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
 from megatron_spo.data import plan
+from megatron_spo.data.diagnostics import drop_highest
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
@@ -77,11 +79,14 @@ def train(config: Config) -> None:
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
     sources = read_sources(config, runtime)
     announce_memory(config, sources, runtime)
-    record = _record(config, sources)
-    changed = changes(found, record["config"], record["data"]) if found else []
     runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
     stores = _open_references(config, sources, weights)
+    if config.data.drop_ches:
+        rest, stores[TRAIN] = drop_highest(sources.train, stores[TRAIN], config.data.drop_ches)
+        sources = replace(sources, train=rest)
+    record = _record(config, sources)
+    changed = changes(found, record["config"], record["data"]) if found else []
     if config.lora.rank:
         record["weights"] = weights
         if found:
