@@ -19,7 +19,6 @@ from megatron_spo.assemble import (
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.diagnostics import FILE, likeliest, write_diagnostics
-from megatron_spo.data.edit_distance import edit_distance
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceStore, ReferenceWriter, open_reference
 from megatron_spo.errors import UserError
@@ -105,16 +104,7 @@ def _score(
         if runtime.holds_results and chunk is not None:
             order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
             columns = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
-            distances = [_distance(dataset, int(i)) for i in indices]
-            writer.write_chunk(chunk, edit_distance=distances, **dict(zip(COLUMNS, columns, strict=True)))
-
-
-def _distance(dataset: TokenizedSet, index: int) -> float:
-    """Edit distance of a pair's answers as a share of the longer one."""
-    pair = dataset.get(index)
-    chosen, rejected = pair.chosen_ids[pair.shared :].tolist(), pair.rejected_ids[pair.shared :].tolist()
-    longer = max(len(pair.chosen_ids), len(pair.rejected_ids)) - pair.prompt_length
-    return edit_distance(chosen, rejected) / longer
+            writer.write_chunk(chunk, **dict(zip(COLUMNS, columns, strict=True)))
 
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.reference_store import ReferenceStore
+from megatron_spo.data.edit_distance import edit_distance
+from megatron_spo.data.reference_store import DIAGNOSTICS, ReferenceStore
 from megatron_spo.errors import UserError
 
 FILE = "pairs.parquet"
@@ -26,7 +27,8 @@ def write_diagnostics(store: ReferenceStore, dataset: TokenizedSet) -> Path:
             "source": [dataset.describe(i) for i in range(len(dataset))],
             "reference_margin": records["chosen"] - records["rejected"],
             "length_difference": records["chosen_tokens"] - records["rejected_tokens"],
-            **{name: records[name] for name in ("edit_distance", "ches", "ches_per_token")},
+            "edit_distance": [_distance(dataset, i) for i in range(len(dataset))],
+            **{name: records[name] for name in DIAGNOSTICS},
         }
     )
     path = store.folder / FILE
@@ -40,8 +42,7 @@ def likeliest(store: ReferenceStore, dataset: TokenizedSet) -> str:
     """The pairs of the highest CHES score per token, for the screen."""
     scores = store.records["ches_per_token"]
     lines = [
-        f"  {dataset.describe(int(i))}: CHES per token {scores[i]:.4g}, edit distance "
-        f"{store.records['edit_distance'][i]:.2f}"
+        f"  {dataset.describe(int(i))}: CHES per token {scores[i]:.4g}, edit distance {_distance(dataset, int(i)):.2f}"
         for i in _highest_first(scores)[:SHOWN]
     ]
     return "\n".join(["pairs most likely to push their chosen answer down:", *lines])
@@ -66,6 +67,14 @@ def drop_highest(dataset: TokenizedSet, store: ReferenceStore, share: float) -> 
     if 0 in rest.source_sizes:
         raise UserError(f"data.drop_ches = {share} leaves no pair of one source of data.train; lower it")
     return rest, ReferenceStore(store.records[np.sort(kept)], rest, store.folder)
+
+
+def _distance(dataset: TokenizedSet, index: int) -> float:
+    """Edit distance of a pair's answers as a share of the longer one."""
+    pair = dataset.get(index)
+    chosen, rejected = pair.chosen_ids[pair.shared :].tolist(), pair.rejected_ids[pair.shared :].tolist()
+    longer = max(len(pair.chosen_ids), len(pair.rejected_ids)) - pair.prompt_length
+    return edit_distance(chosen, rejected) / longer
 
 
 def _highest_first(scores: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from megatron_spo.data.dataset import TokenizedSet
 
 VERSION = 2
-DIAGNOSTICS = ("edit_distance", "ches", "ches_per_token")
+DIAGNOSTICS = ("ches", "ches_per_token")
 RECORD = np.dtype(
     [
         ("chosen", "<f4"),

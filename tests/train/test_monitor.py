@@ -42,8 +42,8 @@ def test_value_and_bound_are_in_the_metric_s_unit_and_the_message_is_readable() 
     assert alarms == [
         {
             "data": "held-out", "alarm": "displacement", "metric": "spo/chosen_shift", "value": -3.1, "bound": -1.0,
-            "message": "step 140, held-out: the preferred answers lost 3.1 nats, both fell in 40% of pairs: the model is "
-            "leaving the safe region; see docs/monitoring.md",
+            "message": "step 140, held-out: the preferred answers lost 3.1 nats, both fell in 40% of pairs: the model "
+            "is leaving the safe region; see docs/monitoring.md",
         }
     ]  # fmt: skip
 

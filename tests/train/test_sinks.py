@@ -54,10 +54,12 @@ output: {folder}/run
 model: {{path: {folder}/model}}
 data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
 reference: {{cache: {folder}/cache}}
+loss: {{name: dpo, beta: 0.5}}
+spo: {{schedule: penalty, lambda: 0.001}}
 optimizer: {{lr: 3e-3}}
 precision: {{dtype: fp32}}
 training: {{global_batch_size: 8, steps: 4, eval_every: 2, threads: 1}}
-monitor: {{chosen_fall: 1e-4, generate_every: 4, generate_prompts: 3}}
+monitor: {{chosen_fall: 1e-3, generate_every: 4, generate_prompts: 3}}
 checkpoint: {{every: 2, keep: 9}}
 logging: {{progress: false, wandb: offline, tensorboard: true}}
 """
@@ -75,15 +77,22 @@ def lines(folder: Path, kind: str) -> list[dict]:
 
 
 def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
-    """Run id, logged rows, and names of artefacts of a .wandb file."""
+    """Run id, logged rows, and names of artefacts of a .wandb file: W&B's messages in the blocks of a LevelDB log."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, rows, artefacts, run_id = DataStore(), [], [], ""
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    content, at, part = file.read_bytes(), 7, b""  # behind the file's own header
+    rows, artefacts, run_id = [], [], ""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of the block
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        part, at = part + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind not in (1, 4):  # neither whole nor the last part
+            continue
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        record.ParseFromString(part)
+        part = b""
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
