@@ -77,7 +77,7 @@ def run(job: Job, state: TrainState) -> TrainState:
                 state = _measure(job, state)
             alarms = [text for name, text in state.monitor.raised.items() if name not in known]
             known = state.monitor.raised
-            halt = bool(alarms) and config.monitor.on_alarm == "stop"
+            halt = bool(alarms) and config.monitor.on_alarm == "stop" and not last
             best_yet = state.best is not None and state.best.step == state.step
             checkpoint_due = best_yet or _falls_on(config.checkpoint.every, state.step)
             _save(job, state, surely=last or halt or bool(stop), due=checkpoint_due)

@@ -41,7 +41,6 @@ class RunDirectory:
         """Replace a file as a whole; `anyway`: also where this process is not main."""
         if self.is_main or anyway:
             target = self.path / name
-            target.parent.mkdir(exist_ok=True)
             new = target.with_name(f".{target.name}.{threading.current_thread().name}.new")
             new.write_text(text)
             os.replace(new, target)
@@ -124,6 +123,7 @@ class RunDirectory:
             if content["worst"]:
                 self.sinks.table(f"worst pairs/{data}", content["step"], content["worst"])
             with self.tolerated(f"held_out/{data}.json"):
+                (self.path / "held_out").mkdir(exist_ok=True)
                 self.write(f"held_out/{data}.json", json.dumps(content))
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
