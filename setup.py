@@ -44,6 +44,7 @@ setup(
         # the range that megatron-core 0.16.1 names; its torch part is compiled here: pip install --no-build-isolation
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.18"],
+        "tensorboard": ["tensorboard>=2.14"],
         "eval": ["lm-eval>=0.4.5"],
         "dev": [
             "accelerate>=1",
@@ -55,8 +56,10 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "tensorboard>=2.14",
             "trl==1.16.0",
             "types-PyYAML",
+            "wandb>=0.18",
         ],
     },
 )

@@ -1,11 +1,14 @@
 """Fills the reference cache: the forward-only sibling of run.py."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_spo.assemble import (
+    TRAIN,
     Sources,
     join,
     make_model,
@@ -15,16 +18,18 @@ from megatron_spo.assemble import (
 )
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
+from megatron_spo.data.diagnostics import FILE, likeliest, write_diagnostics
 from megatron_spo.data.loader import Loader, row_multiples
-from megatron_spo.data.reference_store import ReferenceWriter
+from megatron_spo.data.reference_store import ReferenceStore, ReferenceWriter, open_reference
 from megatron_spo.errors import UserError
 from megatron_spo.model.wrap import lower_precision
-from megatron_spo.runtime.processes import Runtime, agree
-from megatron_spo.train.forward import score_rows
+from megatron_spo.runtime.processes import Runtime, agree, on_main
+from megatron_spo.train.ches import COLUMNS, score_pairs
 
 
 def fill(config: Config) -> None:
-    """Score every pair of every data set under the model of `config.model` and store the sums in `reference.cache`.
+    """Score every pair of every data set under the model of `config.model` and store the sums in `reference.cache`, and
+    what they tell of each pair in a Parquet file beside them.
 
     Chunks of pairs are dealt out to the data-parallel ranks; each is written by the rank that scored it. What an
     earlier call has stored is kept; a complete cache is left alone.
@@ -38,19 +43,31 @@ def fill(config: Config) -> None:
     sources = read_sources(config, runtime)
     runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources)
+    prints = {
+        name: reference_fingerprint(config, sources, dataset, weights) for name, dataset in sources.named_sets().items()
+    }
     writers = {
-        name: ReferenceWriter.open(
-            config.reference.cache, name, reference_fingerprint(config, sources, dataset, weights), dataset
-        )
+        name: ReferenceWriter.open(config.reference.cache, name, prints[name], dataset)
         for name, dataset in sources.named_sets().items()
     }
     open_ones = {name: writer for name, writer in writers.items() if not writer.complete}
     if open_ones:
         _fill(config, sources, open_ones, runtime)
-    if runtime.is_main:
-        for name, dataset in sources.named_sets().items():
-            known = "" if name in open_ones else ", complete before this call"
+    for name, dataset in sources.named_sets().items():
+        known = "" if name in open_ones else ", complete before this call"
+        if runtime.is_main:
             print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
+        if dataset.has_rejected:
+            store = open_reference(config.reference.cache, name, prints[name], dataset)
+            on_main(partial(_diagnose, store, name, dataset, filled=name in open_ones), UserError)
+
+
+def _diagnose(store: ReferenceStore, name: str, dataset: TokenizedSet, *, filled: bool) -> None:
+    """Write the diagnostics of the pairs that were scored, and show the worst ones of the training set."""
+    if filled or not (store.folder / FILE).exists():
+        write_diagnostics(store, dataset)
+    if name == TRAIN:
+        print(f"{likeliest(store, dataset)}\nall pairs: {store.folder / FILE}; see docs/monitoring.md")
 
 
 def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
@@ -83,11 +100,11 @@ def _score(
         indices = np.zeros(0, dtype=np.int64) if chunk is None else writer.chunk_indices(chunk)
         rows = loader.batch_of(indices).rows
         padded = rows + [loader.empty_row()] * (_rows_in_step(len(rows), runtime) - len(rows))
-        scored = score_rows(chunks, padded, runtime=runtime)[: len(rows)]
+        scored = score_pairs(chunks, padded, runtime=runtime)[: len(rows)]
         if runtime.holds_results and chunk is not None:
             order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
-            sums = torch.cat(scored).cpu()[torch.argsort(order)].numpy()
-            writer.write_chunk(chunk, sums[:, 0], sums[:, 1])
+            columns = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
+            writer.write_chunk(chunk, **dict(zip(COLUMNS, columns, strict=True)))
 
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:

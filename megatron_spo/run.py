@@ -4,10 +4,12 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.answers import Answers
 from megatron_spo.assemble import (
     SFT,
     TRAIN,
@@ -23,6 +25,7 @@ from megatron_spo.assemble import (
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
 from megatron_spo.data import plan
+from megatron_spo.data.diagnostics import drop_highest
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
@@ -42,12 +45,14 @@ from megatron_spo.train import checkpoint, loop
 from megatron_spo.train.reference_sums import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.train.resume import changes
 from megatron_spo.train.run_directory import RunDirectory
+from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
 from megatron_spo.train.stop import StopRequest
 
 PACKAGES = ("megatron-spo", "megatron-core", "torch", "transformers", "transformer-engine", "apex")
 """Whose versions a run writes down."""
+REPORT = "report.html"
 
 
 def train(config: Config) -> None:
@@ -70,16 +75,21 @@ def train(config: Config) -> None:
     except BaseException as error:
         directory.ended(getattr(error, "code", 1), str(error) or type(error).__name__)
         raise
+    finally:
+        directory.sinks.close(directory.path / REPORT)
 
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
     sources = read_sources(config, runtime)
     announce_memory(config, sources, runtime)
-    record = _record(config, sources)
-    changed = changes(found, record["config"], record["data"]) if found else []
     runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
     stores = _open_references(config, sources, weights)
+    if config.data.drop_ches:
+        rest, stores[TRAIN] = drop_highest(sources.train, stores[TRAIN], config.data.drop_ches)
+        sources = replace(sources, train=rest)
+    record = _record(config, sources)
+    changed = changes(found, record["config"], record["data"]) if found else []
     if config.lora.rank:
         record["weights"] = weights
         if found:
@@ -104,7 +114,10 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         sft=data.pop(SFT, None),
         evals=list(data.values()),
         directory=directory,
-        listeners=_listeners(config, runtime),
+        decode=lambda ids: str(sources.tokenizer.decode(list(ids))),
+        answer=Answers(config, sources, trainable, record, directory=directory, runtime=runtime)
+        if config.monitor.generate_every
+        else None,
         steps=_steps(config, loaders[TRAIN]),
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
@@ -112,6 +125,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         at_peak=_at_peak(config, sources, runtime),
     )
     state = _start(config, trainable, found, changed, runtime)
+    _open_sinks(config, directory, state.step)
     directory.open_metrics(after_step=state.step, evaluation_owed=state.evaluation_owed)
     directory.status("running", state.step, steps=job.steps)
     signals.after_step()
@@ -119,8 +133,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     runtime.progress.phase("report", times=4)
     directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:
-        with directory.tolerated("report.html"):
-            write_report([directory.path], directory.path / "report.html")
+        with directory.tolerated(REPORT):
+            write_report([directory.path], directory.path / REPORT)
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 
 
@@ -218,17 +232,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _listeners(config: Config, runtime: Runtime) -> list[loop.Listener]:
-    """Weights & Biases, where the config asks for it."""
-    if config.logging.wandb == "off" or not runtime.is_main:
-        return []
-    import wandb
-
-    run = wandb.init(
-        project=config.logging.project,
-        name=Path(config.output).name,
-        mode=config.logging.wandb,
-        dir=config.output,
-        config=config.model_dump(mode="json", by_alias=True),
-    )
-    return [lambda kind, step, metrics: run.log({f"{kind}/{name}": v for name, v in metrics.items()}, step=step)]
+def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
+    """Weights & Biases and TensorBoard, where the config asks for them."""
+    if not directory.is_main:
+        return
+    logging, folder = config.logging, directory.path
+    if logging.wandb != "off":
+        directory.sinks.open(
+            WeightsAndBiases, folder, mode=logging.wandb, project=logging.project, config=plain(config)
+        )
+    if logging.tensorboard:
+        directory.sinks.open(TensorBoard, folder, after_step=step)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.model_shape import PROJECTIONS, ModelShape
+from megatron_spo.config.monitoring import MONITORING
+from megatron_spo.config.monitoring import unused as unused_monitoring
 from megatron_spo.config.schema import Config, LossConfig, keys_of, section_class
 from megatron_spo.config.topology import expert_tensor, make_topology
 from megatron_spo.errors import UserError
@@ -96,6 +98,7 @@ def unused_keys(config: Config) -> dict[str, str]:
         unused["spo.sft_batch_size"] = "spo.sft_batch_size has no effect without spo.sft_data"
     if config.lora.rank == 0:
         unused |= {f"lora.{key}": f"lora.{key} has no effect without lora.rank > 0" for key in ("alpha", "targets")}
+    unused |= unused_monitoring(config)
     if config.optimizer.decay == "constant":
         key = "optimizer.min_lr_ratio"
         unused[key] = _no_effect(key, "optimizer.decay: constant", ("linear", "cosine"))
@@ -350,6 +353,8 @@ RULES: tuple[Rule, ...] = (
         lambda c, shape: c.spo.schedule == "dual" and c.spo.lambda_ > c.spo.lambda_max,
         "spo.lambda = {c.spo.lambda_} is above spo.lambda_max = {c.spo.lambda_max}",
     ),
+    # monitoring
+    *(Rule(lambda c, shape, broken=broken: broken(c), message) for broken, message in MONITORING),  # type: ignore[misc]
     # training
     Rule(
         lambda c, shape: c.training.steps is not None and c.training.epochs is not None,
@@ -375,6 +380,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda c, shape: c.logging.wandb != "off" and not installed("wandb"),
         "logging.wandb: {c.logging.wandb} needs the package wandb; pip install -e '.[wandb]', or set off",
+        of_machine=True,
+    ),
+    Rule(
+        lambda c, shape: c.logging.tensorboard and not installed("tensorboard"),
+        "logging.tensorboard: true needs the package tensorboard; pip install -e '.[tensorboard]', or set false",
         of_machine=True,
     ),
 )

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo,
 from megatron_spo.config.fp8 import RECIPES, Recipe
 from megatron_spo.config.losses import LOSS_SPECS, LossTerm
 from megatron_spo.config.model_shape import PROJECTIONS
+from megatron_spo.config.monitoring import MonitorConfig
 from megatron_spo.config.section import Decay, NotNegative, OneOrEach, Positive, Section, as_tuple, form, form_of_v
 
 
@@ -77,6 +78,8 @@ class DataConfig(Section):
     """processes that tokenise; >= 1"""
     chat_template: str | None = None
     """file with a Jinja chat template; null: the tokenizer's own"""
+    drop_ches: float = Field(0.0, ge=0, lt=1)
+    """share of data.train, that of the highest CHES score per token, to be left out; needs reference.cache; 0 to 1"""
 
     @property
     def longest_row(self) -> int:
@@ -342,6 +345,8 @@ class LoggingConfig(Section):
     """log to Weights & Biases as well"""
     project: str = "megatron-spo"
     """project name in Weights & Biases"""
+    tensorboard: bool = False
+    """write TensorBoard's event files as well, into the run directory's tensorboard/"""
     progress: bool = True
     """show a progress bar"""
 
@@ -362,6 +367,7 @@ class Config(Section):
     precision: PrecisionConfig = PrecisionConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

@@ -35,7 +35,8 @@ from megatron_spo.errors import UserError
 if TYPE_CHECKING:
     from megatron_spo.data.dataset import TokenizedSet
 
-VERSION = 1
+VERSION = 2
+DIAGNOSTICS = ("ches", "ches_per_token")
 RECORD = np.dtype(
     [
         ("chosen", "<f4"),
@@ -43,10 +44,11 @@ RECORD = np.dtype(
         ("chosen_tokens", "<i4"),
         ("rejected_tokens", "<i4"),
         ("row_hash", "<u8"),
+        *((name, "<f4") for name in DIAGNOSTICS),
     ]
 )
 """Sums of log-probs (nats) over the scored tokens of each response, their counts, the hash of the row's
-token ids."""
+token ids; DIAGNOSTICS (diagnostics.py) are NaN where they were not measured."""
 REMEDY = "run: megatron-spo reference CONFIG.yaml"
 DIGEST = 16
 Records = NDArray[np.void]
@@ -84,30 +86,28 @@ class ReferenceStore:
     """Memory-mapped log-probs of the reference, checked when opened."""
 
     def __init__(self, records: Records, dataset: TokenizedSet, folder: Path) -> None:
-        self._records, self._hashes = records, dataset.row_hashes
-        self._dataset, self._folder = dataset, folder
+        self.records, self._hashes = records, dataset.row_hashes
+        self._dataset, self.folder = dataset, folder
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def get(self, indices: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Sums of log-probs (chosen fp32 [B], rejected fp32 [B]) of the data set rows `indices` [B]."""
         wanted = np.asarray(indices)
-        rows = self._records[wanted]
+        rows = self.records[wanted]
         chosen, rejected = rows["chosen"], rows["rejected"]
         fine = np.isfinite(chosen) & np.isfinite(rejected) & (rows["row_hash"] == self._hashes[wanted])
         if not fine.all():
             where = self._dataset.describe(int(wanted[~fine][0]))
-            raise UserError(f"reference cache {self._folder} is damaged: the record of {where} is bad; {REMEDY}")
+            raise UserError(f"reference cache {self.folder} is damaged: the record of {where} is bad; {REMEDY}")
         return chosen, rejected
 
     @property
     def sft_loss(self) -> float:
         """The reference's own SFT loss on the chosen responses: - sum(chosen) / sum(chosen_tokens), nats
         per token."""
-        return -float(
-            self._records["chosen"].sum(dtype=np.float64) / self._records["chosen_tokens"].sum(dtype=np.int64)
-        )
+        return -float(self.records["chosen"].sum(dtype=np.float64) / self.records["chosen_tokens"].sum(dtype=np.int64))
 
 
 def open_reference(
@@ -174,9 +174,9 @@ class ReferenceWriter:
         """Data set indices of chunk `k`."""
         return np.arange(k * self._chunk, min((k + 1) * self._chunk, len(self._dataset)), dtype=np.int64)
 
-    def write_chunk(self, k: int, chosen: ArrayLike, rejected: ArrayLike) -> None:
-        """Store the log-prob sums of chunk `k` (nats; rejected 0 for SFT rows). UserError when one is not
-        finite."""
+    def write_chunk(self, k: int, chosen: ArrayLike, rejected: ArrayLike, **diagnostics: ArrayLike) -> None:
+        """Store the log-prob sums of chunk `k` (nats; rejected 0 for SFT rows), and DIAGNOSTICS by their names.
+        UserError when a sum is not finite."""
         indices = self.chunk_indices(k)
         records = np.zeros(len(indices), dtype=RECORD)
         for field, values in (("chosen", chosen), ("rejected", rejected)):
@@ -190,6 +190,8 @@ class ReferenceWriter:
                     "check the model's weights and precision.dtype"
                 )
             records[field] = array
+        for field in DIAGNOSTICS:
+            records[field] = diagnostics.get(field, np.nan)
         records["chosen_tokens"] = self._dataset.chosen_tokens[indices]
         records["rejected_tokens"] = self._dataset.rejected_tokens[indices]
         records["row_hash"] = self._dataset.row_hashes[indices]

@@ -40,7 +40,7 @@ class RowRotary(RotaryEmbedding):
 
 
 class PairModel(GPTModel):
-    """GPTModel over packed rows: returns log-probabilities [1, E] on the last stage, hidden states elsewhere."""
+    """GPTModel over packed rows: returns what its head measures on the last stage, hidden states elsewhere."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class PairModel(GPTModel):
             self.output_layer.softcap = shape.gemma.logit_softcap if shape.gemma else None
 
     def forward(self, row: RowOnDevice) -> Tensor:
-        """Log-probabilities [1, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
+        """Log-probabilities and entropies [2, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
         if self.post_process:
             self.output_layer.row = row
         padding = self._padding(row) if self.config.num_moe_experts else None

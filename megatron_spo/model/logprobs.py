@@ -1,4 +1,4 @@
-"""Log-probabilities of scored tokens, from hidden states, without a [tokens, vocabulary] tensor.
+"""Log-probabilities and entropies of scored tokens, from hidden states, without a [tokens, vocabulary] tensor.
 
 The output layer is split over the tensor-parallel group by vocabulary. Logits exist for one chunk of positions at a
 time; the backward pass computes them again from the stored log-normaliser.
@@ -31,8 +31,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class VocabParallelLogProb(torch.autograd.Function):
-    """log softmax(hidden @ weight^T)[target], with the vocabulary spread over a process group; the logits x are
-    c tanh(x / c) before the softmax where there is a `softcap` c."""
+    """log softmax(hidden @ weight^T)[target], with the vocabulary spread over a process group, and the entropy of that
+    softmax, which has no gradient; the logits x are c tanh(x / c) before it where there is a `softcap` c."""
 
     @staticmethod
     def forward(
@@ -43,10 +43,10 @@ class VocabParallelLogProb(torch.autograd.Function):
         first_row: int,
         group: dist.ProcessGroup | None,
         softcap: float | None = None,
-    ) -> Tensor:
-        """Hidden [E, h], weight [V_local, h] (rows from `first_row` of the vocabulary), targets [E] -> fp32 [E]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden [E, h], weight [V_local, h] (rows from `first_row` of the vocabulary), targets [E] -> two fp32 [E]."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        normaliser = torch.empty_like(logprobs)
+        normaliser, entropies = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for part in _chunks(hidden, weight):
             logits = _capped(_product(hidden[part], weight.t()), softcap)
             peak = logits.amax(-1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
@@ -56,14 +56,17 @@ class VocabParallelLogProb(torch.autograd.Function):
             if len(weight):
                 local, here = _local(targets[part], first_row, len(weight))
                 target_logit = torch.where(here, logits.gather(1, local)[:, 0], 0.0)
-            sums = torch.stack([(logits - peak[:, None]).exp_().sum(-1), target_logit])
+            shares = logits.sub_(peak[:, None]).exp()
+            sums = torch.stack([shares.sum(-1), target_logit, torch.einsum("ev,ev->e", shares, logits)])
             if group is not None:
                 dist.all_reduce(sums, group=group)
             normaliser[part] = peak + sums[0].log()
             logprobs[part] = sums[1] - normaliser[part]
+            entropies[part] = sums[0].log() - sums[2] / sums[0]
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.first_row, ctx.group, ctx.softcap = first_row, group, softcap
-        return logprobs
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +111,8 @@ def _local(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 class LogProbHead(ColumnParallelLinear):
-    """The output layer, returning log-probabilities [E, 1] of the row's scored entries instead of logits.
+    """The output layer, returning what is measured [E, 2] of the row's scored entries instead of logits: log-prob and
+    entropy, and, where the row asks for it, the hidden state [E, 2 + h] that predicts the entry.
 
     Put in place by changing the class of the built output layer, so that Megatron's flags for tied embeddings stay.
     `row`, `vocab` (the real vocabulary; padded rows take no part in the softmax) and `softcap` are set by the model.
@@ -133,4 +137,5 @@ class LogProbHead(ColumnParallelLinear):
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if tensor_parallel else None
         arguments = (hidden, weight[:real], self.row.targets, first_row, group, self.softcap)
-        return VocabParallelLogProb.apply(*arguments)[:, None], None
+        columns = torch.stack(VocabParallelLogProb.apply(*arguments), dim=1)
+        return (torch.cat([columns, hidden], dim=1) if self.row.hidden_states else columns), None

@@ -60,12 +60,14 @@ class ScheduleState:
         gap: g - v of the last global batch, nats per chosen token; None before the first.
         gap_ema: its exponential moving average, started at the first gap.
         best_sft: the lowest g of a global batch so far, nats per chosen token; None before the first.
+        raised: what alarms have multiplied the configured lambda by (`raise_lambda`).
     """
 
     lambda_: float
     gap: float | None = None
     gap_ema: float | None = None
     best_sft: float | None = None
+    raised: float = 1.0
 
     def saw(self, sft: float) -> "ScheduleState":
         """The state once a training batch had the SFT loss g = `sft`."""
@@ -78,9 +80,9 @@ class ScheduleState:
     @classmethod
     def from_dict(cls, state: dict[str, float | None]) -> "ScheduleState":
         """The inverse of `to_dict`."""
-        lambda_ = state["lambda_"]
-        assert lambda_ is not None
-        return cls(lambda_, state["gap"], state["gap_ema"], state["best_sft"])
+        lambda_, raised = state["lambda_"], state.get("raised", 1.0)
+        assert lambda_ is not None and raised is not None
+        return cls(lambda_, state["gap"], state["gap_ema"], state["best_sft"], raised)
 
 
 def _none(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
@@ -105,7 +107,7 @@ def _penalty(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     if spo.constraint == "batch" and (state.gap is None or state.gap <= spo.epsilon + GAP_ROUNDING):
         return _with_lambda(0.0)
     ramp = min(1.0, (step + 1) / spo.ramp_steps) if spo.ramp_steps else 1.0
-    return _with_lambda(spo.lambda_ * ramp)
+    return _with_lambda(spo.lambda_ * state.raised * ramp)
 
 
 def _dual(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
@@ -123,7 +125,8 @@ def _lookahead(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     grad f(theta') + lambda * grad g(theta) at theta (arXiv 2507.07723v1)."""
     inner = Pass(preference=0.0, sft=1.0, slot="g")
     outer = Pass(preference=1.0, sft=0.0, slot="f", shift=Shift("g", spo.lookahead_lr))
-    return StepPlan((inner, outer), spo.lambda_, Add((("f", 1.0), ("g", spo.lambda_))))
+    lambda_ = spo.lambda_ * state.raised
+    return StepPlan((inner, outer), lambda_, Add((("f", 1.0), ("g", lambda_))))
 
 
 def _barrier(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
@@ -182,3 +185,10 @@ def observe(spo: SpoSettings, state: ScheduleState, gap: float) -> ScheduleState
         return state
     moved = state.lambda_ + spo.dual_lr * (smoothed - spo.epsilon)
     return replace(state, lambda_=min(max(moved, 0.0), spo.lambda_max))
+
+
+def raise_lambda(spo: SpoSettings, state: ScheduleState, factor: float) -> ScheduleState:
+    """The state with lambda multiplied by `factor`, for schedules that have one; that of `dual` up to lambda_max."""
+    if spo.schedule == "dual":
+        return replace(state, lambda_=min(state.lambda_ * factor, spo.lambda_max))
+    return replace(state, raised=state.raised * factor)

@@ -49,10 +49,13 @@ class SaveFailed(Exception):
 class Saver:
     """Writes checkpoints from all ranks together, at most one at a time."""
 
-    def __init__(self, folder: Path, trainable: Trainable, record: dict[str, Any], *, keep: int) -> None:
-        """`folder` is the run's `checkpoints`; `record` goes into the seal; `keep` newest checkpoints stay."""
+    def __init__(
+        self, folder: Path, trainable: Trainable, record: dict[str, Any], *, keep: int, weights_only: bool = False
+    ) -> None:
+        """`folder` is the run's `checkpoints`; `record` goes into the seal; `keep` newest checkpoints stay. Of
+        `weights_only`, no training can go on, but a model be exported."""
         self.folder, self.last_saved = folder, ""
-        self._trainable, self._record, self._keep = trainable, record, keep
+        self._trainable, self._record, self._keep, self._weights_only = trainable, record, keep, weights_only
         self._open: _Writing | None = None
         if not hasattr(filesystem_async, "_results_queue"):
             raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: revise Saver.start")
@@ -73,7 +76,8 @@ class Saver:
         assert self._open is None
         partial = Path(on_main(lambda: str(self._make_partial(state.step)), SaveFailed))
         self._trainable.gather_weights()
-        sharded, common = save_preprocess(contents(self._trainable, loading=False)[0])
+        everything = weights(self._trainable) if self._weights_only else contents(self._trainable, loading=False)[0]
+        sharded, common = save_preprocess(everything)
         self._check_room(sharded)
         strategy = _Strategy(*_BACKEND)
         on_main(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)), SaveFailed)
@@ -312,16 +316,19 @@ def load(found: Checkpoint, trainable: Trainable) -> TrainState:
     return TrainState.from_dict(found.state)
 
 
+def weights(trainable: Trainable) -> dict[str, Any]:
+    """The sharded state dict of the model."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)}
+
+
 def contents(trainable: Trainable, *, loading: bool) -> tuple[dict[str, Any], list[OptimizerState]]:
     """The sharded state dict of model and optimizer, and what takes the loaded state of each inner optimizer.
 
     Each is asked by itself: the keys that megatron-core 0.16.1 makes for several ("chained_0.") bind a checkpoint to
     their number. Names follow the model's parameters alone, so any layout can read them.
     """
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    contents: dict[str, Any] = {
-        name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)
-    }
+    contents = weights(trainable)
     inner = trainable.optimizer.chained_optimizers
     states = [OptimizerState(one, contents, loading=loading) for one in inner]
     contents["optimizer"] = {str(i): state.sharded for i, state in enumerate(states)}

@@ -14,22 +14,26 @@ from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
 
 RowFunction = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor]]
-"""(row, response sums [pairs, 2]) -> (this row's share of the global objective, what to collect of the row)."""
+"""(row, response sums [pairs, 2, C]) -> (this row's share of the global objective, what to collect of the row).
+
+The C columns of the sums are what the model's head measures of each token: log-probability, entropy, and the hidden
+state where it was asked for."""
 
 
-def response_sums(row: PackedRow, entries: Tensor, logprobs: Tensor) -> Tensor:
-    """fp32 [pairs, 2] sums of the scored tokens' log-probs: chosen, rejected (0 where there is none).
+def response_sums(row: PackedRow, entries: Tensor, measured: Tensor) -> Tensor:
+    """fp32 [pairs, 2, C] sums over the scored tokens of each response: chosen, rejected (0 where there is none).
 
     Args:
         row: the whole row.
         entries: int64 [E], the row's entries that were scored here.
-        logprobs: [1, E], theirs. Under context parallelism the sums are those of all ranks, with this rank's gradient.
+        measured: [C, E], of theirs. Under context parallelism the sums are those of all ranks, with this rank's
+            gradient.
     """
-    device = logprobs.device
-    every = torch.zeros(len(row.targets), device=device).index_copy(0, entries, logprobs[0].float())
+    device = measured.device
+    every = torch.zeros(len(row.targets), len(measured), device=device).index_copy(0, entries, measured.t().float())
     scored = every.index_select(0, to_device(row.score_index, device))
     lengths = to_device(row.score_lengths, device)
-    sums = torch.segment_reduce(scored, "sum", lengths=lengths, unsafe=True).view(-1, 2)
+    sums = torch.segment_reduce(scored, "sum", lengths=lengths, unsafe=True).view(-1, 2, len(measured))
     if parallel_state.get_context_parallel_world_size() == 1:
         return sums
     total = sums.detach().clone()
@@ -38,8 +42,8 @@ def response_sums(row: PackedRow, entries: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def score_rows(chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, runtime: Runtime) -> list[Tensor]:
-    """Response sums [pairs, 2] of each of this rank's rows, on the last pipeline stage; [] elsewhere."""
-    return run_rows(chunks, rows, lambda row, sums: (sums.sum(), sums), runtime=runtime, backward=False)
+    """Log-prob sums [pairs, 2] of each of this rank's rows, on the last pipeline stage; [] elsewhere."""
+    return run_rows(chunks, rows, lambda row, sums: (sums.sum(), sums[..., 0]), runtime=runtime, backward=False)
 
 
 def run_rows(
@@ -49,11 +53,13 @@ def run_rows(
     *,
     runtime: Runtime,
     backward: bool,
+    hidden_states: bool = False,
 ) -> list[Tensor]:
     """Send this rank's rows through the pipeline, one row per micro-batch.
 
     With `backward`, the gradients of the sum of all rows' objectives, over all data-parallel ranks, end up in the
-    model's gradient buffers. Returns what `function` collected per row, on the last pipeline stage; [] elsewhere.
+    model's gradient buffers. `hidden_states`: have them in the sums, too; much memory beside a backward pass. Returns
+    what `function` collected per row, on the last pipeline stage; [] elsewhere.
     """
 
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
@@ -63,9 +69,11 @@ def run_rows(
             row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context
         )
 
-        def finish(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        on_device.hidden_states = hidden_states
+
+        def finish(measured: Tensor) -> tuple[Tensor, Tensor]:
             assert on_device.entries is not None
-            objective, collected = function(row, response_sums(row, on_device.entries, logprobs))
+            objective, collected = function(row, response_sums(row, on_device.entries, measured))
             # Megatron divides by the micro-batches and its DDP by the data-parallel size: undo both, once, here (of
             # the context-parallel size, which DDP divides by too, Megatron takes care itself)
             return objective * (len(rows) * runtime.topology.data), collected

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from megatron_spo.config.schema import Config
 from megatron_spo.data.loader import Batch
-from megatron_spo.errors import NotSaved, UserError
+from megatron_spo.errors import Anomaly, NotSaved, UserError
 from megatron_spo.model.wrap import learning_rate
 from megatron_spo.objective.plan import Role
-from megatron_spo.objective.schedules import observe, plan_step
+from megatron_spo.objective.schedules import observe, plan_step, raise_lambda
 from megatron_spo.runtime.clock import Clock
 from megatron_spo.runtime.watchdog import Progress
 from megatron_spo.train.anomalies import BadStep, alarm
 from megatron_spo.train.checkpoint import SaveFailed, Saver
+from megatron_spo.train.held_out import Decode, held_out
+from megatron_spo.train.monitor import watch
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import Best, TrainState
 from megatron_spo.train.step import DataInUse, Engine, Share
@@ -29,8 +31,6 @@ from megatron_spo.train.stop import StopRequest
 RETRY = 10.0
 """Seconds between attempts to write the last checkpoint."""
 LOWER_IS_BETTER = ("loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_down")
-Listener = Callable[[str, int, dict[str, float]], None]
-"""Called with (kind, step, metrics) for every line of metrics.jsonl."""
 
 AtPeak = Callable[[str, NDArray[np.int64]], float]
 """Seconds that pairs of a data set, by its name and their indices, would take on all GPUs at their peak."""
@@ -47,7 +47,9 @@ class Job:
     sft: DataInUse | None
     evals: Sequence[DataInUse]
     directory: RunDirectory
-    listeners: Sequence[Listener]
+    decode: Decode
+    answer: Callable[[TrainState], None] | None
+    """Answers held-out prompts under the present weights and logs the scores; all ranks call it together."""
     steps: int
     stop: StopRequest
     progress: Progress
@@ -60,34 +62,82 @@ def run(job: Job, state: TrainState) -> TrainState:
 
     Raises:
         Stopped: on every rank, asked for by a signal or the time limit; everything is saved.
-        Anomaly: on every rank, where training.on_anomaly says so.
+        Anomaly: on every rank, where training.on_anomaly or monitor.on_alarm says so.
     """
-    config = job.config
+    config, known = job.config, state.monitor.raised
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
         if state.evaluation_owed:
-            state = evaluate(job, state)
+            state = _measure(job, state)
         while state.step < job.steps:
             with job.stop.timing("step"):
                 state, metrics = _step(job, state)
             last = state.step == job.steps
-            if metrics and (state.step % config.logging.every == 0 or last):
-                _log(job, "train", state.step, metrics)
-                bar.set_postfix_str(_summary(metrics))
+            if metrics:
+                if state.step % config.logging.every == 0 or last:
+                    job.directory.log("train", state.step, metrics)
+                    bar.set_postfix_str(_summary(metrics))
+                state = _watch(job, state, job.train.name, metrics)
             bar.update()
-            due = bool(job.evals) and (last or _falls_on(config.training.eval_every, state.step))
+            due = any(_due(job, state.step))
             stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
             state = replace(state, evaluation_owed=due)
             if due and not stop:
-                state = evaluate(job, state)
+                state = _measure(job, state)
+            alarms = [text for name, text in state.monitor.raised.items() if name not in known]
+            known = state.monitor.raised
+            halt = bool(alarms) and config.monitor.on_alarm == "stop" and not last
             best_yet = state.best is not None and state.best.step == state.step
-            _save(job, state, surely=last or bool(stop), due=best_yet or _falls_on(config.checkpoint.every, state.step))
+            checkpoint_due = best_yet or _falls_on(config.checkpoint.every, state.step)
+            _save(job, state, surely=last or halt or bool(stop), due=checkpoint_due)
+            if halt:
+                raise Anomaly(
+                    f"{'; '.join(alarms)}. Stopped by monitor.on_alarm: stop, everything is saved; the same command "
+                    "goes on past the alarm, another output folder and more spo.lambda or less optimizer.lr avoid it"
+                )
             if stop and (state.evaluation_owed or not last):
                 job.stop.end(stop, state.step)
     return state
 
 
+def _due(job: Job, step: int) -> tuple[bool, bool]:
+    """Whether an evaluation is due after this step, and answers to held-out prompts."""
+    last, config = step == job.steps, job.config
+    evaluation = bool(job.evals) and (last or _falls_on(config.training.eval_every, step))
+    return evaluation, job.answer is not None and (last or _falls_on(config.monitor.generate_every, step))
+
+
+def _measure(job: Job, state: TrainState) -> TrainState:
+    """What is due after a step: the evaluation, and answers to held-out prompts."""
+    evaluation, answers = _due(job, state.step)
+    if evaluation:
+        state = evaluate(job, state)
+    if answers and job.answer is not None:
+        job.progress.phase(f"answers after step {state.step}", times=4)
+        with job.stop.timing("evaluation"):
+            job.answer(state)
+    return replace(state, evaluation_owed=False)
+
+
+def _watch(job: Job, state: TrainState, data: str, metrics: Mapping[str, float]) -> TrainState:
+    """Raise the alarms of a line of metrics; the state after that."""
+    config = job.config
+    monitor, alarms = watch(config.monitor, state.monitor, state.step, data, metrics)
+    state = replace(state, monitor=monitor)
+    raises = bool(alarms) and config.monitor.on_alarm == "raise_lambda"
+    if raises:
+        factor = config.monitor.raise_factor
+        state = replace(state, schedule=raise_lambda(config.spo, state.schedule, factor))
+    for line in alarms:
+        if raises:
+            line["message"] += f"; lambda is multiplied by {config.monitor.raise_factor:g}"
+        job.directory.log("alarm", state.step, line)
+        if job.directory.is_main:
+            print(f"warning: {line['message']}", file=sys.stderr)
+    return state
+
+
 def evaluate(job: Job, state: TrainState) -> TrainState:
-    """Log the metrics of every held-out set."""
+    """Log the metrics of every held-out set, and write what was found of each pair."""
     config = job.config
     pass_ = plan_step(config.spo, state.step, state.schedule).upper
     job.progress.phase(f"evaluation after step {state.step}")
@@ -95,14 +145,19 @@ def evaluate(job: Job, state: TrainState) -> TrainState:
         for data in job.evals:
             begin = time.perf_counter()
             try:
-                metrics = job.engine.evaluate(pass_, data, state=state)
+                metrics, shifts = job.engine.evaluate(pass_, data, state=state)
             except BadStep as bad:
                 _raise_alarm(job, bad, state, state.step)
                 continue
-            _log(job, "eval", state.step, {**metrics, "seconds": time.perf_counter() - begin}, name=data.name)
+            seconds = time.perf_counter() - begin
+            job.directory.log("eval", state.step, {"name": data.name, **metrics, "seconds": seconds})
+            if shifts is not None and job.directory.is_main:
+                found = held_out(data.loader.dataset, shifts, state.step, job.decode)
+                job.directory.write_held_out(data.name, found)
+            state = _watch(job, state, data.name, metrics)
             if data is job.evals[0]:
                 state = replace(state, best=_better(config.checkpoint.best, metrics, state))
-    return replace(state, evaluation_owed=False)
+    return state
 
 
 def _better(metric: str | None, metrics: dict[str, float], state: TrainState) -> Best | None:
@@ -250,12 +305,6 @@ def _use_of_data(job: Job, step: int, batches: Sequence[Batch]) -> dict[str, flo
     if job.sft is not None:
         epochs["sft_epoch"] = (step + 1) / job.sft.loader.steps_per_epoch
     return {"tokens": tokens, "row_fill": tokens / room, **epochs}
-
-
-def _log(job: Job, kind: str, step: int, metrics: dict[str, float], **labels: str) -> None:
-    job.directory.log(kind, step, {**labels, **metrics})
-    for listener in job.listeners:
-        listener(kind if not labels else f"{kind}/{labels['name']}", step, metrics)
 
 
 def _shows_bar(job: Job) -> bool:

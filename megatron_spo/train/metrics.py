@@ -14,6 +14,7 @@ from megatron_spo.runtime.processes import Runtime
 SUMS = (
     "objective", "preference", "chosen", "rejected", "reward_chosen", "reward_rejected", "accuracy",
     "chosen_shift", "rejected_shift", "both_down", "reference_chosen", "statistic", "statistic_squared",
+    "entropy", "scored_tokens",
 )  # fmt: skip
 """What is summed over the pairs of a batch, in this order."""
 
@@ -22,10 +23,12 @@ SUMS = (
 class PairValues:
     """Detached [pairs] values of one row, as the objective gives them; None where the data or the loss has none.
 
+    `entropies` [pairs, 2]: sums over the tokens of the chosen and the rejected response.
     `rewards_are_ratios`: the rewards are differences to the reference, and so are off by rounding where there is none.
     """
 
     pairs: PairLogprobs
+    entropies: Tensor
     preference: Tensor | None
     rewards: tuple[Tensor, Tensor] | None
     statistic: Tensor | None
@@ -37,6 +40,7 @@ def row_sums(objective: Tensor, values: PairValues) -> Tensor:
     pairs = values.pairs
     zero = torch.zeros_like(pairs.chosen)
     out: dict[str, Tensor] = {"chosen": pairs.chosen, "rejected": pairs.rejected}
+    out |= {"entropy": values.entropies, "scored_tokens": pairs.chosen_tokens + pairs.rejected_tokens}
     noise = ROUNDING * pairs.chosen.abs(), ROUNDING * pairs.rejected.abs()
     if values.preference is not None:
         out["preference"] = values.preference
@@ -105,6 +109,7 @@ def named_metrics(pairs: Measured, lower: Measured, *, v: float | None) -> dict[
     mean = {name: total / pairs.counts.pairs for name, total in pairs.sums.items()}
     loss = pairs.sums["objective"] + (lower.sums["objective"] if lower is not pairs else 0.0)
     metrics = {"loss": loss, "loss/sft": lower.sft_loss, "logps/chosen": mean["chosen"]}
+    metrics["policy/entropy"] = pairs.sums["entropy"] / pairs.sums["scored_tokens"]
     if pairs.rejected:
         metrics["logps/rejected"] = mean["rejected"]
     if pairs.rejected and pairs.rewarded:
@@ -121,5 +126,5 @@ def named_metrics(pairs: Measured, lower: Measured, *, v: float | None) -> dict[
             metrics |= {"spo/rejected_shift": mean["rejected_shift"], "spo/both_down": mean["both_down"]}
     if v is not None:
         metrics["spo/gap"] = lower.sft_loss - v
-    metrics["pairs"] = pairs.counts.pairs
+    metrics |= {"pairs": pairs.counts.pairs, "chosen_tokens": pairs.counts.chosen_tokens}
     return metrics if lower is pairs else {**metrics, "sft_rows": lower.counts.pairs}

@@ -1,4 +1,4 @@
-"""The files of a run: the only interface between a run and whoever looks at it."""
+"""The files of a run: the only interface between a run and whoever looks at it, and the sinks that get the same."""
 
 import contextlib
 import errno
@@ -6,19 +6,28 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_spo.errors import Stopped
+from megatron_spo.train.sinks import Sinks
+
+SAMPLES = "samples.jsonl"
+MEASURED_AFTER = ("eval", "generation", None)
+"""Kinds of the lines of an evaluation; those of samples.jsonl have none."""
 
 
 class RunDirectory:
-    """Writes config.yaml, status.json, metrics.jsonl and dropped_rows.jsonl; silent on ranks that are not main."""
+    """Writes config.yaml, status.json, metrics.jsonl, samples.jsonl, dropped_rows.jsonl and held_out/; silent on ranks
+    that are not main.
+
+    `sinks` get every line of metrics.jsonl and the tables, too.
+    """
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints, self.sinks = path / "checkpoints", Sinks()
         self._status: dict[str, Any] = {"step": 0}
         self._kept: dict[str, str] = {}
         self._metrics: Path | None = None
@@ -31,9 +40,10 @@ class RunDirectory:
     def write(self, name: str, text: str, *, anyway: bool = False) -> None:
         """Replace a file as a whole; `anyway`: also where this process is not main."""
         if self.is_main or anyway:
-            new = self.path / f".{name}.{threading.current_thread().name}.new"
+            target = self.path / name
+            new = target.with_name(f".{target.name}.{threading.current_thread().name}.new")
             new.write_text(text)
-            os.replace(new, self.path / name)
+            os.replace(new, target)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replace a file as a whole by a JSON object."""
@@ -70,30 +80,51 @@ class RunDirectory:
         return self._status.get("checkpoint")
 
     def open_metrics(self, *, after_step: int, evaluation_owed: bool = False) -> None:
-        """Open metrics.jsonl for appending; lines of what will be done again are cut off, as is a torn one."""
+        """Open metrics.jsonl and samples.jsonl for appending; lines of what will be done again are cut off, as is a
+        torn one."""
         if not self.is_main:
             return
-        path, owed = self.path / "metrics.jsonl", ("eval", after_step)
-        kept = []
-        for text in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
-            try:
-                line = json.loads(text)
-                again = line["step"] > after_step or (evaluation_owed and (line["kind"], line["step"]) == owed)
-            except (ValueError, KeyError, TypeError):  # torn when the process was killed
-                continue
-            if not again:
-                kept.append(text.rstrip("\n") + "\n")
-        self.write("metrics.jsonl", "".join(kept))
-        self._metrics = path
+        for name in ("metrics.jsonl", SAMPLES):
+            kept = []
+            path = self.path / name
+            for text in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+                try:
+                    line = json.loads(text)
+                    owed = evaluation_owed and line["step"] == after_step and line.get("kind") in MEASURED_AFTER
+                    again = line["step"] > after_step or owed
+                except (ValueError, KeyError, TypeError):  # torn when the process was killed
+                    continue
+                if not again:
+                    kept.append(text.rstrip("\n") + "\n")
+            if path.exists() or name != SAMPLES:
+                self.write(name, "".join(kept))
+        self._metrics = self.path / "metrics.jsonl"
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; what cannot be written now is written with a later line."""
         if self._metrics is None:
             return
+        self.sinks.line(kind, step, metrics)
         self._unwritten += json.dumps({"kind": kind, "step": step, **metrics}) + "\n"
         with self.tolerated("metrics.jsonl"):
             _append_all(self._metrics, self._unwritten.encode())
             self._unwritten = ""
+
+    def log_samples(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows {"step", "data", ...} to samples.jsonl, and hand them to the sinks as the table `name`."""
+        if self._metrics is not None:
+            self.sinks.table(name, step, rows)
+            with self.tolerated(SAMPLES):
+                _append_all(self.path / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def write_held_out(self, data: str, content: Mapping[str, Any]) -> None:
+        """Replace held_out/<data>.json; the worst pairs go to the sinks, too."""
+        if self._metrics is not None:
+            if content["worst"]:
+                self.sinks.table(f"worst pairs/{data}", content["step"], content["worst"])
+            with self.tolerated(f"held_out/{data}.json"):
+                (self.path / "held_out").mkdir(exist_ok=True)
+                self.write(f"held_out/{data}.json", json.dumps(content))
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace a JSONL file."""

@@ -7,6 +7,7 @@ from megatron_spo.model.experts import Load
 from megatron_spo.objective.schedules import ScheduleState
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.train.anomalies import GradientNorms
+from megatron_spo.train.monitor import MonitorState
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TrainState:
     best: Best | None = None
     router_load: Load | None = None
     """Of the last global batch; None before the first, and where routers are not balanced."""
+    monitor: MonitorState = MonitorState()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
@@ -41,6 +43,7 @@ class TrainState:
             "evaluation_owed": self.evaluation_owed,
             "best": self.best and asdict(self.best),
             "router_load": self.router_load,
+            "monitor": asdict(self.monitor),
         }
 
     @classmethod
@@ -54,4 +57,5 @@ class TrainState:
             state["evaluation_owed"],
             state["best"] and Best(**state["best"]),
             state["router_load"],
+            MonitorState.from_dict(state.get("monitor")),
         )

@@ -180,8 +180,9 @@ class Engine:
             return lambda_
         return plan.lambda_
 
-    def evaluate(self, pass_: Pass, data: DataInUse, *, state: TrainState) -> dict[str, float]:
-        """Metrics of a whole set under the present weights, its chosen responses being the lower level.
+    def evaluate(self, pass_: Pass, data: DataInUse, *, state: TrainState) -> tuple[dict[str, float], Tensor | None]:
+        """Metrics of a whole set under the present weights, its chosen responses being the lower level, and each pair's
+        shifts: fp64 [rows, 2] differences to the reference's log-probs of chosen and rejected; None without one.
 
         Nothing is changed.
 
@@ -191,23 +192,39 @@ class Engine:
         dataset = data.loader.dataset
         counts = GlobalCounts(len(dataset), int(dataset.chosen_tokens.sum()))
         totals = dict.fromkeys(SUMS, 0.0)
+        shifts = None
+        if data.reference is not None:
+            shifts = torch.zeros(len(dataset), 2, dtype=torch.float64, device=self._runtime.device)
         for batch in data.loader.eval_batches():
             share = Share(data, batch, Role.BOTH, counts)
             share.prepare()
-            sums = self._sweep(pass_, [share], statistics=state.statistics, backward=False)[data.name]
+            sums = self._sweep(pass_, [share], statistics=state.statistics, backward=False, per_pair=shifts)[data.name]
             totals = {name: totals[name] + sums[name] for name in SUMS}
+        if shifts is not None:
+            dist.all_reduce(shifts)
         measured = self._measured(share, totals)
-        return self._named(measured, measured, state.schedule)
+        return self._named(measured, measured, state.schedule), shifts
 
     def _sweep(
-        self, pass_: Pass, shares: Sequence[Share], *, statistics: LossStatistics, backward: bool
+        self,
+        pass_: Pass,
+        shares: Sequence[Share],
+        *,
+        statistics: LossStatistics,
+        backward: bool,
+        per_pair: Tensor | None = None,
     ) -> dict[str, dict[str, float]]:
-        """One pass over the rows of all shares, as micro-batches of one run; global sums by the sets' names."""
+        """One pass over the rows of all shares, as micro-batches of one run; global sums by the sets' names.
+
+        `per_pair` [rows of the set, 2] receives the shifts of the pairs that this rank reports.
+        """
         owners = {id(row): share for share in shares for row in share.batch.rows}
 
         def row_objective(row: PackedRow, sums: Tensor) -> tuple[Tensor, Tensor]:
             share = owners[id(row)]
-            pairs = _pair_logprobs(row, sums, share.data.reference)
+            pairs = _pair_logprobs(row, sums[..., 0], share.data.reference)
+            if per_pair is not None and self._runtime.holds_results:
+                per_pair[row.pairs] = torch.stack([pairs.chosen_ratio, pairs.rejected_ratio], 1).detach().double()
             value, _ = objective(
                 pairs,
                 pass_,
@@ -217,7 +234,7 @@ class Engine:
                 statistics=statistics,
                 role=share.role,
             )
-            return value, row_sums(value, self._values(pairs, share.data, statistics))
+            return value, row_sums(value, self._values(pairs, sums[..., 1].detach(), share.data, statistics))
 
         rows = [row for share in shares for row in share.batch.rows]
         per_row = run_rows(self._trainable.wrapped, rows, row_objective, runtime=self._runtime, backward=backward)
@@ -233,13 +250,16 @@ class Engine:
             raise self._non_finite(suspects)
         return swept
 
-    def _values(self, pairs: PairLogprobs, data: DataInUse, statistics: LossStatistics) -> PairValues:
+    def _values(
+        self, pairs: PairLogprobs, entropies: Tensor, data: DataInUse, statistics: LossStatistics
+    ) -> PairValues:
         """What is measured of a row whatever the pass: the preference loss and the rewards, where they exist."""
         if not data.loader.dataset.has_rejected or (self._needs_reference and data.reference is None):
-            return PairValues(pairs, None, None, None, rewards_are_ratios=False)
+            return PairValues(pairs, entropies, None, None, None, rewards_are_ratios=False)
         with torch.no_grad():
             return PairValues(
                 pairs,
+                entropies,
                 preference_losses(self._losses, pairs, statistics),
                 rewards(self._losses, pairs),
                 statistic_values(self._losses, pairs),

@@ -52,6 +52,18 @@ MIXTURE = {"model_type": "mixtral", "intermediate_size": 9, "num_local_experts":
         ("optimizer.min_lr_ratio=0.1", "optimizer.min_lr_ratio has no effect with optimizer.decay: constant"),
         ("loss.name=ipo", "spo.lambda_unit: relative is undefined for loss.name: ipo"),
         ("loss.name=orpo spo.schedule=dual", "set spo.lambda_unit=token"),
+        ("monitor.raise_factor=3.0", "monitor.raise_factor has no effect with monitor.on_alarm: warn"),
+        ("monitor.generate_prompts=3", "monitor.generate_prompts has no effect with monitor.generate_every: 0"),
+        (
+            "loss.name=simpo reference.cache=null monitor.both_down=0.4",
+            "monitor.both_down has no effect with reference",
+        ),
+        ("spo.schedule=none monitor.on_alarm=raise_lambda", "which spo.schedule: none with spo.lambda = 1.0 does not"),
+        (
+            "monitor.generate_every=5 data.eval=null training.eval_every=0",
+            "monitor.generate_every = 5 without data.eval",
+        ),
+        ("loss.name=simpo reference.cache=null data.drop_ches=0.1", "data.drop_ches = 0.1 takes the scores"),
         ("reference.cache=null", "loss.name: dpo needs the reference's log-probs; set reference.cache"),
         (
             "loss.name=simpo reference.cache=null spo.constraint=pair",

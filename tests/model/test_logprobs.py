@@ -17,11 +17,13 @@ def test_values_and_gradients(monkeypatch, chunk):
     weight = torch.randn(50, 8, generator=generator, requires_grad=True)
     targets = torch.randint(0, 50, (37,), generator=generator)
     scale = torch.randn(37, generator=generator)
-    ours = logprobs.VocabParallelLogProb.apply(hidden, weight, targets, 0, None)
+    ours, entropies = logprobs.VocabParallelLogProb.apply(hidden, weight, targets, 0, None)
     ours_gradients = torch.autograd.grad((ours * scale).sum(), (hidden, weight))
     plain = (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     gradients = torch.autograd.grad((plain * scale).sum(), (hidden, weight))
     torch.testing.assert_close(ours, plain)
+    expected = torch.distributions.Categorical(logits=hidden @ weight.t()).entropy()
+    torch.testing.assert_close(entropies, expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours_gradients, gradients, rtol=1e-5, atol=1e-6)
 
 
@@ -43,7 +45,7 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     monkeypatch.setattr(logprobs, "_product", watched)
     hidden = torch.randn(500, 4, requires_grad=True)
     weight = torch.randn(1000, 4, requires_grad=True)
-    logprobs.VocabParallelLogProb.apply(hidden, weight, torch.arange(500), 0, None).sum().backward()
+    logprobs.VocabParallelLogProb.apply(hidden, weight, torch.arange(500), 0, None)[0].sum().backward()
     assert largest == 64 * 1000
 
 
@@ -52,5 +54,5 @@ def test_no_scored_tokens(tmp_path):
     from megatron_spo.model.logprobs import VocabParallelLogProb
 
     hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    VocabParallelLogProb.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 0, None).sum().backward()
+    VocabParallelLogProb.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 0, None)[0].sum().backward()
     assert torch.equal(weight.grad, torch.zeros(9, 4))

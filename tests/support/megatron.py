@@ -80,7 +80,7 @@ def megatron_sums(model, row: PackedRow) -> Tensor:  # type: ignore[no-untyped-d
     from megatron_spo.train.forward import response_sums
 
     on_device = row_to_device(row, torch.device("cpu"))
-    return response_sums(row, on_device.entries, model(on_device))
+    return response_sums(row, on_device.entries, model(on_device))[..., 0]
 
 
 def transformers_sums(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_spo.runtime.clock import PHASES
 
@@ -48,7 +49,14 @@ def cli(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]
 def read_metrics(run: Path) -> dict[tuple[str, str, int], dict[str, float]]:
     """Lines of metrics.jsonl by (kind, name of the set, step)."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {(line.pop("kind"), line.pop("name", ""), line.pop("step")): line for line in lines}
+    return {(line.pop("kind"), _name(line), line.pop("step")): line for line in lines}
+
+
+def _name(line: dict[str, Any]) -> str:
+    """Of the set, and of the monitor's alarm (without its text, which rounds); "" for training and for anomalies."""
+    if line.pop("message", ""):
+        return f"{line.pop('data')} {line.pop('alarm')} {line.pop('metric')}"
+    return str(line.pop("name", "") or (line.pop("data") if "generation/malformed" in line else ""))
 
 
 TIMES = {"seconds", *(f"seconds/{part}" for part in (*PHASES, "other")), "tokens_per_second", "mfu"}

@@ -1,0 +1,111 @@
+"""Answers to held-out prompts while a run trains: its present weights as a Hugging Face model, and its scores."""
+
+import shutil
+import sys
+from typing import Any
+
+from megatron_spo.assemble import Sources
+from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.convert.export import to_hf
+from megatron_spo.data.dataset import TokenizedSet
+from megatron_spo.data.pairs import open_source, parse_line, read_lines
+from megatron_spo.evaluate.apart import answer_apart
+from megatron_spo.evaluate.generate import Response, Sampling
+from megatron_spo.evaluate.scores import score
+from megatron_spo.model.checkpoint_files import step_name
+from megatron_spo.model.wrap import Trainable
+from megatron_spo.runtime.processes import Runtime, on_main
+from megatron_spo.train.checkpoint import SaveFailed, Saver
+from megatron_spo.train.run_directory import RunDirectory
+from megatron_spo.train.state import TrainState
+
+ROOM = 2
+"""Longest answer that is not cut off, relative to the longest chosen answer of the prompts."""
+LOGGED = ("exact_match", "malformed", "rep_4", "distinct_2", "length_ratio")
+
+
+class Answers:
+    """Answers the first `monitor.generate_prompts` prompts of each held-out set, greedily; nothing of it ends a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sources,
+        trainable: Trainable,
+        record: dict[str, Any],
+        *,
+        directory: RunDirectory,
+        runtime: Runtime,
+    ) -> None:
+        self._config, self._sources, self._directory, self._runtime = config, sources, directory, runtime
+        self._folder = directory.path / ".answers"
+        self._saver = Saver(self._folder, trainable, record, keep=1, weights_only=True)
+
+    def __call__(self, state: TrainState) -> None:
+        """Answer under the present weights, log scores and samples; all ranks call it together."""
+        try:
+            on_main(lambda: shutil.rmtree(self._folder, ignore_errors=True), SaveFailed)
+            self._saver.start(state, in_background=False)
+            self._saver.finished(wait=True)
+        except SaveFailed as error:
+            self._warn(state.step, error)
+            return
+        on_main(lambda: self._answer(state.step), SaveFailed)
+
+    def _answer(self, step: int) -> None:
+        try:
+            to_hf(self._folder / step_name(step), self._folder / "hf")
+            self._answer_all(step)
+        except Exception as error:  # a killed process, a full disk, or what transformers raises
+            self._warn(step, error)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _warn(self, step: int, error: Exception) -> None:
+        if self._runtime.is_main:
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"warning: step {step}: no answers to held-out prompts ({reason}); the training goes on",
+                  file=sys.stderr)  # fmt: skip
+
+    def _answer_all(self, step: int) -> None:
+        sets, prompts = self._sources.evals, []
+        counts = {name: min(self._config.monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
+        longest = 0
+        for name, dataset in sets.items():
+            for i in range(counts[name]):
+                example = dataset.get(i)
+                prompts.append(example.chosen_ids[: example.prompt_length].tolist())
+                longest = max(longest, int(dataset.chosen_tokens[i]))
+        room = self._sources.shape.max_positions - max(map(len, prompts))
+        sampling = Sampling(max_new_tokens=min(ROOM * longest, room))
+        responses = iter(answer_apart(self._folder / "hf", prompts, sampling))
+        for source, (name, dataset) in zip(self._config.data.eval, sets.items(), strict=True):
+            rows = self._rows(source, dataset, counts[name])
+            self._log(step, name, rows, [next(responses)[0] for _ in rows])
+
+    def _rows(self, source: DataSource, dataset: TokenizedSet, count: int) -> list[dict[str, Any]]:
+        """The first rows as they are in the file, with what they were tokenised to as texts."""
+        raw, rows = open_source(source), []
+        for i in range(count):
+            at, row = dataset.line(i) - 1, raw.rows[dataset.line(i) - 1]
+            if raw.file is not None:
+                line = next(read_lines(raw.file, *(raw.rows.data.column(end).to_numpy()[at : at + 1]
+                                                   for end in ("start", "end"))))  # fmt: skip
+                row = parse_line(line) or {}
+            example = dataset.get(i)
+            prompt, chosen = example.chosen_ids[: example.prompt_length], example.chosen_ids[example.prompt_length :]
+            rows.append({**row, "prompt": self._text(prompt), "reference": self._text(chosen)})
+        return rows
+
+    def _text(self, ids: Any) -> str:
+        return str(self._sources.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+    def _log(self, step: int, name: str, rows: list[dict[str, Any]], answers: list[Response]) -> None:
+        scores = score(rows, [[one.text] for one in answers], [[one.finished] for one in answers])
+        means = {f"generation/{key}": value for key, value in scores.metrics().items() if key in LOGGED}
+        self._directory.log("generation", step, {"data": name, **means})
+        samples = [
+            {"step": step, "data": name, "prompt": row["prompt"], "answer": answer.text, "reference": row["reference"],
+             "exact_match": found[0].exact_match, "malformed": found[0].malformed}
+            for row, answer, found in zip(rows, answers, scores.answers, strict=True)
+        ]  # fmt: skip
+        self._directory.log_samples(f"samples/{name}", step, samples)

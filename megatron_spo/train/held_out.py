@@ -1,0 +1,53 @@
+"""What an evaluation found of each pair, as a file: RUN/held_out/<set>.json."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_spo.data.dataset import TokenizedSet
+
+WORST = 20
+"""Pairs that are shown with their texts."""
+Decode = Callable[[Sequence[int]], str]
+
+
+def held_out(dataset: TokenizedSet, shifts: Tensor, step: int, decode: Decode) -> dict[str, Any]:
+    """Every pair of the set, and in full those whose chosen answer lost the most.
+
+    Args:
+        dataset: the held-out set.
+        shifts: [rows, 2] log-probs of chosen and rejected minus the reference's, nats.
+        step: after which they were measured.
+        decode: token ids to text.
+
+    Returns:
+        {"step", "pairs": [{"row", "chosen_shift", "rejected_shift", "chosen_tokens", "rejected_tokens"}], "worst":
+        [{"row", "prompt", "chosen", "rejected", "chosen_shift", "rejected_shift"}]}; `row` is the line of the file,
+        counted from 1.
+    """
+    values = shifts.cpu().numpy()
+    pairs = [
+        {**_row(dataset, i, values), "chosen_tokens": int(chosen), "rejected_tokens": int(rejected)}
+        for i, (chosen, rejected) in enumerate(zip(dataset.chosen_tokens, dataset.rejected_tokens, strict=True))
+    ]
+    fallen = [int(i) for i in np.argsort(values[:, 0], kind="stable")[:WORST] if values[i, 0] < 0]
+    worst = [{**_row(dataset, i, values), **_texts(dataset, i, decode)} for i in fallen]
+    return {"step": step, "pairs": pairs, "worst": worst}
+
+
+def _row(dataset: TokenizedSet, index: int, shifts: NDArray[np.float64]) -> dict[str, Any]:
+    chosen, rejected = shifts[index].tolist()
+    return {"row": dataset.line(index), "chosen_shift": chosen, "rejected_shift": rejected}
+
+
+def _texts(dataset: TokenizedSet, index: int, decode: Decode) -> dict[str, str]:
+    example = dataset.get(index)
+    prompt = example.prompt_length
+    return {
+        "prompt": decode(example.chosen_ids[:prompt].tolist()),
+        "chosen": decode(example.chosen_ids[prompt:].tolist()),
+        "rejected": decode(example.rejected_ids[prompt:].tolist()),
+    }

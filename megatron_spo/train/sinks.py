@@ -1,0 +1,137 @@
+"""Where a run's metric lines go besides metrics.jsonl. A sink that fails is left out from then on; training goes on."""
+
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Line = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Takes what a run has to say; may raise anything."""
+
+    def line(self, kind: str, step: int, values: Line) -> None:
+        """A line of metrics.jsonl: numbers under metric names, and texts such as the name of the set."""
+
+    def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
+        """Rows with texts, all with the same columns: the worst held-out pairs, or answers."""
+
+    def close(self, report: Path) -> None:
+        """The end; the report is there if the run came to its last step."""
+
+
+class Sinks:
+    """All sinks of a run."""
+
+    def __init__(self) -> None:
+        self._sinks: list[Sink] = []
+
+    def open(self, kind: type[Sink], *arguments: Any, **more: Any) -> None:
+        """Add a sink of this kind, made with these arguments."""
+        self._tolerate(kind, lambda: self._sinks.append(kind(*arguments, **more)))
+
+    def line(self, kind: str, step: int, values: Line) -> None:
+        """As `Sink.line`."""
+        self._each(lambda sink: sink.line(kind, step, values))
+
+    def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
+        """As `Sink.table`."""
+        self._each(lambda sink: sink.table(name, step, rows))
+
+    def close(self, report: Path) -> None:
+        """As `Sink.close`."""
+        self._each(lambda sink: sink.close(report))
+        self._sinks.clear()
+
+    def _each(self, action: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            if not self._tolerate(type(sink), lambda sink=sink: action(sink)):  # type: ignore[misc]
+                self._sinks.remove(sink)
+
+    def _tolerate(self, kind: type[Sink], action: Callable[[], object]) -> bool:
+        try:
+            action()
+        except Exception as error:  # other people's libraries, networks and disks
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            text = f"{kind.__name__} is left out from here on ({reason}); metrics.jsonl has everything"
+            print(f"warning: {text}", file=sys.stderr)
+            return False
+        return True
+
+
+def _name(kind: str, values: Line) -> str:
+    """Where the metrics of a line are filed: the kind, and the set where it has one."""
+    data = values.get("name") or values.get("data")
+    return f"{kind}/{data}" if data else kind
+
+
+def _numbers(values: Line) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+class WeightsAndBiases:
+    """One W&B run for one run directory, however often it is started: its id is kept in `wandb_id`."""
+
+    def __init__(self, folder: Path, *, mode: str, project: str, config: Line) -> None:
+        import wandb
+
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8))
+        self._wandb = wandb
+        self._run = wandb.init(
+            id=kept.read_text(),
+            resume="allow" if mode == "online" else None,  # offline, `wandb sync` joins the parts by their id
+            project=project,
+            name=folder.resolve().name,
+            mode=mode,  # type: ignore[arg-type]
+            dir=folder,
+            config=dict(config),
+        )
+        # not W&B's own count of steps, which refuses those that are done again after a restart
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def line(self, kind: str, step: int, values: Line) -> None:
+        if kind == "alarm" and "alarm" in values:
+            self._run.alert(title=f"{values['alarm']} on {values['data']}", text=values["message"])
+            values = {values["alarm"]: values["value"]} | {"data": values["data"]}
+        name = _name(kind, values)
+        self._run.log({"step": step, **{f"{name}/{metric}": value for metric, value in _numbers(values).items()}})
+
+    def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
+        table = self._wandb.Table(columns=[*rows[0]], data=[list(row.values()) for row in rows])
+        self._run.log({"step": step, name: table})
+
+    def close(self, report: Path) -> None:
+        if report.exists():
+            artifact = self._wandb.Artifact(f"report-{self._run.id}", type="report")
+            artifact.add_file(str(report))
+            self._run.log_artifact(artifact)
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files in the run directory's `tensorboard`."""
+
+    def __init__(self, folder: Path, *, after_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1)
+
+    def line(self, kind: str, step: int, values: Line) -> None:
+        if kind == "alarm" and "alarm" in values:
+            self._writer.add_text(f"alarm/{values['data']}", values["message"], step)
+            return
+        for metric, value in _numbers(values).items():
+            self._writer.add_scalar(f"{_name(kind, values)}/{metric}", value, step)
+        self._writer.flush()
+
+    def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
+        text = "\n\n".join("\n".join(f"    {key}: {value!r}" for key, value in row.items()) for row in rows)
+        self._writer.add_text(name, text, step)
+
+    def close(self, report: Path) -> None:
+        self._writer.close()

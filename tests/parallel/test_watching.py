@@ -1,0 +1,69 @@
+"""What is watched of a run is the same in every layout: alarms, raised lambda, held-out pairs, answers, CHES scores."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.processes import largest_difference, read_metrics, run_jobs
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+LAYOUTS = {
+    "dp2": [],
+    "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true"],
+    "pp2-vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "cp2": ["parallel.context=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watching")
+    tiny_model(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(24))
+    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
+    config = folder / "config.yaml"
+    config.write_text(
+        f"""
+output: {folder}/unset
+model: {{path: {folder}/model}}
+data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64, drop_ches: 0.1}}
+reference: {{cache: {folder}/unset}}
+loss: {{name: dpo, beta: 0.5}}
+spo: {{schedule: penalty, lambda: 0.001}}
+optimizer: {{lr: 3e-3}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 8, steps: 4, eval_every: 2}}
+monitor: {{chosen_fall: 0.001, on_alarm: raise_lambda, generate_every: 4, generate_prompts: 3}}
+logging: {{progress: false}}
+"""
+    )
+    for processes, layouts in ((1, {"one": []}), (2, LAYOUTS)):
+        jobs = []
+        for name, layout in layouts.items():
+            given = [f"output={folder}/{name}", f"reference.cache={folder}/cache-{name}", *layout]
+            jobs += [("reference", str(config), given), ("train", str(config), given)]
+        run_jobs(jobs, processes)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(folder: Path, layout: str) -> None:
+    lines = read_metrics(folder / "one")
+    assert any(kind == "alarm" for kind, *_ in lines) and ("generation", "held-out", 4) in lines
+    assert lines["train", "", 4]["spo/lambda"] > 0.001
+    difference, where = largest_difference(folder / layout, folder / "one")
+    assert difference < 1e-4, where
+    ours, expected = (json.loads((folder / n / "held_out/held-out.json").read_text()) for n in (layout, "one"))
+    for got, wanted in zip(ours["pairs"], expected["pairs"], strict=True):
+        assert got == pytest.approx(wanted, abs=1e-3)
+    assert [one["prompt"] for one in ours["worst"]] == [one["prompt"] for one in expected["worst"]]
+    assert (folder / layout / "samples.jsonl").read_text() == (folder / "one/samples.jsonl").read_text()
+    dropped, others = ((folder / n / "dropped_rows.jsonl").read_text().splitlines() for n in (layout, "one"))
+    assert len(dropped) == 2 and [json.loads(row)["line"] for row in dropped] == [json.loads(r)["line"] for r in others]
+    (mine,), (theirs,) = ((folder / f"cache-{n}").glob("train-*/pairs.parquet") for n in (layout, "one"))
+    for name, column in pq.read_table(theirs).to_pydict().items():
+        got = pq.read_table(mine).to_pydict()[name]
+        assert got == (column if name == "source" else pytest.approx(column, rel=1e-4, abs=1e-4)), name

@@ -1,0 +1,189 @@
+"""Alarms: once per crossing, on screen and in the lines; what stop and raise_lambda do."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_spo.cli import main
+from megatron_spo.config.monitoring import MonitorConfig
+from megatron_spo.train.monitor import TRAIN, MonitorState, watch
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+BOUNDS = MonitorConfig(chosen_fall=0.1, both_down=0.5, entropy_factor=2.0)
+
+
+def line(shift: float, *, both_down: float = 0.0, entropy: float = 1.0, **more: float) -> dict[str, float]:
+    """Of 4 pairs whose chosen answers have 10 tokens each."""
+    return {"spo/chosen_shift": shift, "spo/both_down": both_down, "spo/gap": -shift / 10, "policy/entropy": entropy,
+            "rewards/margins": 0.1, "pairs": 4, "chosen_tokens": 40, **more}  # fmt: skip
+
+
+def raised(lines: list[dict[str, float]], data: str = "held-out") -> list[list[str]]:
+    """Alarms of each line in turn; the state goes through JSON in between, as in a checkpoint."""
+    state, found = MonitorState(), []
+    for step, metrics in enumerate(lines, 1):
+        state, alarms = watch(BOUNDS, state, step, data, metrics)
+        state = MonitorState.from_dict(json.loads(json.dumps(asdict(state))))
+        found.append([alarm["alarm"] for alarm in alarms])
+    return found
+
+
+def test_once_per_crossing_and_again_after_half_the_bound() -> None:
+    shifts = [0.0, -0.9, -1.1, -2.0, -0.9, -1.1, -0.6, -1.1, -0.4, -1.1]
+    assert raised([line(shift) for shift in shifts]) == [
+        [], [], ["displacement"], [], [], [], [], [], [], ["displacement"],
+    ]  # fmt: skip
+
+
+def test_value_and_bound_are_in_the_metric_s_unit_and_the_message_is_readable() -> None:
+    _, alarms = watch(BOUNDS, MonitorState(), 140, "held-out", line(-3.1, both_down=0.4))
+    assert alarms == [
+        {
+            "data": "held-out", "alarm": "displacement", "metric": "spo/chosen_shift", "value": -3.1, "bound": -1.0,
+            "message": "step 140, held-out: the preferred answers lost 3.1 nats, both fell in 40% of pairs: the model "
+            "is leaving the safe region; see docs/monitoring.md",
+        }
+    ]  # fmt: skip
+
+
+def test_training_batches_are_averaged() -> None:
+    calm, odd = line(0.2), line(-1.9)
+    assert raised([calm] * 5 + [odd] + [calm] * 5, TRAIN) == [[]] * 11
+    assert raised([calm] * 5 + [odd], "held-out")[-1] == ["displacement"]
+    fall = raised([calm] * 5 + [odd] * 9, TRAIN)
+    assert sum(fall, []) == ["displacement"]
+    mean = 0.0
+    for step in range(1, 15):
+        mean = 0.8 * mean + 0.2 * (0.2 if step <= 5 else -1.9)
+        if mean / (1 - 0.8**step) < -1:
+            break
+    assert fall[step - 1] == ["displacement"]
+
+
+def test_both_down_counts_once_the_chosen_answers_have_lost_something() -> None:
+    assert raised([line(-0.2, both_down=0.9), line(-0.3, both_down=0.9)]) == [[], ["both_down"]]
+
+
+def test_the_gap_where_no_shift_is_measured_or_the_sft_rows_are_others() -> None:
+    without = {key: value for key, value in line(-2.0).items() if key not in ("spo/chosen_shift", "spo/both_down")}
+    assert raised([without]) == [["gap"]]
+    assert raised([line(0.5, **{"spo/gap": 0.2, "sft_rows": 3})]) == [["gap"]]
+    assert raised([line(0.5, **{"spo/gap": 0.2})]) == [[]]
+
+
+def test_entropy_either_way_but_not_under_sft() -> None:
+    assert raised([line(0, entropy=e) for e in (1.0, 1.9, 2.1, 1.5, 1.3, 0.6, 0.45)]) == [
+        [], [], ["entropy"], [], [], [], ["entropy"],
+    ]  # fmt: skip
+    sft = [{**line(0, entropy=e)} for e in (1.0, 0.1)]
+    for one in sft:
+        del one["rewards/margins"]
+    assert raised(sft) == [[], []]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run whose held-out chosen answers fall: a large step on few pairs, alarms at the least fall."""
+    tiny_model(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(24))
+    write_jsonl(tmp_path / "held-out.jsonl", arithmetic_pairs(7, seed=1))
+    (tmp_path / "config.yaml").write_text(
+        f"""
+output: {tmp_path}/run
+model: {{path: {tmp_path}/model}}
+data: {{train: {tmp_path}/pairs.jsonl, eval: {tmp_path}/held-out.jsonl, max_length: 64}}
+reference: {{cache: {tmp_path}/cache}}
+loss: {{name: dpo, beta: 0.5}}
+spo: {{schedule: penalty, lambda: 0.001}}
+optimizer: {{lr: 3e-3}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 8, steps: 8, eval_every: 2, threads: 1}}
+monitor: {{chosen_fall: 0.001}}
+logging: {{progress: false}}
+"""
+    )
+    assert main(["reference", str(tmp_path / "config.yaml")]) == 0
+    return tmp_path
+
+
+def train(folder: Path, *overrides: str) -> int:
+    return main(["train", str(folder / "config.yaml"), *overrides])
+
+
+def read(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [one for one in lines if one["kind"] == kind]
+
+
+def test_warn_says_it_and_leaves_the_numbers_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(folder, "logging.every=3") == 0
+    said, alarms = capsys.readouterr().err, read(folder / "run", "alarm")
+    assert {"displacement"} <= {alarm["alarm"] for alarm in alarms}
+    assert all(f"warning: {alarm['message']}\n" in said for alarm in alarms)
+    assert train(folder, f"output={folder}/quiet", "monitor.chosen_fall=1e6", "monitor.both_down=1") == 0
+    loud, quiet = read(folder / "run", "eval"), read(folder / "quiet", "eval")
+    assert [{**one, "seconds": 0} for one in loud] == [{**one, "seconds": 0} for one in quiet]
+    assert not read(folder / "quiet", "alarm")
+
+
+def test_stop_saves_ends_with_3_and_goes_on_past_the_alarm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(folder, f"output={folder}/whole") == 0
+    assert train(folder, "monitor.on_alarm=stop") == 3
+    status = json.loads((folder / "run/status.json").read_text())
+    first = read(folder / "run", "alarm")[0]
+    assert (status["state"], status["code"], status["step"]) == ("failed", 3, first["step"])
+    assert first["message"] in status["reason"] and first["message"] in capsys.readouterr().err
+    assert status["checkpoint"] == f"step_{first['step']:08d}"
+    codes = [train(folder, "monitor.on_alarm=stop") for _ in range(8)]
+    assert codes[-1] == 0 and set(codes) <= {0, 3}
+    assert [one["loss"] for one in read(folder / "run", "train")] == [
+        one["loss"] for one in read(folder / "whole", "train")
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["penalty", "lookahead", "dual"])
+def test_raise_lambda_from_the_next_step_on_and_through_a_restart(folder: Path, schedule: str) -> None:
+    given = ["monitor.on_alarm=raise_lambda", "monitor.raise_factor=3", f"spo.schedule={schedule}"]
+    if schedule == "dual":
+        given += ["spo.dual_lr=1e-9", "spo.lambda_max=0.005"]
+    assert train(folder, *given) == 0
+    raising = sorted({(one["step"], one["data"]) for one in read(folder / "run", "alarm")})
+    assert raising and "multiplied by 3" in read(folder / "run", "alarm")[0]["message"]
+    for one in read(folder / "run", "train"):
+        expected = 0.001 * 3 ** sum(step < one["step"] for step, _ in raising)
+        expected = min(expected, 0.005) if schedule == "dual" else expected
+        assert one["spo/lambda"] == pytest.approx(expected, rel=1e-5)
+    half = [*given, f"output={folder}/half"]
+    assert train(folder, *half, "training.steps=5") == 0
+    assert train(folder, *half) == 0
+    whole, resumed = ({one["step"]: one for one in read(folder / name, "train")} for name in ("run", "half"))
+    assert all(resumed[step]["spo/lambda"] == whole[step]["spo/lambda"] for step in whole)
+    assert resumed[8]["loss"] == whole[8]["loss"]
+
+
+def test_bounds_are_part_of_the_trajectory_where_they_raise_lambda(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folder, "training.steps=2", "monitor.on_alarm=raise_lambda") == 0
+    assert train(folder, "monitor.on_alarm=raise_lambda", "monitor.chosen_fall=0.5") == 2
+    assert "monitor.chosen_fall: 0.001 -> 0.5" in capsys.readouterr().err
+
+
+def test_held_out_pairs_add_up_to_the_evaluation(folder: Path) -> None:
+    assert train(folder) == 0
+    found = json.loads((folder / "run/held_out/held-out.json").read_text())
+    last = read(folder / "run", "eval")[-1]
+    rows = [json.loads(text) for text in (folder / "held-out.jsonl").read_text().splitlines()]
+    assert found["step"] == last["step"] == 8
+    assert [pair["row"] for pair in found["pairs"]] == list(range(1, 8))
+    for side in ("chosen", "rejected"):
+        mean = sum(pair[f"{side}_shift"] for pair in found["pairs"]) / 7
+        assert mean == pytest.approx(last[f"spo/{side}_shift"], abs=1e-6)
+        assert [pair[f"{side}_tokens"] for pair in found["pairs"]] == [len(row[side]) + 1 for row in rows]
+    falls = [pair["chosen_shift"] for pair in found["worst"]]
+    assert falls and falls == sorted(falls) and falls[0] == min(pair["chosen_shift"] for pair in found["pairs"])
+    for worst in found["worst"]:
+        row = rows[worst["row"] - 1]
+        assert worst["prompt"] == row["prompt"] and worst["chosen"] == row["chosen"] + "<eos>"

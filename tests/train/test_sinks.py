@@ -1,0 +1,157 @@
+"""W&B (offline) and TensorBoard: what they wrote, read back by their own readers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_spo.cli import main
+from megatron_spo.train.sinks import Sinks
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+
+def test_a_sink_that_fails_is_left_out_with_one_warning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    class Broken:
+        def line(self, kind: str, step: int, values: object) -> None:
+            raise OSError("no network")
+
+        def table(self, name: str, step: int, rows: object) -> None: ...
+
+        def close(self, report: Path) -> None: ...
+
+    class Kept(Broken):
+        seen: list[int] = []
+
+        def line(self, kind: str, step: int, values: object) -> None:
+            self.seen.append(step)
+
+    class Unopened(Broken):
+        def __init__(self) -> None:
+            raise ValueError("no account")
+
+    sinks = Sinks()
+    for kind in (Broken, Kept, Unopened):
+        sinks.open(kind)
+    for step in (1, 2):
+        sinks.line("train", step, {"loss": 1.0})
+    said = capsys.readouterr().err
+    assert said.count("warning: Broken is left out") == 1 and "no network" in said
+    assert said.count("warning: Unopened is left out") == 1
+    assert Kept.seen == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in two parts, the second of which does steps 3 and 4 again."""
+    folder = tmp_path_factory.mktemp("sinks")
+    tiny_model(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(24))
+    write_jsonl(folder / "held-out.jsonl", [{**row, "answer": row["chosen"]} for row in arithmetic_pairs(5, seed=1)])
+    config = folder / "config.yaml"
+    config.write_text(
+        f"""
+output: {folder}/run
+model: {{path: {folder}/model}}
+data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
+reference: {{cache: {folder}/cache}}
+loss: {{name: dpo, beta: 0.5}}
+spo: {{schedule: penalty, lambda: 0.001}}
+optimizer: {{lr: 3e-3}}
+precision: {{dtype: fp32}}
+training: {{global_batch_size: 8, steps: 4, eval_every: 2, threads: 1}}
+monitor: {{chosen_fall: 1e-3, generate_every: 4, generate_prompts: 3}}
+checkpoint: {{every: 2, keep: 9}}
+logging: {{progress: false, wandb: offline, tensorboard: true}}
+"""
+    )
+    assert main(["reference", str(config)]) == 0
+    assert main(["train", str(config)]) == 0
+    (folder / "run/checkpoints/latest").write_text("step_00000002")
+    assert main(["train", str(config), "training.steps=6"]) == 0
+    return folder
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    read = [json.loads(text) for text in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [line for line in read if line["kind"] == kind]
+
+
+def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
+    """Run id, logged rows, and names of artefacts of a .wandb file: W&B's messages in the blocks of a LevelDB log."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, part = file.read_bytes(), 7, b""  # behind the file's own header
+    rows, artefacts, run_id = [], [], ""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of the block
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        part, at = part + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind not in (1, 4):  # neither whole nor the last part
+            continue
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(part)
+        part = b""
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run_id = record.run.run_id
+        if kind == "artifact":
+            artefacts.append(record.artifact.name)
+        if kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            artefacts.append(record.request.log_artifact.artifact.name)
+        if kind == "history":
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    return run_id, rows, artefacts
+
+
+def test_wandb_holds_every_line_under_one_id(folder: Path) -> None:
+    files = sorted((folder / "run/wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+    first, second = (wandb_history(file) for file in files)
+    assert first[0] == second[0] == (folder / "run/wandb_id").read_text()
+    losses = {row["step"]: row["train/loss"] for row in [*first[1], *second[1]] if "train/loss" in row}
+    assert losses == {line["step"]: line["loss"] for line in lines(folder, "train")}
+    logged = {key for row in second[1] for key in row}
+    assert {"eval/held-out/spo/chosen_shift", "generation/held-out/generation/exact_match"} <= logged
+    assert any(key.startswith("worst pairs/held-out") for key in logged)
+    assert any(key.startswith("samples/held-out") for key in logged)
+    alarms = {key for row in first[1] for key in row if key.startswith("alarm/")}
+    assert alarms == {f"alarm/{one['data']}/{one['alarm']}" for one in lines(folder, "alarm") if one["step"] <= 4}
+    assert any(name == f"report-{first[0]}" for name in second[2])
+
+
+def test_tensorboard_holds_every_line_once(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run/tensorboard"), purge_orphaned_data=True).Reload()
+    for metric in ("loss", "spo/chosen_shift", "policy/entropy"):
+        found = {event.step: event.value for event in events.Scalars(f"train/{metric}")}
+        assert found == pytest.approx({line["step"]: line[metric] for line in lines(folder, "train")}, rel=1e-6)
+        assert len(events.Scalars(f"train/{metric}")) == 6
+    assert {event.step for event in events.Scalars("generation/held-out/generation/malformed")} == {4, 6}
+    tags = events.Tags()["tensors"]
+    assert any(tag.startswith("alarm/train") for tag in tags)
+    assert any(tag.startswith("worst pairs/held-out") for tag in tags)
+
+
+def test_answers_are_those_of_the_exported_model(folder: Path) -> None:
+    """The last answers against `convert` and `generate` of the same weights."""
+    from megatron_spo.evaluate.scores import score
+
+    samples = [json.loads(text) for text in (folder / "run/samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [4] * 3 + [6] * 3
+    assert main(["convert", str(folder / "run"), str(folder / "hf"), "--to", "hf"]) == 0
+    rows = [json.loads(text) for text in (folder / "held-out.jsonl").read_text().splitlines()][:3]
+    longest = max(len(row["chosen"]) for row in rows) + 1
+    write_jsonl(folder / "prompts.jsonl", rows)
+    given = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / "out.jsonl")]
+    assert main(["generate", str(folder / "hf"), *given, "--max-new-tokens", str(2 * longest)]) == 0
+    answers = [json.loads(text) for text in (folder / "out.jsonl").read_text().splitlines()]
+    assert [sample["answer"] for sample in samples[3:]] == [row["responses"][0] for row in answers]
+    assert [sample["reference"] for sample in samples[3:]] == [row["chosen"] for row in rows]
+    scores = score(rows, [row["responses"] for row in answers], [row["finished"] for row in answers])
+    line = lines(folder, "generation")[-1]
+    for name in ("exact_match", "malformed", "rep_4", "distinct_2", "length_ratio"):
+        assert line[f"generation/{name}"] == pytest.approx(getattr(scores, name))
+    assert not (folder / "run/.answers").exists()
