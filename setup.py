@@ -38,6 +38,7 @@ setup(
         "pyyaml>=6",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "scipy>=1.11",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -16,6 +16,7 @@ from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.quiet import quiet_third_parties
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watch_thread import watch
+from megatron_spo.scaling.options import add_options as add_scaling_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,6 +123,8 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_evaluate_options(add("evaluate", _evaluate, "scores of answers; how a model ranks pairs, or does on tasks"))
     add_options(add("plan", _plan, "memory, time and cost of a run, and the layouts that fit, before a GPU is touched"))
 
+    add_scaling_options(add("scaling", _scaling, "fit scaling laws, run studies"))
+
     report = add("report", _report, "draw one or several runs into one HTML page")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directory")
     report.add_argument("--out", type=Path, required=True, help="HTML file to write")
@@ -184,6 +187,15 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_spo.planner.command import plan
 
     print(plan(read_options(options)))
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    from megatron_spo.scaling import command
+
+    if options.part == "fit":
+        print(command.fit_points(options))
+    elif not command.run_study(options):
+        sys.exit(1)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Laws fitted to the results of many runs, and studies: many runs from one file."""

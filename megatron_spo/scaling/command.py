@@ -1,0 +1,104 @@
+"""`scaling fit` and `scaling study` as functions of their options."""
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_spo.errors import UserError
+from megatron_spo.scaling.fit import LAWS, fit
+from megatron_spo.scaling.law import Ask
+from megatron_spo.scaling.models import write_models
+from megatron_spo.scaling.options import number_pairs
+from megatron_spo.scaling.plot import draw
+from megatron_spo.scaling.points import read_points
+from megatron_spo.scaling.slurm import submit
+from megatron_spo.scaling.steps import Runner
+from megatron_spo.scaling.study import Study, StudyRun, check_configurations, read_study
+from megatron_spo.scaling.table import make_table, shown
+
+
+def fit_points(options: argparse.Namespace) -> str:
+    """Write FIT.json and the picture; returns the parameters as a text."""
+    law = LAWS[options.law]
+    if options.bootstrap < 100:
+        raise UserError(f"--bootstrap {options.bootstrap}: at least 100, for the ends of the intervals")
+    for number in (*options.flops, *options.stable_steps):
+        if not 0 < number < float("inf"):
+            raise UserError(f"--flops and --stable-steps must be positive, not {number:g}")
+    for name, given in (("flops", options.flops), ("stable_steps", options.stable_steps), ("at", options.at)):
+        if given and law.name != ("chinchilla" if name == "flops" else "stability"):
+            raise UserError(f"--{name.replace('_', '-')} has no meaning for the law {law.name}")
+    points = read_points(options.points, law.required, law.optional, options.column)
+    ask = Ask(options.flops, options.stable_steps, number_pairs(options.at, "--at"))
+    found = fit(law, points, ask, bootstrap=options.bootstrap, seed=options.seed)
+    write(options.out, json.dumps(found.report, indent=1) + "\n")
+    if options.plot:
+        write(options.plot, draw(found))
+    lines = [f"{law.name}: {found.report['points']} points, held out {found.report['held_out']['points']}: mean "
+             f"absolute error {found.report['held_out']['mean_absolute']:.3g} ({law.unit})"]  # fmt: skip
+    for name, (low, high) in found.report["intervals"].items():
+        lines.append(f"{name:>10s} {found.values[name]:12.5g}   {low:.5g} to {high:.5g}")
+    return "\n".join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, complete or not at all; UserError where that cannot be."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def run_study(options: argparse.Namespace) -> bool:
+    """Run what is asked for and print the table; whether all runs asked for are done."""
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: at least 1")
+    study = read_study(options.study)
+    runs = [run for run in study.runs if not options.only or run.number in options.only]
+    if missing := sorted(set(options.only or ()) - {run.number for run in runs}):
+        raise UserError(f"--only {missing[0]}: the study has runs 1 to {len(study.runs)}")
+    if not options.table:
+        if not options.list:
+            write_models(study)
+        check_configurations(study)
+    if options.slurm:
+        submit(study, really=options.slurm == "submit")
+        return True
+    if options.list:
+        print("\n".join(f"{run.number:4d}  {' '.join(run.overrides)}" for run in runs))
+        return True
+    if not options.table:
+        run_all(study, runs, options.workers)
+    rows = make_table(study)
+    print(shown(study, rows))
+    print(f"{study.out / 'table.csv'}, {study.out / 'table.parquet'}")
+    return options.table or all(rows[run.number - 1]["state"] == "done" for run in runs)
+
+
+def run_all(study: Study, runs: Sequence[StudyRun], workers: int) -> None:
+    """Several runs at a time, each with its share of the cores; KeyboardInterrupt when told to end, all saved."""
+    runner = Runner(threads=max(1, len(os.sched_getaffinity(0)) // workers))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(runs), desc=study.path.stem, unit="run", disable=None) as progress,
+    ):
+        try:
+            for done in as_completed([pool.submit(runner.run, study, run) for run in runs]):
+                done.result()
+                progress.update()
+        except BaseException:
+            runner.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)

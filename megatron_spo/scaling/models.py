@@ -1,0 +1,48 @@
+"""A family of models for a study: one shape with other sizes, random weights, and a tokenizer in common."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.errors import UserError
+from megatron_spo.scaling.study import ModelsSpec, Study
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+
+def write_models(study: Study) -> None:
+    """Writes OUT/models/NAME in Hugging Face format; what is there already stays.
+
+    Raises:
+        UserError: for a key that the model does not have, a shape that is not built, or a folder of another shape.
+    """
+    if study.models is None:
+        return
+    read_model_shape(study.models.like)
+    base = json.loads((Path(study.models.like) / "config.json").read_text())
+    for name, changes in study.models.sizes.items():
+        if unknown := [key for key in changes if key not in base]:
+            raise UserError(f"{study.path}: models.sizes.{name}: {study.models.like}/config.json has no {unknown[0]}")
+        _write(study.models, study.out / "models" / name, {**base, **changes})
+
+
+def _write(models: ModelsSpec, folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=1)
+    record = folder / "made_from.json"
+    if record.is_file():
+        if record.read_text() != text:
+            raise UserError(f"{folder} was made with other sizes; remove it, or name another `out`")
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(models.like, partial, ignore=shutil.ignore_patterns(*WEIGHTS))
+    (partial / "config.json").write_text(text)
+    read_model_shape(partial)
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed  # takes seconds, and most studies need none
+
+    set_seed(models.seed)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial)).save_pretrained(partial)
+    (partial / record.name).write_text(text)
+    partial.rename(folder)

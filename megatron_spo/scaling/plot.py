@@ -1,0 +1,32 @@
+"""A fit in two panels: seen over predicted, and the residuals over the size that extrapolation is judged by."""
+
+import matplotlib
+import numpy as np
+
+from megatron_spo.report import figures
+from megatron_spo.scaling.fit import Fit
+
+
+def draw(fit: Fit) -> str:
+    """SVG for a file of its own. Runs that never crossed a bound (stability) are hollow."""
+    law, points, values = fit.law, fit.points, fit.values
+    seen = points[law.outcome]
+    predicted, left = law.predict(values, points), law.residuals(values, points)
+    hollow = points["crossed"] == 0 if "crossed" in points else np.zeros(len(seen), dtype=bool)
+    blue, grey = figures.PALETTE[0], figures.PALETTE[7]
+    with matplotlib.rc_context(figures.STYLE):
+        figure, (fits, residuals) = figures.new_figure(2)
+        for axes, x, y in ((fits, predicted, seen), (residuals, law.size(points), left)):
+            axes.scatter(x[~hollow], y[~hollow], s=14, color=blue)
+            axes.scatter(x[hollow], y[hollow], s=14, edgecolors=blue, facecolors="none")
+            axes.grid(alpha=0.2)
+        ends = [min(predicted.min(), seen.min()), max(predicted.max(), seen.max())]
+        fits.plot(ends, ends, color=grey, linewidth=1)
+        if ends[0] > 0:
+            fits.set(xscale="log", yscale="log")
+        fits.set(title=law.name, xlabel=f"{law.outcome}, predicted", ylabel=f"{law.outcome}, seen")
+        residuals.axhline(0, color=grey, linewidth=1)
+        if law.size(points).min() > 0:
+            residuals.set(xscale="log")
+        residuals.set(title="Residuals", xlabel=law.size_name, ylabel=law.unit)
+        return figures.file_svg(figure)

@@ -1,0 +1,163 @@
+"""Steps until a run's displacement crosses a bound, log-linear in what it was trained with (a Tobit model).
+
+    log steps = c + sum over x of c_x * t_x + sigma * normal noise
+
+t is the log of lr, beta and N, and log(1 + lambda), for lambda may be 0. A run that ended before it crossed the bound
+says only that it would have taken longer (right-censored): leaving it out, or taking its end for a crossing, would make
+stable settings look worse.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.stats import norm
+
+from megatron_spo.errors import UserError
+from megatron_spo.scaling.law import (
+    Ask,
+    Intervals,
+    Unidentified,
+    Values,
+    interval,
+    require_distinct,
+    require_points,
+    require_positive,
+)
+from megatron_spo.scaling.points import Columns
+
+CAUSES = ("lr", "beta", "lambda", "N")
+STABLE = 0.9
+"""Probability with which a run of the predicted lambda stays within the bound."""
+WIDEST = 20.0
+"""Largest width of a coefficient's interval: of an exponent, beyond which it says nothing."""
+
+
+class Stability:
+    """`steps`: until the crossing, or done without one; `crossed`: 1 or 0; causes that never vary are left out."""
+
+    name = "stability"
+    required: tuple[str, ...] = ("steps", "crossed")
+    optional: tuple[str, ...] = CAUSES
+    outcome = "steps"
+    size_name = "N, or the first cause that varies"
+    unit = "log steps"
+
+    def check(self, points: Columns) -> None:
+        crossed = points["crossed"]
+        if not np.isin(crossed, (0, 1)).all():
+            raise UserError("crossed must be 1 (or true) or 0 (or false)")
+        require_positive(points, [name for name in ("steps", "lr", "beta", "N") if name in points])
+        if "lambda" in points and (points["lambda"] < 0).any():
+            raise UserError("lambda must not be negative")
+        causes = varied(points)
+        if not causes:
+            raise Unidentified(f"no cause varies: at least one of {', '.join(CAUSES)} must")
+        if not crossed.any():
+            raise Unidentified("no run crossed the bound, all are censored: train longer, or take a nearer bound")
+        require_points({"steps": points["steps"][crossed == 1]}, len(causes) + 3)
+        terms = _terms(points, causes)[crossed == 1]
+        for i, name in enumerate(causes):
+            require_distinct({name: terms[:, 1 + i]}, name, 2)
+        if np.linalg.matrix_rank((terms - terms.mean(0))[:, 1:], tol=1e-6) < len(causes):
+            raise Unidentified(f"{', '.join(causes)} vary together among the runs that crossed: vary them one by one")
+
+    def estimate(self, points: Columns, start: Values | None = None) -> Values:
+        """Largest likelihood, by BFGS from the least-squares fit of all runs, over standardised causes."""
+        causes = varied(points)
+        terms = _terms(points, causes)
+        mean, scale = terms[:, 1:].mean(0), terms[:, 1:].std(0)
+        x = np.column_stack([np.ones(len(terms)), (terms[:, 1:] - mean) / scale])
+        y, crossed = np.log(points["steps"]), points["crossed"] == 1
+        line, *_ = np.linalg.lstsq(x, y)
+        spread = max(float(np.std(y - x @ line)), 0.01)
+        fit = minimize(_unlikelihood, [*line, np.log(spread)], (x, y, crossed), "BFGS", jac=True)
+        slopes = fit.x[1:-1] / scale
+        found = {"c": float(fit.x[0] - slopes @ mean)}
+        found |= {f"c_{name}": float(slope) for name, slope in zip(causes, slopes, strict=True)}
+        return {**found, "sigma": float(np.exp(fit.x[-1]))}
+
+    def predict(self, values: Values, points: Columns) -> np.ndarray:
+        """The median."""
+        causes = [name.removeprefix("c_") for name in values if name.startswith("c_")]
+        return np.exp(_terms(points, causes) @ [values["c"], *(values[f"c_{name}"] for name in causes)])
+
+    def residuals(self, values: Values, points: Columns) -> np.ndarray:
+        """A run that never crossed has one only as far as it contradicts the prediction."""
+        error = np.log(points["steps"]) - np.log(self.predict(values, points))
+        return np.where(points["crossed"] == 1, error, np.maximum(error, 0))
+
+    def size(self, points: Columns) -> np.ndarray:
+        """N where it varies, else the first cause that does; never the steps, which are the outcome."""
+        causes = varied(points)
+        return points["N" if "N" in causes else causes[0]]
+
+    def judge(self, values: Values, intervals: Intervals, points: Columns) -> None:
+        for name, (low, high) in intervals.items():
+            if name.startswith("c_") and high - low > WIDEST:
+                raise Unidentified(
+                    f"{name} may be anything from {low:.3g} to {high:.3g}: too few runs crossed the bound at different "
+                    f"{name.removeprefix('c_')}"
+                )
+
+    def conclude(self, values: Values, draws: Sequence[Values], points: Columns, ask: Ask) -> dict[str, Any]:
+        causes = varied(points)
+        middle = {name: float(np.exp(np.log(points[name]).mean())) for name in causes if name != "lambda"}
+        if unknown := sorted(set(ask.at or {}) - set(middle)):
+            raise UserError(f"--at {unknown[0]}=...: not a cause that varies here; these do: {', '.join(middle)}")
+        at = middle | dict(ask.at or {})
+        found: dict[str, Any] = {"censored": int((points["crossed"] == 0).sum()), "at": at}
+        if ask.stable_steps and "lambda" not in causes:
+            raise UserError("--stable-steps: lambda does not vary in these points")
+        found["stable_lambda"] = [
+            {
+                "steps": steps,
+                "probability": STABLE,
+                "lambda": _stable_lambda(values, steps, at),
+                "largest_seen": float(points["lambda"].max()),
+                "lambda_interval": _lambda_interval([_stable_lambda(draw, steps, at) for draw in draws]),
+            }
+            for steps in ask.stable_steps
+        ]
+        return found
+
+
+def varied(points: Columns) -> list[str]:
+    """The causes with more than one value."""
+    return [name for name in CAUSES if name in points and len(np.unique(points[name])) > 1]
+
+
+def _terms(points: Columns, causes: Sequence[str]) -> np.ndarray:
+    """[points, 1 + causes]."""
+    logs = [np.log1p(points[name]) if name == "lambda" else np.log(points[name]) for name in causes]
+    return np.column_stack([np.ones(len(next(iter(points.values())))), *logs])
+
+
+def _unlikelihood(point: np.ndarray, x: np.ndarray, y: np.ndarray, crossed: np.ndarray) -> tuple[float, np.ndarray]:
+    """Minus the log likelihood, and its gradient; the last parameter is log sigma."""
+    sigma = np.exp(point[-1])
+    z = (y - x @ point[:-1]) / sigma
+    tail = norm.logsf(z)
+    logs = np.where(crossed, norm.logpdf(z) - point[-1], tail)
+    slope = np.where(crossed, z, np.exp(norm.logpdf(z) - tail))  # minus d logs / d z
+    gradient = np.concatenate([-(slope / sigma) @ x, [-np.sum(slope * z - crossed)]])
+    return -float(logs.sum()), gradient
+
+
+def _stable_lambda(values: Values, steps: float, at: Mapping[str, float]) -> float | None:
+    """The least lambda with which a run stays within the bound for so many steps; None where lambda does not help."""
+    if values["c_lambda"] <= 0:
+        return None
+    others = values["c"] + sum(values[f"c_{name}"] * np.log(value) for name, value in at.items())
+    needed = np.log(steps) + norm.ppf(STABLE) * values["sigma"] - others
+    return float(np.expm1(np.clip(needed / values["c_lambda"], 0, 50)))
+
+
+def _lambda_interval(found: Sequence[float | None]) -> tuple[float, float] | None:
+    """None where some draws see no help from lambda: then no lambda can be promised."""
+    numbers = [number for number in found if number is not None]
+    return interval(numbers) if len(numbers) == len(found) else None
+
+
+STABILITY = Stability()

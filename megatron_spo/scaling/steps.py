@@ -1,0 +1,165 @@
+"""The commands of a study as subprocesses: done once, by whoever comes first, and known as done afterwards.
+
+A command's lock is held by the command itself: where the study is killed, commands that run go on to their end, and the
+next call waits for them instead of starting them again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_spo.scaling.study import PROGRAMS, Step, Study, StudyRun
+
+STOPPED = 75
+"""Exit code of `train` where it was told to end and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step leaves its mark, lock and log; the mark holds `key`, a checksum of all commands so far."""
+
+    mark: Path
+    lock: Path
+    log: Path
+    key: str
+
+    @property
+    def is_done(self) -> bool:
+        return self.mark.is_file() and self.mark.read_text() == self.key
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run did not come to its end."""
+
+    step: str
+    code: int
+    reason: str
+
+
+def steps_of(study: Study, run: StudyRun, threads: int | None = None) -> list[tuple[Step, Place]]:
+    """A run's commands in their order; the threads of `train` are none of its identity."""
+    own = [f"output={run.directory}", "logging.progress=false"]
+    train = Step("train", (*PROGRAMS["megatron-spo"], "train", str(study.base), *run.overrides, *own))
+    digest = hashlib.sha256(study.base.read_bytes())
+    placed = []
+    for step in (*run.before, train, *run.after):
+        digest.update(json.dumps(step.words[1:]).encode())  # without the interpreter: it may move
+        folder = study.out / "before" if step.shared else run.folder / "steps"
+        place = Place(
+            folder / step.name, folder / f".{step.name}.lock", folder / f"{step.name}.log", digest.hexdigest()
+        )
+        placed.append((step, place))
+    return placed
+
+
+def is_done(run: StudyRun, step: Step, place: Place) -> bool:
+    """Also where a job script trained the run: then nothing of what comes before is needed."""
+    if place.is_done:
+        return True
+    by_script = not (run.folder / "steps/train").exists() and status(run).get("state") == "done"
+    return by_script and (step.shared or step.name == "train")
+
+
+def status(run: StudyRun) -> dict[str, Any]:
+    """Of `train`'s status.json, empty where there is none."""
+    path = run.directory / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@dataclass
+class Runner:
+    """Runs steps, from several threads at once; `threads` is what each command may use."""
+
+    threads: int
+    stopping: threading.Event = field(default_factory=threading.Event)
+    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _failed: dict[Path, Failure] = field(default_factory=dict)
+
+    def run(self, study: Study, run: StudyRun) -> None:
+        """All steps of a run that are not done; a failure is written down and ends this run alone."""
+        record = run.folder / "failure.json"
+        for step, place in steps_of(study, run):
+            failure = self._step(run, step, place)
+            if self.stopping.is_set():
+                return
+            if failure is not None:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                record.write_text(json.dumps(failure.__dict__))
+                return
+        record.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Tells all commands to end, once: `train` saves and can go on."""
+        self.stopping.set()
+        for process in list(self._processes):
+            process.terminate()
+
+    def _step(self, run: StudyRun, step: Step, place: Place) -> Failure | None:
+        place.mark.parent.mkdir(parents=True, exist_ok=True)
+        with self._held(place.lock) as lock:
+            if self.stopping.is_set() or is_done(run, step, place):
+                return None
+            if place.mark in self._failed:  # a shared one, in this call: the other runs need not try again
+                return self._failed[place.mark]
+            code = self._call(self._words(step), place.log, lock)
+            if code == 0:
+                partial = place.mark.with_name(f".{step.name}.partial")
+                partial.write_text(place.key)
+                os.replace(partial, place.mark)
+                return None
+            failure = Failure(step.name, code, reason(place.log))
+            if step.shared:
+                self._failed[place.mark] = failure
+            return failure
+
+    def _words(self, step: Step) -> Sequence[str]:
+        limited = (f"training.threads={self.threads}",) if step.name == "train" else ()
+        return ("env", f"OMP_NUM_THREADS={self.threads}", *step.words, *limited)
+
+    def _call(self, words: Sequence[str], log: Path, lock: int) -> int:
+        with log.open("wb") as file:
+            file.write(f"$ {' '.join(words)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                start_new_session=True,  # a key press reaches the study alone, which tells its commands once
+            )
+        self._processes.add(process)
+        if self.stopping.is_set():
+            process.terminate()
+        code = process.wait()
+        self._processes.discard(process)
+        return code
+
+    @contextlib.contextmanager
+    def _held(self, path: Path) -> Iterator[int]:
+        """The lock's file descriptor, once no other thread, call or command of a killed call holds it."""
+        with path.open("a") as file:
+            while not self.stopping.is_set():
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.2)
+            yield file.fileno()
+
+
+def reason(log: Path) -> str:
+    """A command's own message, else the last line of its log."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return own[0] if own else lines[-1]

@@ -1,0 +1,152 @@
+"""The table of a study: a row for each run, with what varies, how it ended and its last metrics."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.csv as arrow_csv
+import pyarrow.parquet as parquet
+
+from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.errors import UserError
+from megatron_spo.report.runs import Run, read_run
+from megatron_spo.scaling.steps import STOPPED, is_done, status, steps_of
+from megatron_spo.scaling.study import CrossingSpec, Study, StudyRun
+
+Row = dict[str, Any]
+SHOWN = ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/spo/chosen_shift")
+"""Metrics that the terminal shows, beside the columns of `after`; the files hold all."""
+
+
+def make_table(study: Study) -> list[Row]:
+    """Writes OUT/table.csv and OUT/table.parquet; returns the rows."""
+    rows = [row(study, run) for run in study.runs]
+    names = list(dict.fromkeys(name for one in rows for name in one))
+    columns = {name: arrow.array(_alike([one.get(name) for one in rows])) for name in names}
+    table = arrow.table(columns)
+    study.out.mkdir(parents=True, exist_ok=True)
+    for name, writer in (("table.csv", arrow_csv.write_csv), ("table.parquet", parquet.write_table)):
+        partial = study.out / f".{name}.partial"
+        writer(table, partial)
+        partial.replace(study.out / name)
+    return rows
+
+
+def row(study: Study, run: StudyRun) -> Row:
+    """One run; a metric that was never written is absent."""
+    found: Row = {"run": run.number, **run.choices, **_state(study, run)}
+    if (run.directory / "metrics.jsonl").is_file():
+        known = read_run(run.directory)
+        found |= _cost(known) | _metrics(known)
+        if study.crossing is not None and known.lines:
+            found |= _crossing(known, study.crossing)
+    for step in run.after:
+        if step.columns is not None and step.columns.is_file():
+            found |= {f"{step.name}/{name}": value for name, value in _object(step.columns).items()}
+    return found
+
+
+def parameters(shape: ModelShape) -> int:
+    """All numbers of a model, those of every expert among them."""
+    if shape.experts is None:
+        feed_forward = 3 * shape.hidden * shape.ffn
+    else:
+        feed_forward = shape.experts.count * (3 * shape.hidden * shape.experts.ffn + shape.hidden)
+    biases = (shape.heads + 2 * shape.kv_heads) * shape.head_dim if shape.qkv_bias else 0
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    layer = shape.attention_weights + biases + feed_forward + norms
+    return shape.layers * layer + (1 if shape.tied else 2) * shape.vocab * shape.hidden + shape.hidden
+
+
+def shown(study: Study, rows: Sequence[Row]) -> str:
+    """The main columns for a terminal."""
+    after = [name for name in dict.fromkeys(name for one in rows for name in one)
+             if any(name.startswith(f"{step.name}/") for step in study.runs[0].after)]  # fmt: skip
+    names = ["run", *study.runs[0].choices, "state", *after, *SHOWN]
+    names = [name for name in dict.fromkeys(names) if any(name in one for one in rows)]
+    cells = [names, *([_cell(one.get(name)) for name in names] for one in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    reasons = ["", *(f"  <- {one['reason']}" if one["reason"] else "" for one in rows)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + why
+        for line, why in zip(cells, reasons, strict=True)
+    )
+
+
+def _state(study: Study, run: StudyRun) -> Row:
+    """done, failed, stopped, running, or missing where nothing was begun; and why."""
+    if all(is_done(run, step, place) for step, place in steps_of(study, run)):
+        return {"state": "done", "reason": ""}
+    failure = run.folder / "failure.json"
+    if failure.is_file():
+        known = json.loads(failure.read_text())
+        state = "stopped" if known["code"] == STOPPED else "failed"
+        return {"state": state, "reason": f"{known['step']} ended with code {known['code']}: {known['reason']}"}
+    known = status(run)
+    state = "unfinished" if known.get("state") in ("running", "done") else known.get("state", "missing")
+    return {"state": state, "reason": known.get("reason", "")}
+
+
+def _cost(run: Run) -> Row:
+    """Seconds in steps, optimizer steps, N (parameters) and D (tokens computed)."""
+    lines = run.of(None)
+    every = int(run.config.get("logging.every", "1"))
+    found: Row = {
+        "seconds": sum(line.get("seconds", 0.0) for line in lines) * every,
+        "training_steps": run.last(None)["step"],
+        "D": sum(line.get("tokens", 0) for line in lines) * every,
+    }
+    model = Path(json.loads(run.config.get("model.path", '""')))
+    return {"N": parameters(read_model_shape(model)), **found} if (model / "config.json").is_file() else found
+
+
+def _metrics(run: Run) -> Row:
+    """The last numbers of training and of each held-out set; the first set is `eval`, others have their names."""
+    found: Row = {}
+    for i, name in enumerate([None, *run.eval_sets]):
+        prefix = "train" if name is None else "eval" if i == 1 else f"eval/{name}"
+        last = run.last(name)
+        found |= {f"{prefix}/{key}": value for key, value in last.items() if isinstance(value, int | float)}
+    return {name: value for name, value in found.items() if not name.endswith(("/step", "/seconds", "/tokens"))}
+
+
+def _crossing(run: Run, crossing: CrossingSpec) -> Row:
+    """`steps` at which the metric was first below the bound, or done without that."""
+    data = run.eval_sets[0] if run.eval_sets else None
+    points = run.points(crossing.metric, data)
+    if not points:
+        known = sorted(name for name, value in run.last(data).items() if isinstance(value, float))
+        raise UserError(f"crossing: no metric {crossing.metric!r} was written; there are {', '.join(known)}")
+    step = next((step for step, value in points if value < crossing.below or math.isnan(value)), None)
+    return {"crossed": step is not None, "steps": points[-1][0] if step is None else step}
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a JSON object, a column for each of its keys")
+    return found
+
+
+def _alike(values: Sequence[Any]) -> list[Any]:
+    """Values of one type: as they are, or as JSON where they are not all numbers, texts or truths."""
+    kinds = {
+        bool if isinstance(v, bool) else float if isinstance(v, int | float) else type(v)
+        for v in values
+        if v is not None
+    }
+    if kinds == {float} and any(isinstance(value, float) for value in values):
+        return [None if value is None else float(value) for value in values]
+    if kinds <= {str} or kinds in ({bool}, {float}):
+        return list(values)
+    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,251 @@
+"""The fits against laws whose parameters are known, published ones among them, and what they refuse."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import least_squares
+
+from megatron_spo.cli import main
+from megatron_spo.scaling.additive import CHINCHILLA, DELTA, POWER
+from megatron_spo.scaling.fit import LAWS, fit
+from megatron_spo.scaling.law import Ask, Unidentified
+from megatron_spo.scaling.options import LAW_NAMES
+from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
+from megatron_spo.scaling.points import Points
+from megatron_spo.scaling.stability import STABILITY
+
+# Besiroglu et al. 2024 (arXiv 2404.10102): estimate and standard error
+PUBLISHED = {
+    "E": (1.8172, 0.03),
+    "A": (482.01, 124.58),
+    "B": (2085.43, 1293.23),
+    "alpha": (0.3478, 0.02),
+    "beta": (0.3658, 0.02),
+}
+KNOWN = {name: value for name, (value, _) in PUBLISHED.items()}
+NOISE = 0.008  # of log loss, about what their residuals show
+
+
+def chinchilla_points(
+    values: Mapping[str, float] = KNOWN, *, noise: float = NOISE, seed: int = 0, count: int = 240
+) -> dict[str, np.ndarray]:
+    """As many runs as they had, over the range of sizes and compute of Hoffmann et al."""
+    generator = np.random.default_rng(seed)
+    sizes = np.geomspace(44e6, 16e9, 30)[generator.integers(0, 30, count)]
+    flops = np.geomspace(6e18, 3e21, 9)[generator.integers(0, 9, count)]
+    points = {"N": sizes, "D": flops / (6 * sizes), "loss": np.ones(count)}
+    return points | {
+        "loss": CHINCHILLA.predict(dict(values), points) * np.exp(noise * generator.standard_normal(count))
+    }
+
+
+def power_points(seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    x = 10 ** generator.uniform(3, 7, 40)
+    return {"x": x, "loss": (1.5 + 30 * x**-0.3) * np.exp(0.005 * generator.standard_normal(40))}
+
+
+def overoptimization_points(beta: float = 0.3) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    d = 10 ** generator.uniform(0, 1.5, 40)
+    return {"kl": d**2, "reward": d * (0.9 - beta * np.log(d)) + 0.1 * generator.standard_normal(40)}
+
+
+def stability_points(end: float = 400.0) -> dict[str, np.ndarray]:
+    """Runs that are done after `end` steps; log steps falls with log lr by 1 and rises with log(1 + lambda) by 2."""
+    generator = np.random.default_rng(0)
+    lr, spread = 10 ** generator.uniform(-5, -3, 200), generator.choice([0, 0.25, 0.5, 1, 2], 200)
+    steps = np.exp(-3 - np.log(lr) + 2 * np.log1p(spread) + 0.3 * generator.standard_normal(200))
+    ended = {"steps": np.minimum(steps, end), "crossed": (steps < end).astype(float)}
+    return {"lr": lr, "lambda": spread, **ended}
+
+
+def write_csv(path: Path, points: Mapping[str, Sequence[object] | np.ndarray]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(points)
+        writer.writerows(zip(*points.values(), strict=True))
+    return path
+
+
+def test_published_law_comes_out(tmp_path: Path) -> None:
+    points = write_csv(tmp_path / "points.csv", chinchilla_points())
+    options = ["--law", "chinchilla", "--plot", str(tmp_path / "fit.svg"), "--flops", "5.76e23", "--bootstrap", "300"]
+    assert main(["scaling", "fit", str(points), "--out", str(tmp_path / "fit.json"), *options]) == 0
+    found = json.loads((tmp_path / "fit.json").read_text())
+    assert found["law"] == "chinchilla"
+    for name, (value, error) in PUBLISHED.items():
+        assert abs(found["parameters"][name] - value) < 1.96 * error, name
+        low, high = found["intervals"][name]
+        assert low < value < high, name
+    assert found["residuals"]["root_mean_square"] == pytest.approx(NOISE, rel=0.15)
+    assert found["held_out"]["points"] >= 40
+    assert found["held_out"]["mean_absolute"] < 1.5 * NOISE
+    best = found["compute_optimal"]["at"][0]
+    assert 6 * best["N"] * best["D"] == pytest.approx(5.76e23)
+    assert best["D"] / best["N"] == pytest.approx(20, rel=0.25)  # their finding, at Chinchilla's budget
+    assert "<svg" in (tmp_path / "fit.svg").read_text()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_minimum_is_that_of_another_solver(seed: int) -> None:
+    """Huber's loss of log L as scipy.least_squares minimises it from the true values."""
+    points = chinchilla_points(seed=seed)
+    found = CHINCHILLA.estimate(points)
+
+    def errors(vector: np.ndarray) -> np.ndarray:
+        values = dict(zip(KNOWN, [*np.exp(vector[:3]), *vector[3:]], strict=True))
+        return CHINCHILLA.residuals(values, points)
+
+    start = [*np.log([KNOWN[name] for name in ("E", "A", "B")]), KNOWN["alpha"], KNOWN["beta"]]
+    scale = [0.1, 1.0, 1.0, 0.05, 0.05]
+    other = least_squares(errors, start, loss="huber", f_scale=DELTA, x_scale=scale, xtol=1e-12, ftol=1e-12)
+    own = np.abs(errors(np.array([*np.log([found[n] for n in ("E", "A", "B")]), found["alpha"], found["beta"]])))
+    cost = np.where(own > DELTA, DELTA * own - DELTA**2 / 2, own**2 / 2).sum()
+    assert cost <= other.cost * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"E": 0.4, "A": 20.0, "B": 900.0, "alpha": 0.25, "beta": 0.45},
+        {"E": 2.5, "A": 5000.0, "B": 100.0, "alpha": 0.5, "beta": 0.2},
+    ],
+)
+def test_other_laws_without_noise_come_out_exactly(law: dict[str, float]) -> None:
+    assert CHINCHILLA.estimate(chinchilla_points(law, noise=0)) == pytest.approx(law, rel=1e-4)
+
+
+def test_units_do_not_matter() -> None:
+    points = chinchilla_points()
+    plain = CHINCHILLA.estimate(points)
+    millions = {"N": points["N"] / 1e6, "D": points["D"] / 1e9, "loss": points["loss"] / np.log(2)}
+    other = CHINCHILLA.estimate(millions)
+    for name in ("alpha", "beta"):
+        assert other[name] == pytest.approx(plain[name], rel=1e-6)
+    assert other["E"] * np.log(2) == pytest.approx(plain["E"], rel=1e-6)
+    assert other["A"] * np.log(2) * 1e6 ** plain["alpha"] == pytest.approx(plain["A"], rel=1e-5)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    covered = 0
+    for seed in range(20):
+        low, high = fit(POWER, Points(power_points(seed=seed)), Ask(), bootstrap=100).report["intervals"]["alpha"]
+        covered += low < 0.3 < high
+    assert covered >= 15  # 19 expected; fewer with probability 0.0003 were the coverage 0.95
+
+
+def test_power_law() -> None:
+    report = fit(POWER, Points(power_points()), Ask(), bootstrap=200).report
+    assert report["parameters"] == pytest.approx({"E": 1.5, "A": 30, "alpha": 0.3}, rel=0.05)
+    assert "compute_optimal" not in report
+
+
+def test_overoptimization() -> None:
+    report = fit(OVEROPTIMIZATION, Points(overoptimization_points()), Ask(), bootstrap=200).report
+    assert report["parameters"] == pytest.approx({"alpha": 0.9, "beta": 0.3}, rel=0.03)
+    assert report["peak"]["kl"] == pytest.approx(np.exp(2 * (0.9 / 0.3 - 1)), rel=0.05)
+    assert report["peak"]["within_points"]
+
+
+def test_stability_counts_runs_that_never_crossed() -> None:
+    points = stability_points()
+    assert 0.2 < points["crossed"].mean() < 0.8
+    ask = Ask(stable_steps=[1000], at={"lr": 1e-4})
+    found = fit(STABILITY, Points(points), ask, bootstrap=200).report
+    truth = {"c": -3.0, "c_lr": -1.0, "c_lambda": 2.0, "sigma": 0.3}
+    for name, value in truth.items():
+        low, high = found["intervals"][name]
+        assert low < value < high, name
+    needed = np.expm1((np.log(1000) + 1.2816 * 0.3 + 3 + np.log(1e-4)) / 2)
+    stable = found["stable_lambda"][0]
+    assert stable["lambda_interval"][0] < needed < stable["lambda_interval"][1]
+    ended = {**points, "crossed": np.ones(200)}  # the mistake that censoring avoids
+    assert abs(STABILITY.estimate(ended)["c_lambda"] - 2) > 4 * abs(found["parameters"]["c_lambda"] - 2)
+
+
+def line_of_sizes() -> dict[str, np.ndarray]:
+    points = chinchilla_points()
+    points["D"] = 20 * points["N"]
+    return points | {"loss": CHINCHILLA.predict(KNOWN, points)}
+
+
+REFUSED = {
+    "few N": (CHINCHILLA, {**chinchilla_points(), "N": np.repeat([1e8, 1e9], 120)}, "2 distinct N: at least 3"),
+    "D proportional": (CHINCHILLA, line_of_sizes(), "D is a power of N in all points (exponent 1.00)"),
+    "rising": (CHINCHILLA, chinchilla_points({**KNOWN, "B": 1e-3, "beta": -0.3}), "does not fall with D"),
+    "no curvature": (
+        POWER,
+        {"x": np.geomspace(1e3, 3e3, 20), "loss": 3 - 1e-3 * np.arange(20) + 0.01 * np.sin(np.arange(20))},
+        "may be anything from",
+    ),
+    "few points": (POWER, {name: column[:3] for name, column in power_points().items()}, "3 points: at least 4"),
+    "no extrapolation": (
+        POWER,
+        {"x": np.repeat([1.0, 2.0, 3.0], 4), "loss": np.repeat([3.0, 2.5, 2.4], 4)},
+        "without the 4 largest points",
+    ),
+    "no bend": (OVEROPTIMIZATION, overoptimization_points(0.0), "nothing is over-optimised yet"),
+    "all censored": (STABILITY, stability_points(1.0), "all are censored"),
+    "nothing varies": (STABILITY, {"steps": np.arange(1.0, 9), "crossed": np.ones(8)}, "no cause varies"),
+    "together": (
+        STABILITY,
+        {**stability_points(), "beta": stability_points()["lr"] * 3},
+        "lr, beta, lambda vary together",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_points_cannot_determine_is_refused(case: str) -> None:
+    law, points, reason = REFUSED[case]
+    with pytest.raises(Unidentified) as refusal:
+        fit(law, Points(points), Ask(), bootstrap=100)
+    assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ("N,D\n1,2\n", [], "no column 'loss'; it has N, D. --column loss=NAME names another"),
+        ("N,D,loss\n1,2,3\n1,2,nan\n", [], "points.csv line 3: loss = 'nan' is not a finite number"),
+        ("N,D,loss\n1,2,\n", [], "points.csv line 2: loss = '' is not a finite number"),
+        ("N,D,loss\n1,2,-3\n", [], "loss must be positive; point 1 has -3"),
+        ("N,D,loss\n", [], "has no rows"),
+        ("N,D,loss,state\n1,2,3,failed\n", [], "no row of a run that is done"),
+        ("N,D,loss\n1,2,3\n", ["--column", "x=loss"], "--column x=...: this law has no such column"),
+        ("N,D,loss\n1,2,3\n", ["--stable-steps", "5"], "--stable-steps has no meaning for the law chinchilla"),
+        ("N,D,loss\n1,2,3\n", ["--flops", "-5"], "must be positive, not -5"),
+        ("N,D,loss\n1,2,3\n", ["--bootstrap", "5"], "--bootstrap 5: at least 100"),
+    ],
+)
+def test_wrong_input_gets_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, options: list[str], said: str
+) -> None:
+    (tmp_path / "points.csv").write_text(rows)
+    files = [str(tmp_path / "points.csv"), "--law", "chinchilla", "--out", str(tmp_path / "fit.json")]
+    assert main(["scaling", "fit", *files, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "fit.json").exists()
+
+
+def test_tables_of_studies_are_read_as_they_are(tmp_path: Path) -> None:
+    points = stability_points()
+    renamed = {"optimizer.lr": points["lr"], "spo.lambda": points["lambda"], "until": points["steps"]}
+    rows = {**renamed, "crossed": ["True" if one else "False" for one in points["crossed"]]}
+    table = {name: [*column, ""] for name, column in rows.items()} | {"state": ["done"] * 200 + ["failed"]}
+    write_csv(tmp_path / "table.csv", table)
+    options = ["--law", "stability", "--column", "steps=until", "--stable-steps", "500", "--at", "lr=1e-4"]
+    files = [str(tmp_path / "table.csv"), "--out", str(tmp_path / "fit.json"), "--plot", str(tmp_path / "fit.svg")]
+    assert main(["scaling", "fit", *files, *options, "--bootstrap", "100"]) == 0
+    found = json.loads((tmp_path / "fit.json").read_text())
+    assert (found["points"], found["left_out"]) == (200, 1)
+    assert found["stable_lambda"][0]["steps"] == 500
+
+
+def test_the_command_line_names_all_laws() -> None:
+    assert tuple(LAWS) == LAW_NAMES
