@@ -47,13 +47,13 @@ def main() -> None:
 def _mix(folder: Path, mix: str, options) -> list[Result]:
     prompt, response = MIXES[mix]
     pairs = measure.write_pairs(folder / "pairs.jsonl", BATCH * options.steps, prompt=prompt, response=response)
-    measure.write_model(folder / "model", hidden=options.hidden)
+    measure.write_model(folder / "model", hidden=options.hidden, layers=3)
     config = measure.write_config(
         folder, training={"global_batch_size": BATCH, "steps": options.steps}, optimizer={"lr": LR}
     )
     measure.command("reference", str(config))
     runs = iter(range(10**6))
-    batches = _rows(config, options.steps)
+    batches = rows_of(config, options.steps, BATCH)
     model = folder / "model"
     ways = {
         "trl": lambda: trl_dpo.steps(model, pairs, batch=BATCH, lr=LR, precomputed=False),
@@ -65,12 +65,12 @@ def _mix(folder: Path, mix: str, options) -> list[Result]:
     return _results(mix, turns, BATCH * (options.steps - 1))
 
 
-def _rows(config: Path, steps: int) -> list[list[PackedRow]]:
+def rows_of(config: Path, steps: int, batch: int) -> list[list[PackedRow]]:
     """The rows that `train` makes of the pairs."""
     loaded = load_config(config, [], world_size=1)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(loaded.model.path)
     dataset = build_dataset(loaded.data.train, loaded.data, tokenizer)
-    loader = Loader(dataset, loaded.data, global_batch_size=BATCH, seed=0)
+    loader = Loader(dataset, loaded.data, global_batch_size=batch, seed=0)
     return [loader.batch(step).rows for step in range(steps)]
 
 

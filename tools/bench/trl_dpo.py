@@ -7,6 +7,8 @@ One thing is set: off the GPU, TRL puts every position through the output layer,
 import contextlib
 import io
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,24 @@ from trl import DPOConfig, DPOTrainer
 MICRO_BATCH = 8
 
 
+@dataclass(frozen=True)
+class Machine:
+    """The clock, the model's precision, and whether a GPU is used."""
+
+    clock: Callable[[], float] = time.process_time
+    dtype: torch.dtype = torch.float32
+    on_gpu: bool = False
+
+
+CPU = Machine()
+
+
 class _Stamps(TrainerCallback):
-    def __init__(self) -> None:
-        self.turn, self._before = Turn(), 0.0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.turn, self._before, self._clock = Turn(), 0.0, clock
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.process_time()
+        now = self._clock()
         if self._before:
             self.turn.seconds.append(now - self._before)
         self._before = now
@@ -35,11 +49,13 @@ class _Stamps(TrainerCallback):
             self.turn.lines.append({"loss": logs["loss"]})
 
 
-def steps(folder: Path, pairs: list[dict[str, str]], *, batch: int, lr: float, precomputed: bool) -> Turn:
+def steps(
+    folder: Path, pairs: list[dict[str, str]], *, batch: int, lr: float, precomputed: bool, machine: Machine = CPU
+) -> Turn:
     """One training step per `batch` pairs; the reference pass of `precomputed` is not timed."""
     disable_progress_bars()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    stamps = _Stamps()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=machine.dtype)
+    stamps = _Stamps(machine.clock)
     settings = DPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=MICRO_BATCH,
@@ -55,8 +71,8 @@ def steps(folder: Path, pairs: list[dict[str, str]], *, batch: int, lr: float, p
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        bf16=False,
-        use_cpu=True,
+        bf16=machine.on_gpu,
+        use_cpu=not machine.on_gpu,
         disable_tqdm=True,
         precompute_ref_log_probs=precomputed,
         dataloader_num_workers=0,
@@ -66,7 +82,7 @@ def steps(folder: Path, pairs: list[dict[str, str]], *, batch: int, lr: float, p
     with replaced(trl.trainer.utils, "_use_triton", lambda device: True), quiet[0], quiet[1]:
         trainer = DPOTrainer(
             model=model,
-            ref_model=None if precomputed else LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            ref_model=None if precomputed else LlamaForCausalLM.from_pretrained(folder, dtype=machine.dtype),
             args=settings,
             train_dataset=Dataset.from_list(pairs),
             processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
