@@ -1,0 +1,215 @@
+"""`python tools/bench/gpu.py`: a training step on one GPU, end to end and in parts. Not run on a GPU yet.
+
+Layers of a Llama-3.1-8B, as many as fit, random weights, BF16, rows of 4096 tokens of the mix `chat`:
+
+    MFU          floating-point operations that the step needs (no padding, nothing twice) over what the GPU could do
+                 in the step's time by the clock, optimizer and data included
+    fp8          the same step with precision.fp8, and the layers' matrix products alone in fp8 over bf16
+    TRL          pairs/s over TRL's DPOTrainer, micro-batch 8, its reference model beside the policy
+    attention    our attention and torch's kernels on the same row, forward and backward
+    syncs        times that a step made the process wait for the GPU, after the first step
+    kernels      share of the GPU's time by kind of kernel, of one profiled step
+
+`--tiny` runs all of it on a CPU with a small shape: it tries the code and the arithmetic, the numbers mean nothing.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gpu_parts
+import measure
+import torch
+import trl_dpo
+from gpu_parts import GpuFacts
+from measure import Result
+from speed import rows_of
+from torch.profiler import ProfilerActivity, profile
+from work import Model, necessary_flops
+
+from megatron_spo.config.fp8 import RECIPES, obstacle
+from megatron_spo.config.load import load_config
+from megatron_spo.config.model_shape import read_model_shape
+from megatron_spo.config.rules import installed
+from megatron_spo.planner.presets import FOLDER
+from megatron_spo.runtime.device import to_device
+from megatron_spo.train.run_directory import RunDirectory
+
+BATCH, STEPS, ROW = 64, 10, 4096
+SYNCS_AT, PROFILED = 3, 4
+"""Steps in which syncs are counted and kernels recorded; those after them are timed."""
+
+
+@dataclass
+class Observed:
+    """A run: seconds of each timed step, syncs in one step, microseconds by kind of kernel, peak bytes."""
+
+    seconds: list[float]
+    syncs: int
+    kernels: dict[str, float] = field(default_factory=dict)
+    peak: int = 0
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def main() -> int:
+    parser = measure.parser(__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a small shape, on a CPU")
+    parser.add_argument("--layers", type=int, help="layers of the model [as many as fit]")
+    parser.add_argument("--gpu", help="h100, h200, ...: whose peak MFU is relative to [asked of the driver]")
+    options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        print("no NVIDIA GPU that this torch can use; --tiny tries the code on a CPU", file=sys.stderr)
+        return 2
+    facts = gpu_parts.tiny() if options.tiny else gpu_parts.facts_of(options.gpu)
+    with measure.workplace() as folder:
+        results = _measure(folder, facts, options.layers)
+    measure.report(results, options.json, gpu=facts.name, torch=torch.__version__)
+    return 0
+
+
+def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
+    model, batch = folder / "model", 8 if facts.is_tiny else BATCH
+    measure.write_model(model, hidden=64)  # for its tokenizer
+    raw = json.loads((FOLDER / "Llama-3.1-8B" / "config.json").read_text()) | facts.shape
+    raw["num_hidden_layers"] = layers or gpu_parts.layers_that_fit(raw, facts.memory, ROW)
+    raw |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    (model / "config.json").write_text(json.dumps(raw))
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()
+    prompt, response = measure.MIXES["chat"]
+    pairs = measure.write_pairs(folder / "pairs.jsonl", batch * STEPS, prompt=prompt, response=response)
+    config = measure.write_config(
+        folder,
+        model={"init": "random"},
+        precision={"dtype": "fp32" if facts.is_tiny else "bf16"},
+        training={"global_batch_size": batch, "steps": STEPS},
+    )
+    measure.command("reference", str(config))
+    ours = observe(config, folder / "ours")
+    loaded, shape = load_config(config, [], world_size=1), read_model_shape(model)
+    batches = rows_of(config, STEPS, batch)
+    flops = statistics.mean(necessary_flops(loaded, shape, rows) for rows in batches[PROFILED:])
+    tokens = statistics.mean(sum(row.real_tokens for row in rows) for rows in batches[PROFILED:])
+    results = [
+        Result("gpu/layers", raw["num_hidden_layers"], "", f"of Llama-3.1-8B, on {facts.name}"),
+        Result("gpu/step", ours.step, "s", f"{batch} pairs"),
+        Result("gpu/pairs", batch / ours.step, "pairs/s"),
+        Result("gpu/tokens", tokens / ours.step, "tokens/s", "real ones, prompts once"),
+        Result("gpu/MFU", flops / ours.step / facts.peak, "", f"{flops:.3g} necessary operations a step"),
+        Result("gpu/host syncs", ours.syncs, "a step"),
+        Result("gpu/peak memory", ours.peak / 2**30, "GiB"),
+    ]
+    whole = sum(ours.kernels.values())
+    for kind, microseconds in sorted(ours.kernels.items(), key=lambda one: -one[1]):
+        results.append(Result(f"gpu/kernels/{kind}", microseconds / whole, "", f"{microseconds / 1e3:.2f} ms"))
+    results += _fp8(folder, config, ours.step, raw)
+    results += _attention(config, batches[0][0])
+    return results + _trl(model, raw, pairs, batch, batch / ours.step, facts)
+
+
+def observe(config: Path, output: Path, *overrides: str) -> Observed:
+    """`megatron-spo train` with syncs counted in one step, kernels recorded in the next, the others timed."""
+    on_gpu = torch.cuda.is_available()
+    recorder = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+    log, said, seconds = RunDirectory.log, [], []
+
+    def after_step(self: RunDirectory, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        log(self, kind, step, metrics)
+        if step == SYNCS_AT - 1 and on_gpu:
+            said.clear()
+            torch.cuda.set_sync_debug_mode("warn")
+        if step == SYNCS_AT:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+            said.append(len(said))  # the count, last
+            recorder.start()
+        if step == PROFILED:
+            recorder.stop()
+        if step > PROFILED:
+            seconds.append(metrics["seconds"])
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(measure.replaced(RunDirectory, "log", after_step))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always")
+        stack.enter_context(measure.replaced(warnings, "showwarning", lambda message, *_: said.append(str(message))))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        measure.command("train", str(config), f"output={output}", *overrides)
+    counted = next(value for value in said if isinstance(value, int))
+    syncs = sum("synchroniz" in text for text in said[:counted])
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return Observed(seconds, syncs, gpu_parts.by_kind(recorder.key_averages(), on_gpu=on_gpu), peak)
+
+
+def _fp8(folder: Path, config: Path, bf16_step: float, raw: dict[str, Any]) -> list[Result]:
+    """The step in each fp8 recipe that this GPU runs, and the layers' products alone."""
+    results = []
+    if torch.cuda.is_available() and installed("transformer_engine"):
+        capability, cuda = torch.cuda.get_device_capability(), str(torch.version.cuda)
+        able = [one for one in RECIPES if one != "delayed" and obstacle(one, capability, cuda) is None]
+        for recipe in able:
+            overrides = [f"precision.fp8={recipe}", f"reference.cache={folder}/cache-{recipe}"]
+            measure.command("reference", str(config), *overrides)
+            step = observe(config, folder / recipe, *overrides).step
+            results.append(Result(f"gpu/step, bf16 over {recipe}", bf16_step / step, "x"))
+    for name, ratio in gpu_parts.fp8_products(raw, ROW).items():
+        results.append(Result(f"gpu/product, fp8 over bf16, {name}", ratio, "x"))
+    return results
+
+
+def _attention(config: Path, row: Any) -> list[Result]:
+    """Milliseconds of forward and backward on one row."""
+    from megatron_spo.model.attention import row_to_device
+
+    model = Model(config)
+    core = model.trainable.chunks[0].decoder.layers[0].self_attention.core_attention
+    on_device = row_to_device(row, model.runtime.device)
+    dtype = torch.bfloat16 if model.runtime.device.type == "cuda" else torch.float32
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return core(q[:, None], k[:, None], v[:, None], None, packed_seq_params=on_device)
+
+    segments = to_device(row.segments, torch.device("cpu"))
+    ways = {"ours": ours, **gpu_parts.attention_ways(segments, model.runtime.device)}
+    taken = gpu_parts.time_attention(ways, model.shape, len(row.tokens), model.runtime.device, dtype)
+    return [Result(f"gpu/attention/{name}", 1e3 * seconds, "ms") for name, seconds in taken.items()]
+
+
+def _trl(
+    model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: int, ours: float, facts: GpuFacts
+) -> list[Result]:
+    """TRL on the same pairs, by the clock; it needs weights in the folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not facts.is_tiny:
+        torch.cuda.empty_cache()
+    dtype = torch.float32 if facts.is_tiny else torch.bfloat16
+    LlamaForCausalLM(LlamaConfig(**raw)).to(dtype).save_pretrained(model)
+    turn = trl_dpo.steps(
+        model,
+        pairs[: 6 * batch],
+        batch=batch,
+        lr=1e-6,
+        precomputed=False,
+        machine=trl_dpo.Machine(time.perf_counter, dtype, on_gpu=not facts.is_tiny),
+    )
+    theirs = batch / statistics.median(turn.seconds[1:])
+    return [
+        Result("gpu/TRL", theirs, "pairs/s", "moments of AdamW in the model's precision, ours in fp32"),
+        Result("gpu/ours over TRL", ours / theirs, "x"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

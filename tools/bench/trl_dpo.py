@@ -1,0 +1,93 @@
+"""TRL's DPOTrainer as it is on the package index, on the same pairs in the same order, its steps timed.
+
+One thing is set: off the GPU, TRL puts every position through the output layer, on a GPU only those of the responses.
+`trl.trainer.utils._use_triton` is where it asks; we answer yes, so that it computes what it would on a GPU.
+"""
+
+import contextlib
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from datasets import Dataset, disable_progress_bars
+from measure import Turn, replaced
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The clock, the model's precision, and whether a GPU is used."""
+
+    clock: Callable[[], float] = time.process_time
+    dtype: torch.dtype = torch.float32
+    on_gpu: bool = False
+
+
+CPU = Machine()
+
+
+class _Stamps(TrainerCallback):
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.turn, self._before, self._clock = Turn(), 0.0, clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = self._clock()
+        if self._before:
+            self.turn.seconds.append(now - self._before)
+        self._before = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            self.turn.lines.append({"loss": logs["loss"]})
+
+
+def steps(
+    folder: Path, pairs: list[dict[str, str]], *, batch: int, lr: float, precomputed: bool, machine: Machine = CPU
+) -> Turn:
+    """One training step per `batch` pairs; the reference pass of `precomputed` is not timed."""
+    disable_progress_bars()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=machine.dtype)
+    stamps = _Stamps(machine.clock)
+    settings = DPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=batch // MICRO_BATCH,
+        gradient_checkpointing=False,  # on by default: a third more work, left out in TRL's favour
+        train_sampling_strategy="sequential",
+        max_length=None,
+        num_train_epochs=1,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=machine.on_gpu,
+        use_cpu=not machine.on_gpu,
+        disable_tqdm=True,
+        precompute_ref_log_probs=precomputed,
+        dataloader_num_workers=0,
+        seed=0,
+    )
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with replaced(trl.trainer.utils, "_use_triton", lambda device: True), quiet[0], quiet[1]:
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=None if precomputed else LlamaForCausalLM.from_pretrained(folder, dtype=machine.dtype),
+            args=settings,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+            callbacks=[stamps],
+        )
+        torch.set_num_threads(1)
+        trainer.train()
+    return stamps.turn
