@@ -46,11 +46,13 @@ setup(
         "nemo": ["nemo-toolkit>=2"],
         "wandb": ["wandb>=0.18"],
         "eval": ["lm-eval>=0.4.5"],
+        "docs": ["pdoc>=15"],
         "dev": [
             "accelerate>=1",
             "hypothesis>=6",
             "import-linter>=2",
             "mypy>=1.13",
+            "pdoc>=15",
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6",
