@@ -1,5 +1,6 @@
 # make quickstart   the main job on a laptop, from nothing to a table (about 5 minutes on 2 cores)
 # make test         all tests      make lint   style, types, import arrows      make bench   benchmarks
+# make docs         build/docs/index.html: the Python API from its docstrings
 #
 # Each makes .venv when there is none. Variables:
 #   PYTHON=python3.12        interpreter for .venv (default: the first of 3.12, 3.11 found)
@@ -14,7 +15,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: quickstart test lint bench venv
+.PHONY: quickstart test lint bench docs venv
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -46,3 +47,7 @@ lint: venv
 
 bench: venv
 	@$(BIN)/python tools/bench/run.py
+
+docs: venv
+	@$(BIN)/pdoc -d google -o build/docs megatron_spo
+	@echo "build/docs/index.html"

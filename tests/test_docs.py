@@ -1,0 +1,93 @@
+"""README and docs: every command in them parses and runs, every link leads somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_spo import cli
+from megatron_spo.config.schema import Config, keys_of, section_class
+from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "tools/bench/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md")) + sorted(ROOT.glob("examples/**/README.md"))
+OURS = re.compile(r"^(?:torchrun .*-m megatron_spo|python -m megatron_spo|megatron-spo) (.*)$")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Lines of a page's bash blocks, continued ones joined, without comments."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield shlex.join(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_parse_and_links_lead_somewhere(page: Path) -> None:
+    keys = {
+        f"{section}.{key}" for section in Config.model_fields if (cls := section_class(section)) for key in keys_of(cls)
+    }
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands(page):
+        words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+        if ours := OURS.match(shlex.join(words)):
+            options = cli._parser(with_keys=False).parse_args(shlex.split(ours[1]))
+            for override in getattr(options, "overrides", []):
+                assert override.split("=")[0] in keys | {"output"}, command
+        elif words and words[0] in ("python", "bash", "sbatch"):
+            script = next(word for word in words[1:] if word.endswith((".py", ".sh")))
+            assert (ROOT / script).is_file(), command
+        elif words and words[0] == "make":
+            assert set(words[1:]) <= targets, command
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+RUN = ["README.md", *(f"docs/{name}.md" for name in ("train", "convert", "evaluate", "monitoring", "plan", "studies"))]
+"""In this order: the first makes the run that the others look at."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages' commands name: a configuration, pairs, prompts, a NeMo checkpoint."""
+    desk = tmp_path_factory.mktemp("desk")
+    tiny_model(desk / "model", num_hidden_layers=2)
+    write_jsonl(desk / "pairs.jsonl", arithmetic_pairs(16))
+    for name in ("held-out", "prompts"):
+        write_jsonl(desk / f"{name}.jsonl", arithmetic_pairs(6, seed=1))
+    (desk / "my.yaml").write_text(CONFIG)
+    assert cli.main(["convert", str(desk / "model"), str(desk / "nemo2-checkpoint"), "--to", "nemo"]) == 0
+    return desk
+
+
+CONFIG = """
+output: runs/mine
+model: {path: model}
+data: {train: pairs.jsonl, eval: held-out.jsonl, max_length: 64}
+reference: {cache: runs/reference}
+loss: {name: simpo}
+training: {global_batch_size: 4, steps: 4, threads: 1, eval_every: 2}
+precision: {dtype: fp32}
+checkpoint: {every: 2, best: rewards/accuracies}
+logging: {progress: false}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN)
+def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one process in place of eight."""
+    monkeypatch.chdir(desk)
+    for command in commands(ROOT / page):
+        words = shlex.split(command)
+        if ours := OURS.match(command):
+            assert cli.main(shlex.split(ours[1])) == 0, command
+        elif words[0] == "python":
+            done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
