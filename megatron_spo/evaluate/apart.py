@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_spo.evaluate.generate import Response, Sampling, generate, load_model
+from megatron_spo.evaluate.generate import Response, Sampling, generate, load_model, load_tokenizer
 
 BATCH = 64
 
@@ -23,5 +23,4 @@ def answer_apart(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampl
 
 def _answer(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, threads: int) -> list[list[Response]]:
     torch.set_num_threads(threads)
-    model, tokenizer = load_model(folder)
-    return generate(model, tokenizer, prompts, sampling, BATCH)
+    return generate(load_model(folder), load_tokenizer(folder), prompts, sampling, BATCH)

@@ -86,8 +86,8 @@ def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
     from megatron_spo.evaluate.generate import load_model
     from megatron_spo.evaluate.pairs import score_pairs
 
-    model, _ = load_model(options.model)
-    reference = load_model(options.reference)[0] if options.reference else None
+    model = load_model(options.model)
+    reference = load_model(options.reference) if options.reference else None
     source = DataSource(path=options.pairs)
     limit = options.max_length
     if limit is None:

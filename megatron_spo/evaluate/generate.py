@@ -131,6 +131,14 @@ def prompt_problem(prompt: object) -> str | None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of an HF folder. Raises UserError where it is none."""
+    _check_folder(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise _does_not_load(folder, error) from error
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
     if not (folder / "config.json").is_file():
@@ -138,14 +146,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if (folder / "checkpoints").is_dir():
             reason = f"convert it first: megatron-spo convert {folder} DST --to hf"
         raise UserError(f"{folder} is not a Hugging Face model folder; {reason}")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise _does_not_load(folder, error) from error
 
 
 def load_model(folder: Path) -> Any:
-    """The transformers model of an HF folder: on the GPU, over all of them where one is too small, or on the CPU."""
+    """The transformers model of an HF folder: on the GPU, over all of them where one is too small, or on the CPU.
+
+    Raises UserError where it is none.
+    """
+    _check_folder(folder)
     transformers_logging.disable_progress_bar()
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     place = placement(sum(file.stat().st_size for file in folder.glob("*.safetensors")), gpus)

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.answers import aligned
-from megatron_spo.evaluate.generate import load_model
+from megatron_spo.evaluate.generate import load_model, load_tokenizer
 
 
 def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, Any]:
@@ -29,9 +29,8 @@ def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, A
     for task in tasks:
         if task not in files and task not in manager.all_tasks:
             raise UserError(f"lm-evaluation-harness has no task {task!r}; `lm_eval ls tasks` lists them")
-    loaded, tokenizer = load_model(model)
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size),
+        model=HFLM(pretrained=load_model(model), tokenizer=load_tokenizer(model), batch_size=batch_size),
         tasks=list(tasks),
         task_manager=manager,
         log_samples=False,
