@@ -14,6 +14,7 @@ Layers of a Llama-3.1-8B, as many as fit, random weights, BF16, rows of 4096 tok
 """
 
 import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -84,8 +85,6 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
     raw["num_hidden_layers"] = layers or gpu_parts.layers_that_fit(raw, facts.memory, ROW)
     raw |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     (model / "config.json").write_text(json.dumps(raw))
-    for weights in model.glob("*.safetensors"):
-        weights.unlink()
     prompt, response = measure.MIXES["chat"]
     pairs = measure.write_pairs(folder / "pairs.jsonl", batch * STEPS, prompt=prompt, response=response)
     config = measure.write_config(
@@ -94,6 +93,7 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
         precision={"dtype": "fp32" if facts.is_tiny else "bf16"},
         training={"global_batch_size": batch, "steps": STEPS},
     )
+    theirs = _trl(model, raw, pairs, batch, facts)  # before anything of ours has joined its processes or holds memory
     measure.command("reference", str(config))
     ours = observe(config, folder / "ours")
     loaded, shape = load_config(config, [], world_size=1), read_model_shape(model)
@@ -113,17 +113,22 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
     for kind, microseconds in sorted(ours.kernels.items(), key=lambda one: -one[1]):
         results.append(Result(f"gpu/kernels/{kind}", microseconds / whole, "", f"{microseconds / 1e3:.2f} ms"))
     results += _fp8(folder, config, ours.step, raw)
-    results += _attention(config, batches[0][0])
-    return results + _trl(model, raw, pairs, batch, batch / ours.step, facts)
+    results += _attention(folder, config, batches[0][0])
+    return [
+        *results,
+        Result("gpu/TRL", theirs, "pairs/s", "moments of AdamW in the model's precision, ours in fp32"),
+        Result("gpu/ours over TRL", batch / ours.step / theirs, "x"),
+    ]
 
 
 def observe(config: Path, output: Path, *overrides: str) -> Observed:
     """`megatron-spo train` with syncs counted in one step, kernels recorded in the next, the others timed."""
     on_gpu = torch.cuda.is_available()
     recorder = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
-    log, said, seconds = RunDirectory.log, [], []
+    log, said, seconds, syncs = RunDirectory.log, [], [], 0
 
     def after_step(self: RunDirectory, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal syncs
         log(self, kind, step, metrics)
         if step == SYNCS_AT - 1 and on_gpu:
             said.clear()
@@ -131,7 +136,7 @@ def observe(config: Path, output: Path, *overrides: str) -> Observed:
         if step == SYNCS_AT:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-            said.append(len(said))  # the count, last
+            syncs = sum("synchroniz" in text for text in said)
             recorder.start()
         if step == PROFILED:
             recorder.stop()
@@ -146,8 +151,6 @@ def observe(config: Path, output: Path, *overrides: str) -> Observed:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         measure.command("train", str(config), f"output={output}", *overrides)
-    counted = next(value for value in said if isinstance(value, int))
-    syncs = sum("synchroniz" in text for text in said[:counted])
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     return Observed(seconds, syncs, gpu_parts.by_kind(recorder.key_averages(), on_gpu=on_gpu), peak)
 
@@ -168,11 +171,15 @@ def _fp8(folder: Path, config: Path, bf16_step: float, raw: dict[str, Any]) -> l
     return results
 
 
-def _attention(config: Path, row: Any) -> list[Result]:
-    """Milliseconds of forward and backward on one row."""
+def _attention(folder: Path, config: Path, row: Any) -> list[Result]:
+    """Milliseconds of forward and backward on one row, in a model of one layer."""
     from megatron_spo.model.attention import row_to_device
 
-    model = Model(config)
+    _free()
+    raw = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "one-layer").mkdir()
+    (folder / "one-layer" / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 1}))
+    model = Model(config, f"model.path={folder}/one-layer")
     core = model.trainable.chunks[0].decoder.layers[0].self_attention.core_attention
     on_device = row_to_device(row, model.runtime.device)
     dtype = torch.bfloat16 if model.runtime.device.type == "cuda" else torch.float32
@@ -186,29 +193,24 @@ def _attention(config: Path, row: Any) -> list[Result]:
     return [Result(f"gpu/attention/{name}", 1e3 * seconds, "ms") for name, seconds in taken.items()]
 
 
-def _trl(
-    model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: int, ours: float, facts: GpuFacts
-) -> list[Result]:
-    """TRL on the same pairs, by the clock; it needs weights in the folder."""
+def _trl(model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: int, facts: GpuFacts) -> float:
+    """Pairs per second of TRL on the same pairs, by the clock; the folder gets random weights for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if not facts.is_tiny:
-        torch.cuda.empty_cache()
     dtype = torch.float32 if facts.is_tiny else torch.bfloat16
-    LlamaForCausalLM(LlamaConfig(**raw)).to(dtype).save_pretrained(model)
-    turn = trl_dpo.steps(
-        model,
-        pairs[: 6 * batch],
-        batch=batch,
-        lr=1e-6,
-        precomputed=False,
-        machine=trl_dpo.Machine(time.perf_counter, dtype, on_gpu=not facts.is_tiny),
-    )
-    theirs = batch / statistics.median(turn.seconds[1:])
-    return [
-        Result("gpu/TRL", theirs, "pairs/s", "moments of AdamW in the model's precision, ours in fp32"),
-        Result("gpu/ours over TRL", ours / theirs, "x"),
-    ]
+    with torch.device("cpu" if facts.is_tiny else "cuda"):
+        LlamaForCausalLM(LlamaConfig(**raw)).to(dtype).save_pretrained(model)
+    machine = trl_dpo.Machine(time.perf_counter, dtype, on_gpu=not facts.is_tiny)
+    turn = trl_dpo.steps(model, pairs[: 6 * batch], batch=batch, lr=1e-6, precomputed=False, machine=machine)
+    _free()
+    return batch / statistics.median(turn.seconds[1:])
+
+
+def _free() -> None:
+    """Give back what earlier parts held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

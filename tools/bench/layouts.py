@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--no-clock", action="store_true", help="only the shares")
     options = parser.parse_args()
     with measure.workplace() as folder:
-        results = [] if options.no_clock else _speeds(folder, options.rounds, hidden=64 if options.quick else 512)
+        results = [] if options.no_clock else _speeds(folder, options.rounds, hidden=256 if options.quick else 512)
         count = 1024 if options.quick else 4096
         for mix, (prompt, response) in MIXES.items():
             measure.write_model(folder / mix / "model", hidden=64)
@@ -73,7 +73,7 @@ def _clock(config: Path, output: Path, processes: int, overrides: list[str]) -> 
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "megatron_spo", "train", str(config), f"output={output}", *overrides]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     return [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
 
 

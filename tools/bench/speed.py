@@ -34,6 +34,7 @@ def main() -> None:
         "--steps", type=int, default=3, help="steps of a turn, of which the first warms up [%(default)s]"
     )
     parser.add_argument("--hidden", type=int, default=256, help="width of the model [%(default)s]")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the model [%(default)s]")
     parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
     parser.add_argument("--ways", nargs="+", default=["trl", "trl-given", "ours", "plain"])
     options = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
 def _mix(folder: Path, mix: str, options) -> list[Result]:
     prompt, response = MIXES[mix]
     pairs = measure.write_pairs(folder / "pairs.jsonl", BATCH * options.steps, prompt=prompt, response=response)
-    measure.write_model(folder / "model", hidden=options.hidden, layers=3)
+    measure.write_model(folder / "model", hidden=options.hidden, layers=options.layers)
     config = measure.write_config(
         folder, training={"global_batch_size": BATCH, "steps": options.steps}, optimizer={"lr": LR}
     )
