@@ -44,6 +44,8 @@ setup(
     extras_require={
         # the range that megatron-core 0.16.1 names; its torch part is compiled here: pip install --no-build-isolation
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # not needed to convert its checkpoints; 3.0 has no LLM collection, whose own requirements are not ours
+        "nemo": ["nemo-toolkit>=2.7,<3"],
         "wandb": ["wandb>=0.18"],
         "tensorboard": ["tensorboard>=2.14"],
         "eval": ["lm-eval>=0.4.5"],

@@ -39,6 +39,7 @@ def report() -> str:
         apex,
         _adam(apex),
         _fp8(gpu),
+        _package("nemo-toolkit", "nemo", "NeMo 2 checkpoints are converted without it (docs/convert.md)"),
         _package("wandb", "wandb", "logging.wandb stays off: pip install -e '.[wandb]'"),
         _package("lm-eval", "lm_eval", "no benchmark scores: pip install -e '.[eval]'"),
         _package("trl", "trl", "the tests that compare with it cannot run: pip install -e '.[dev]'"),

@@ -26,6 +26,7 @@ def test_exits_0_and_names_everything(capsys: pytest.CaptureFixture[str]) -> Non
         "apex",
         "Adam",
         "fp8",
+        "nemo-toolkit",
         "wandb",
     ):
         assert f"\n{name} " in f"\n{text}"
