@@ -136,6 +136,8 @@ def draw(curves: list[Curve], path: Path) -> None:
             if high < 4 * low:
                 axes.set_ylim(low / 2, high * 2)
             axes.tick_params(labelleft=False, left=False, which="both")
+            axes.set_xticks([curve.sizes[0], curve.sizes[-1]], labels=[f"{curve.sizes[0]:g}", f"{curve.sizes[-1]:g}"])
+            axes.minorticks_off()
             axes.grid(alpha=0.2)
         panels[0].legend(frameon=False)
         path.write_text(file_svg(figure))
