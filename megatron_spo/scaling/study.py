@@ -183,7 +183,9 @@ def _run(
     path: Path, spec: StudySpec, out: Path, number: int, columns: dict[str, Any], keys: dict[str, Any]
 ) -> StudyRun:
     folder = out / str(number)
-    known: dict[str, Any] = {"out": out, "folder": folder, "run": folder / "run", **columns}
+    raw = {**spec.set, **keys}
+    plain = {key: value for key, value in raw.items() if not PLACEHOLDER.search(str(value))}
+    known: dict[str, Any] = {**plain, "out": out, "folder": folder, "run": folder / "run", **columns}
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
@@ -208,7 +210,7 @@ def _run(
         words = (*PROGRAMS.get(program, [program]), *map(filled, rest))
         return Step(name, words, shared, None if given.columns is None else Path(filled(given.columns)))
 
-    settings = {key: filled(value) for key, value in {**spec.set, **keys}.items()}
+    settings = {key: filled(value) for key, value in raw.items()}
     known = {**settings, **known}  # the commands may name all of them
     return StudyRun(
         number,
@@ -238,5 +240,6 @@ def _check_names(study: Study) -> None:
         names = [step.name for step in (*run.before, *run.after)]
         if len(set(names)) < len(names):
             raise UserError(f"{study.path}: two steps of a run have the same name; the names are {', '.join(names)}")
-        if (first := seen.setdefault(tuple(sorted(run.overrides)), run.number)) != run.number:
+        commands = str([step.words for step in (*run.before, *run.after)]).replace(str(run.folder), "")
+        if (first := seen.setdefault((*sorted(run.overrides), commands), run.number)) != run.number:
             raise UserError(f"{study.path}: runs {first} and {run.number} are the same: {' '.join(run.overrides)}")

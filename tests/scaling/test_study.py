@@ -60,6 +60,7 @@ def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 GRID: dict[str, Any] = {"spo.lambda": [0.5, 2.0], "method": {"simpo": {}, "dpop-less": {"loss.beta": 5.0}}}
 NOTE = 'import json, sys; json.dump({"size": len(open(sys.argv[1]).read())}, open(sys.argv[2], "w"))'
+ENDS = 'import sys; sys.exit(sys.argv[1] == "{}")'
 SHARED = 'open(__import__("sys").argv[1], "a").write("once ")'
 
 
@@ -126,19 +127,16 @@ def test_four_runs_killed_in_the_middle_give_the_table_of_four_runs(folder: Path
 
 @pytest.mark.slow
 def test_a_failed_run_loses_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = write_study(
-        folder,
-        "failing",
-        vary={"case": {"good": {}, "infinite": {"optimizer.lr": 1e30}, "no-command": {}, "no-data": {}}},
-        before=[
-            {"name": "{case}-is-fine", "run": "python -c 'import sys; sys.exit(sys.argv[1] == \"no-data\")' {case}"}
-        ],
-        after=[{"name": "check", "run": "python -c 'import sys; sys.exit(sys.argv[1] == \"no-command\")' {case}"}],
-    )
-    study.write_text(study.read_text().replace("{case}-is-fine", "fine"))
-    assert main(["scaling", "study", str(study)]) == 2  # one name for different commands
+    def spec(name: str) -> dict[str, Any]:
+        return {
+            "vary": {"case": {"good": {}, "infinite": {"optimizer.lr": 1e30}, "no-command": {}, "no-data": {}}},
+            "before": [{"name": name, "run": f"python -c '{ENDS.format('no-data')}' {{case}}"}],
+            "after": [{"name": "check", "run": f"python -c '{ENDS.format('no-command')}' {{case}}"}],
+        }
+
+    assert main(["scaling", "study", str(write_study(folder, "failing", **spec("fine")))]) == 2
     assert "the step fine of `before`, or one ahead of it" in capsys.readouterr().err
-    study.write_text(study.read_text().replace("name: fine", "name: fine-{case}"))
+    study = write_study(folder, "failing", **spec("fine-{case}"))
     with pytest.raises(SystemExit) as ended:
         main(["scaling", "study", str(study)])
     assert ended.value.code == 1

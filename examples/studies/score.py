@@ -1,0 +1,77 @@
+"""Scores of one run: `score.py RUN REFERENCE PROBLEMS OUT.json SEED` exports RUN beside itself and answers PROBLEMS.
+
+OUT.json: accuracy, malformed, preferred (short), win (right and short) at each temperature, such as t0.5_win, and kl:
+mean log-prob ratio, nats an answer, of the answers at temperature 1 under the run's model and REFERENCE (Hugging Face
+folders). One process answers at all temperatures, all problems in one batch.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own path is its folder
+
+import torch  # noqa: E402
+
+from examples.common import read_jsonl, write_text  # noqa: E402
+from examples.quickstart import task  # noqa: E402
+from megatron_spo.convert.export import convert  # noqa: E402
+from megatron_spo.evaluate.generate import Response, Sampling, encode, generate, load_model, load_tokenizer  # noqa: E402
+
+TEMPERATURES = (0.0, 0.5, 1.0)
+
+
+def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int) -> None:
+    """Scores of a model in Hugging Face format."""
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    rows = read_jsonl(problems)
+    prompts = [encode(tokenizer, row["prompt"], str(problems)) for row in rows]
+    scores: dict[str, float] = {}
+    for temperature in TEMPERATURES:
+        sampling = Sampling(1, temperature, task.MAX_NEW_TOKENS, seed)
+        answers = [found for (found,) in generate(model, tokenizer, prompts, sampling, len(prompts))]
+        answered = [
+            {**row, "responses": [answer.text], "finished": [answer.finished]}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        scores |= {f"t{temperature:g}_{name}": value for name, value in asdict(task.score(answered)).items()}
+    tokens = [answer_tokens(tokenizer, answer) for answer in answers]  # of the last temperature, 1
+    policy, before = (log_probs(each, prompts, tokens) for each in (model, load_model(reference)))
+    scores["kl"] = float((policy - before).mean())
+    write_text(out, json.dumps(scores))
+
+
+def answer_tokens(tokenizer: Any, answer: Response) -> list[int]:
+    """One token a character, and the end where it was reached."""
+    ids: list[int] = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if answer.finished else ids
+
+
+@torch.inference_mode()
+def log_probs(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+    """[answers]: each answer's log-prob, summed over its tokens."""
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    counted = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        ids[i, :end] = torch.tensor(prompt + answer)
+        counted[i, len(prompt) : end] = True
+    logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float().cpu()  # padding is behind: nothing sees it
+    found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return found.where(counted[:, 1:], 0.0).sum(1).double()
+
+
+def main() -> None:
+    run, reference, problems, out = map(Path, sys.argv[1:5])
+    model = run.with_name("hf")
+    shutil.rmtree(model, ignore_errors=True)  # of an earlier training
+    convert(run, model, "hf")
+    write_scores(model, reference, problems, out, int(sys.argv[5]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The prepared studies are whole: every run's configuration loads, and the scores are those of the quickstart."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from examples.quickstart import task
+from examples.studies import score
+from megatron_spo.scaling.study import check_configurations, read_study
+from tests.support.tiny import write_jsonl
+
+ROOT = Path(__file__).parents[2]
+RUNS = {"losses": 60, "lambda_units": 48, "lambda_steps_pairs": 36, "schedules": 27, "stability": 48}
+
+
+def test_every_study_has_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    files = sorted((ROOT / "examples/studies").glob("*.yaml"))
+    assert {path.stem for path in files} == set(RUNS)
+    for path in files:
+        study = read_study(path)
+        check_configurations(study)
+        assert len(study.runs) == RUNS[path.stem], path
+
+
+def test_scores_of_a_model(tmp_path: Path) -> None:
+    for seed, name in enumerate(("model", "other")):
+        task.write_model(tmp_path / name)
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / name)).save_pretrained(tmp_path / name)
+    (problems,) = task.draw_problems([40], seed=0)
+    prompts = write_jsonl(tmp_path / "problems.jsonl", [{"prompt": problem.prompt} for problem in problems])
+    found = {}
+    for reference in ("model", "other"):
+        score.write_scores(tmp_path / "model", tmp_path / reference, prompts, tmp_path / "scores.json", 0)
+        found[reference] = json.loads((tmp_path / "scores.json").read_text())
+    assert set(found["model"]) == {"kl"} | {
+        f"t{temperature}_{name}"
+        for temperature in ("0", "0.5", "1")
+        for name in ("accuracy", "malformed", "preferred", "win")
+    }
+    assert found["model"]["kl"] == 0
+    assert found["other"]["kl"] > 0.5
+
+
+def test_log_probs_do_not_see_the_padding(tmp_path: Path) -> None:
+    task.write_model(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+    prompts, answers = [[3, 4, 5], [6, 7]], [[8, 9], [10, 11, 12, 13]]
+    together = score.log_probs(model, prompts, answers)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        logs = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        alone = sum(logs[len(prompt) - 1 + j, token].item() for j, token in enumerate(answer))
+        assert together[i].item() == pytest.approx(alone, abs=1e-4)
