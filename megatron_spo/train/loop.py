@@ -68,6 +68,8 @@ def run(job: Job, state: TrainState) -> TrainState:
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
         if state.evaluation_owed:
             state = _measure(job, state)
+            if state.step == job.steps:  # nothing follows that would write down the best evaluation
+                _save(job, state, surely=True, due=False)
         while state.step < job.steps:
             with job.stop.timing("step"):
                 state, metrics = _step(job, state)
