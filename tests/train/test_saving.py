@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,23 @@ def test_an_evaluation_that_is_owed_after_the_last_step_is_made_once(folder: Pat
     found = [line for line in lines(run) if line["kind"] == "eval"]
     assert train(folder, run, "checkpoint.best=loss/sft") == 0
     assert found == [line for line in lines(run) if line["kind"] == "eval"]  # their seconds too
+
+
+def test_the_time_limit_counts_evaluation_and_answers_together(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    original, jobs = loop.run, []
+
+    def evaluate(job, state):  # type: ignore[no-untyped-def]
+        time.sleep(0.3)
+        return state
+
+    def run(job, state):  # type: ignore[no-untyped-def]
+        jobs.append(replace(job, answer=lambda state: time.sleep(0.3)))
+        return original(jobs[0], state)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "run", run)
+    assert train(folder, tmp_path / "run", "training.steps=1") == 0
+    assert jobs[0].stop._longest["evaluation"] >= 0.6
 
 
 def test_changed_keys_are_refused_or_logged(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
