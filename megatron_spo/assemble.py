@@ -1,6 +1,7 @@
 """What `train` and `reference` build alike: data, model and the fingerprint that ties the cache to both."""
 
 import hashlib
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -123,8 +124,8 @@ def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list
     names: list[str] = []
     for source in sources:
         stem = Path(source.path).stem or source.path
-        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names) + (stem in reserved)
-        names.append(f"{stem}-{taken + 1}" if taken else stem)
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        names.append(next(name for name in candidates if name not in (*reserved, *names)))
     return names
 
 

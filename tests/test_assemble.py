@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_spo.assemble import numerics
-from megatron_spo.config.schema import Config, ParallelConfig, PrecisionConfig
+from megatron_spo.assemble import _eval_names, numerics
+from megatron_spo.config.schema import Config, DataSource, ParallelConfig, PrecisionConfig
 from megatron_spo.data.loader import row_multiples
 
 
@@ -35,3 +35,9 @@ def test_rows_fall_into_the_blocks_of_fp8_on_every_rank(fp8: str | None, paralle
         precision=PrecisionConfig(fp8=fp8),
     )
     assert row_multiples(config).tokens == tokens
+
+
+def test_held_out_sets_of_one_name_are_told_apart() -> None:
+    paths = ["a/test-2.jsonl", "test.jsonl", "b/test.jsonl", "train.jsonl", "train-2.jsonl"]
+    names = _eval_names([DataSource(path=path) for path in paths], reserved=("train",))
+    assert names == ["test-2", "test", "test-3", "train-2", "train-2-2"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spo.errors import UserError
+from megatron_spo.output import write_whole
 
 MODES = {
     "ANSWERS": {"answers", "alpaca_eval", "generator"},
@@ -116,6 +117,4 @@ def _tasks(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    from megatron_spo.evaluate.generate import write_text
-
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -6,7 +6,6 @@ other prompts of the file change it.
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from megatron_spo.errors import UserError
+from megatron_spo.output import write_whole
 
 ROOM_FOR_WEIGHTS = 0.7
 """Share of a GPU's memory that weights may take, beside the keys and values of the answers."""
@@ -312,15 +312,4 @@ def cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: set[in
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """JSONL that appears complete or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that appears complete or not at all, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

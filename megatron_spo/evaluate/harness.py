@@ -19,9 +19,7 @@ def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, A
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(
-            f"evaluate --tasks needs lm-evaluation-harness ({error}); pip install 'megatron-spo[eval]'"
-        ) from error
+        raise UserError(f"evaluate --tasks needs lm-evaluation-harness ({error}); pip install -e '.[eval]'") from error
     files = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
     if missing := [file for file in files if not Path(file).is_file()]:
         raise UserError(f"task file {missing[0]} does not exist")

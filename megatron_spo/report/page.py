@@ -1,10 +1,11 @@
 """The HTML around tables and pictures: one file, no network, light and dark, readable on a phone."""
 
 import html
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from megatron_spo.output import write_whole
 
 LIGHT = {"back": "#ffffff", "text": "#1b1f24", "muted": "#59636e", "link": "#0b5cad"}
 DARK = {"back": "#14171a", "text": "#e6e8ea", "muted": "#a3adb8", "link": "#7cb8f5"}
@@ -110,8 +111,7 @@ def section(title: str, *parts: str, grid: bool = False) -> str:
 
 
 def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
-    """Writes the page, complete or not at all, with links to its sections."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the page, complete or not at all, with links to its sections. Raises UserError where that cannot be."""
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -120,9 +120,4 @@ def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
     body = "\n".join(parts)
     found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', body)
     links = "<nav>" + "".join(f'<a href="#{name}">{text}</a>' for name, text in found) + "</nav>\n"
-    partial = out.with_name(f".{out.name}.partial")
-    text = f"{head}<body><h1>{html.escape(title)}</h1>\n{links}{body}\n</body></html>\n"
-    partial.write_text(
-        text, encoding="utf-8", errors="replace"
-    )  # half a surrogate pair in a sample is no reason to fail
-    os.replace(partial, out)
+    write_whole(out, f"{head}<body><h1>{html.escape(title)}</h1>\n{links}{body}\n</body></html>\n")

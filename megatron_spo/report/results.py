@@ -40,7 +40,12 @@ def group_runs(runs: dict[str, Run]) -> list[Group]:
     members: dict[object, dict[str, Run]] = {}
     for name, run in runs.items():
         members.setdefault(run.group or name, {})[name] = run
-    return [Group(_common_name(list(group)), group) for group in members.values()]
+    groups: list[Group] = []
+    for group in members.values():
+        name = _common_name(list(group))
+        taken = any(name == one.name for one in groups)
+        groups.append(Group(f"{next(iter(group))} ({len(group)} seeds)" if taken else name, group))
+    return groups
 
 
 def _common_name(names: Sequence[str]) -> str:

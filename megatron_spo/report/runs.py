@@ -125,13 +125,15 @@ def _read_pairs(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, what: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of a file, each with the keys; an unfinished last one (a run still writing, or killed) is left out."""
+    """The lines of a file, each with the keys (of an evaluation a name, too); an unfinished last one (a run still
+    writing, or killed) is left out."""
     lines = []
     for number, text in enumerate(_lines_of(path), 1):
         try:
             line = json.loads(text)
-            lines.append({**{key: line[key] for key in keys}, **line})
-        except (ValueError, KeyError, TypeError) as error:
+            wanted = (*keys, "name") if line.get("kind") == "eval" else keys
+            lines.append({**{key: line[key] for key in wanted}, **line})
+        except (ValueError, KeyError, AttributeError) as error:
             if not text.endswith("\n"):
                 break
             raise UserError(f"{path} line {number}: not a {what} ({error})") from error
@@ -142,7 +144,10 @@ def _lines_of(path: Path) -> list[str]:
     """Lines as written: splitlines would also split at separators that JSON leaves as they are within a text."""
     if not path.is_file():
         return []
-    *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from error
     return [line + "\n" for line in whole] + ([rest] if rest else [])
 
 

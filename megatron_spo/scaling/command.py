@@ -6,11 +6,11 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_spo.errors import UserError
+from megatron_spo.output import write_whole
 from megatron_spo.scaling.fit import LAWS, fit
 from megatron_spo.scaling.law import Ask
 from megatron_spo.scaling.models import write_models
@@ -37,25 +37,14 @@ def fit_points(options: argparse.Namespace) -> str:
     points = read_points(options.points, law.required, law.optional, options.column)
     ask = Ask(options.flops, options.stable_steps, number_pairs(options.at, "--at"))
     found = fit(law, points, ask, bootstrap=options.bootstrap, seed=options.seed)
-    write(options.out, json.dumps(found.report, indent=1) + "\n")
+    write_whole(options.out, json.dumps(found.report, indent=1) + "\n")
     if options.plot:
-        write(options.plot, draw(found))
+        write_whole(options.plot, draw(found))
     lines = [f"{law.name}: {found.report['points']} points, held out {found.report['held_out']['points']}: mean "
              f"absolute error {found.report['held_out']['mean_absolute']:.3g} ({law.unit})"]  # fmt: skip
     for name, (low, high) in found.report["intervals"].items():
         lines.append(f"{name:>10s} {found.values[name]:12.5g}   {low:.5g} to {high:.5g}")
     return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file, complete or not at all; UserError where that cannot be."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
 
 
 def run_study(options: argparse.Namespace) -> bool:

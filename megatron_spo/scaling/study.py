@@ -138,6 +138,8 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: base: {spec.base}: no such file (paths are relative to the folder of the call)")
     out = Path(spec.out)
     runs = tuple(_run(path, spec, out, number, *chosen) for number, chosen in enumerate(_choices(spec), 1))
+    if not runs:
+        raise UserError(f"{path}: vary: an entry has no values, so that there is no run")
     study = Study(path, Path(spec.base), out, runs, spec.models, spec.crossing)
     _check_names(study)
     return study

@@ -1,7 +1,6 @@
 """The table of a study: a row for each run, with what varies, how it ended and its last metrics."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,13 +90,14 @@ def _state(study: Study, run: StudyRun) -> Row:
 
 
 def _cost(run: Run) -> Row:
-    """Seconds in steps, optimizer steps, N (parameters) and D (tokens computed)."""
+    """Seconds in steps, optimizer steps, N (parameters) and D (tokens computed); those without a line too."""
     lines = run.of(None)
-    every = int(run.config.get("logging.every", "1"))
+    steps = run.last(None)["step"]
+    per_line = steps / max(1, len(lines))
     found: Row = {
-        "seconds": sum(line.get("seconds", 0.0) for line in lines) * every,
-        "training_steps": run.last(None)["step"],
-        "D": sum(line.get("tokens", 0) for line in lines) * every,
+        "seconds": sum(line.get("seconds", 0.0) for line in lines) * per_line,
+        "training_steps": steps,
+        "D": round(sum(line.get("tokens", 0) for line in lines) * per_line),
     }
     model = Path(json.loads(run.config.get("model.path", '""')))
     return {"N": parameters(read_model_shape(model)), **found} if (model / "config.json").is_file() else found
@@ -120,7 +120,7 @@ def _crossing(run: Run, crossing: CrossingSpec) -> Row:
     if not points:
         known = sorted(name for name, value in run.last(data).items() if isinstance(value, float))
         raise UserError(f"crossing: no metric {crossing.metric!r} was written; there are {', '.join(known)}")
-    step = next((step for step, value in points if value < crossing.below or math.isnan(value)), None)
+    step = next((step for step, value in points if value < crossing.below), None)
     return {"crossed": step is not None, "steps": points[-1][0] if step is None else step}
 
 

@@ -68,6 +68,8 @@ def run(job: Job, state: TrainState) -> TrainState:
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
         if state.evaluation_owed:
             state = _measure(job, state)
+            if state.step == job.steps:  # nothing follows that would write down the best evaluation
+                _save(job, state, surely=True, due=False)
         while state.step < job.steps:
             with job.stop.timing("step"):
                 state, metrics = _step(job, state)
@@ -109,11 +111,11 @@ def _due(job: Job, step: int) -> tuple[bool, bool]:
 def _measure(job: Job, state: TrainState) -> TrainState:
     """What is due after a step: the evaluation, and answers to held-out prompts."""
     evaluation, answers = _due(job, state.step)
-    if evaluation:
-        state = evaluate(job, state)
-    if answers and job.answer is not None:
-        job.progress.phase(f"answers after step {state.step}", times=4)
-        with job.stop.timing("evaluation"):
+    with job.stop.timing("evaluation"):
+        if evaluation:
+            state = evaluate(job, state)
+        if answers and job.answer is not None:
+            job.progress.phase(f"answers after step {state.step}", times=4)
             job.answer(state)
     return replace(state, evaluation_owed=False)
 
@@ -141,22 +143,21 @@ def evaluate(job: Job, state: TrainState) -> TrainState:
     config = job.config
     pass_ = plan_step(config.spo, state.step, state.schedule).upper
     job.progress.phase(f"evaluation after step {state.step}")
-    with job.stop.timing("evaluation"):
-        for data in job.evals:
-            begin = time.perf_counter()
-            try:
-                metrics, shifts = job.engine.evaluate(pass_, data, state=state)
-            except BadStep as bad:
-                _raise_alarm(job, bad, state, state.step)
-                continue
-            seconds = time.perf_counter() - begin
-            job.directory.log("eval", state.step, {"name": data.name, **metrics, "seconds": seconds})
-            if shifts is not None and job.directory.is_main:
-                found = held_out(data.loader.dataset, shifts, state.step, job.decode)
-                job.directory.write_held_out(data.name, found)
-            state = _watch(job, state, data.name, metrics)
-            if data is job.evals[0]:
-                state = replace(state, best=_better(config.checkpoint.best, metrics, state))
+    for data in job.evals:
+        begin = time.perf_counter()
+        try:
+            metrics, shifts = job.engine.evaluate(pass_, data, state=state)
+        except BadStep as bad:
+            _raise_alarm(job, bad, state, state.step)
+            continue
+        seconds = time.perf_counter() - begin
+        job.directory.log("eval", state.step, {"name": data.name, **metrics, "seconds": seconds})
+        if shifts is not None and job.directory.is_main:
+            found = held_out(data.loader.dataset, shifts, state.step, job.decode)
+            job.directory.write_held_out(data.name, found)
+        state = _watch(job, state, data.name, metrics)
+        if data is job.evals[0]:
+            state = replace(state, best=_better(config.checkpoint.best, metrics, state))
     return state
 
 

@@ -21,6 +21,8 @@ REARMED = 0.5
 HARMLESS = 0.25
 """Share of the displacement bound that the chosen answers must have lost before `both_down` counts: the first steps
 move every answer by next to nothing, and half of them downwards."""
+LEAST_ENTROPY = 1e-9
+"""Nats: what counts for less, as 0 has no logarithm."""
 AVERAGED = ("spo/chosen_shift", "spo/both_down", "spo/gap", "policy/entropy", "chosen_tokens", "pairs")
 
 
@@ -109,7 +111,8 @@ def _judged(config: MonitorConfig, metrics: Mapping[str, float], first_entropy: 
         yield Judgement("gap", "spo/gap", gap, config.chosen_fall, gap / config.chosen_fall, text)
     if "rewards/margins" in metrics:  # SFT alone lowers the entropy, which is its purpose
         entropy, factor = metrics["policy/entropy"], config.entropy_factor
-        excess = abs(math.log(entropy / first_entropy)) / math.log(factor)
+        ratio = max(entropy, LEAST_ENTROPY) / max(first_entropy, LEAST_ENTROPY)
+        excess = abs(math.log(ratio)) / math.log(factor)
         bound = first_entropy * factor if entropy > first_entropy else first_entropy / factor
         text = f"the token entropy went from {first_entropy:.2g} to {entropy:.2g} nats"
         yield Judgement("entropy", "policy/entropy", entropy, bound, excess, text)

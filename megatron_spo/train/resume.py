@@ -10,8 +10,8 @@ FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.
         "training.steps", "training.eval_every", "training.threads", "training.time_limit", "training.hang_timeout",
         "training.on_anomaly", "training.spike_factor", "precision.layers", "monitor")  # fmt: skip
 """Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant;
-monitor: unless an alarm raises lambda), only where it would have ended (training.on_anomaly, training.spike_factor), or
-only by rounding (precision.layers)."""
+monitor, data.eval and training.eval_every: unless an alarm raises lambda), only where it would have ended
+(training.on_anomaly, training.spike_factor), or only by rounding (precision.layers)."""
 MEASURING = ("monitor.generate_every", "monitor.generate_prompts")
 """Of `monitor`, what alters nothing even where an alarm raises lambda."""
 
@@ -30,7 +30,7 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
     old, new = dict(_flat(found.record["config"])), dict(_flat(config))
     bound = set() if new["optimizer.decay"] == "constant" else {"training.steps"}
     if "raise_lambda" in (old.get("monitor.on_alarm"), new["monitor.on_alarm"]):
-        bound.add("monitor")
+        bound |= {"monitor", "data.eval", "training.eval_every"}
     free = [*MEASURING, *(key for key in FREE if key not in bound)]
     differ = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new)
               if old.get(key) != new.get(key)}  # fmt: skip

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_spo.errors import Stopped
+from megatron_spo.errors import Stopped, UserError
 from megatron_spo.train.sinks import Sinks
 
 SAMPLES = "samples.jsonl"
 MEASURED_AFTER = ("eval", "generation", None)
-"""Kinds of the lines of an evaluation; those of samples.jsonl have none."""
+"""Kinds of the lines of an evaluation, beside the alarms on its sets; those of samples.jsonl have none."""
 
 
 class RunDirectory:
@@ -79,9 +79,9 @@ class RunDirectory:
         """The newest one that status.json names."""
         return self._status.get("checkpoint")
 
-    def open_metrics(self, *, after_step: int, evaluation_owed: bool = False) -> None:
+    def open_metrics(self, *, after_step: int, owed: Sequence[str] = ()) -> None:
         """Open metrics.jsonl and samples.jsonl for appending; lines of what will be done again are cut off, as is a
-        torn one."""
+        torn one. `owed`: the held-out sets that will be evaluated once more after this step."""
         if not self.is_main:
             return
         for name in ("metrics.jsonl", SAMPLES):
@@ -90,8 +90,8 @@ class RunDirectory:
             for text in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
                 try:
                     line = json.loads(text)
-                    owed = evaluation_owed and line["step"] == after_step and line.get("kind") in MEASURED_AFTER
-                    again = line["step"] > after_step or owed
+                    measured = line.get("kind") in MEASURED_AFTER or line.get("data") in owed
+                    again = line["step"] > after_step or (owed and measured and line["step"] == after_step)
                 except (ValueError, KeyError, TypeError):  # torn when the process was killed
                     continue
                 if not again:
@@ -135,7 +135,7 @@ class RunDirectory:
         """A full disk or a vanished folder must not end a training whose weights are in memory."""
         try:
             yield
-        except OSError as error:
+        except (OSError, UserError) as error:
             print(f"warning: {self.path / name} cannot be written now: {error}", file=sys.stderr)
 
 

@@ -64,7 +64,6 @@ def test_seconds_of_a_gpu_are_those_of_its_stream() -> None:
             big = big @ big / 8192
     with clock.phase("optimizer"):
         big = big @ big
-    torch.cuda.synchronize()
-    first = clock.read()
-    assert first["seconds/forward_backward"] > 5 * first["seconds/optimizer"] > 0
-    assert first["seconds/forward_backward"] <= first["seconds"]
+    found = clock.read()
+    assert found["seconds/forward_backward"] > 5 * found["seconds/optimizer"] > 0
+    assert found["seconds/forward_backward"] <= found["seconds"]

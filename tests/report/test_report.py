@@ -103,6 +103,20 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert str(runs[0]) in cells and str(runs[1]) in cells
 
 
+def test_groups_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run{i}", beta=beta) for i, beta in enumerate((0.1, 0.1, 0.5, 0.5))]
+    write_report(runs, tmp_path / "out")
+    text = (tmp_path / "out").read_text()
+    assert {"run (2 seeds)", "run2 (2 seeds)"} <= set(Page(text).cells)
+    assert all(f"</i>{name} (2 seeds)</span>" in text for name in ("run", "run2"))
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", beta=0.1)
+    with pytest.raises(UserError, match=r"metrics.jsonl/report.html cannot be written"):
+        write_report([run], run / "metrics.jsonl" / "report.html")
+
+
 def test_bars_show_their_values() -> None:
     svg = draw_bars({"one": 0.25, "two": 1.0}, {"one": "#123123", "two": "#321321"}, "Shares")
     assert "0.250" in svg and "Shares" in svg and "#123123" in svg
@@ -190,6 +204,9 @@ def test_numbers_that_are_none_are_not_drawn(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("samples.jsonl", '{"step": 1}\n{"step": 2}\n', "samples.jsonl line 1: not a sample"),
+        ("metrics.jsonl", '{"kind": "eval", "step": 1}\n', "metrics.jsonl line 1: not a metrics line"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl line 1: not a metrics line"),
+        ("metrics.jsonl", "\udcff\n", "metrics.jsonl is damaged"),
         ("held_out/held_out.json", '{"pairs": [{"row": 1}]}', "held_out.json is damaged"),
         ("held_out/held_out.json", "{", "held_out.json is damaged"),
         ("status.json", "[]", "status.json is damaged"),
@@ -198,7 +215,7 @@ def test_numbers_that_are_none_are_not_drawn(tmp_path: Path) -> None:
 )
 def test_a_damaged_part_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     run = make_full_run(tmp_path / "run")
-    (run / name).write_text(content)
+    (run / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         write_report([run], tmp_path / "out")
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from megatron_spo.cli import main
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.yaml_text import format_yaml
+from megatron_spo.report.runs import Run
 from megatron_spo.scaling.steps import steps_of
 from megatron_spo.scaling.study import read_study
-from megatron_spo.scaling.table import parameters
+from megatron_spo.scaling.table import _cost, parameters
 from tests.support.tiny import FAMILIES, arithmetic_pairs, tiny_model, write_jsonl
 
 
@@ -192,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "impossible": ({"vary": {"loss.name": ["orpo"]}}, "(run 1)"),
     "unknown": ({"vary": {"spo.lambda": [1]}, "setting": {}}, "setting: Extra inputs are not permitted"),
     "neither": ({}, "give either `vary` (a grid, with or without `models`) or `runs` (a list)"),
+    "no run": ({"vary": {"spo.lambda": [1], "optimizer.lr": []}}, "vary: an entry has no values"),
     "placeholder": ({"vary": {"spo.lambda": [1]}, "set": {"data.train": "{outt}/x"}}, "{outt} is nothing that varies"),
     "same": ({"runs": [{"spo.lambda": 1}, {"spo.lambda": 1}]}, "runs 1 and 2 are the same: spo.lambda=1"),
     "name": ({"vary": {"spo.lambda": [1]}, "after": [{"name": "a/b", "run": "true"}]}, "'a/b' cannot name a step"),
@@ -206,6 +208,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "config.json has no hidden",
     ),
 }
+
+
+def test_steps_without_a_line_are_counted() -> None:
+    lines = [{"kind": "train", "step": step, "tokens": 100, "seconds": 0.5} for step in (4, 8, 10)]
+    run = Run(lines=lines, config={}, status={}, provenance={}, held_out={}, samples=[])
+    assert _cost(run) == {"seconds": 5.0, "training_steps": 10, "D": 1000}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -81,6 +81,8 @@ def test_entropy_either_way_but_not_under_sft() -> None:
     for one in sft:
         del one["rewards/margins"]
     assert raised(sft) == [[], []]
+    assert raised([line(0, entropy=e) for e in (0.0, 0.0, 1.0)]) == [[], [], ["entropy"]]
+    assert raised([line(0, entropy=e) for e in (1.0, 0.0)]) == [[], ["entropy"]]
 
 
 @pytest.fixture
@@ -163,12 +165,15 @@ def test_raise_lambda_from_the_next_step_on_and_through_a_restart(folder: Path, 
     assert resumed[8]["loss"] == whole[8]["loss"]
 
 
-def test_bounds_are_part_of_the_trajectory_where_they_raise_lambda(
+def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lambda(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(folder, "training.steps=2", "monitor.on_alarm=raise_lambda") == 0
     assert train(folder, "monitor.on_alarm=raise_lambda", "monitor.chosen_fall=0.5") == 2
     assert "monitor.chosen_fall: 0.001 -> 0.5" in capsys.readouterr().err
+    others = ["training.eval_every=4", f"data.eval={folder}/pairs.jsonl"]
+    assert train(folder, "monitor.on_alarm=raise_lambda", *others) == 2
+    assert "training.eval_every: 2 -> 4" in (said := capsys.readouterr().err) and "data.eval: " in said
 
 
 def test_held_out_pairs_add_up_to_the_evaluation(folder: Path) -> None:

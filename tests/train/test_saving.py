@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from megatron_spo.cli import main
 from megatron_spo.train import checkpoint, loop
+from megatron_spo.train.stop import StopRequest
 from tests.support.processes import TIMES, Ranks, largest_difference, read_metrics, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
@@ -214,6 +216,36 @@ def test_the_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
     assert (run / f"checkpoints/step_{best:08d}/trainer.json").exists()
     assert main(["convert", str(run / "checkpoints/best"), str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert main(["train", str(folder / "config.yaml"), f"output={tmp_path}/x", "data.eval=[]", *overrides[2:]]) == 2
+
+
+def test_an_evaluation_that_is_owed_after_the_last_step_is_made_once(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "reason", lambda self, *ahead: "SIGTERM" if "evaluation" in ahead else None)
+        assert train(folder, run, "checkpoint.best=loss/sft") == 75
+    assert not [line for line in lines(run) if line["kind"] == "eval"]
+    assert train(folder, run, "checkpoint.best=loss/sft") == 0
+    assert (run / "checkpoints/best").read_text() == "step_00000006"
+    found = [line for line in lines(run) if line["kind"] == "eval"]
+    assert train(folder, run, "checkpoint.best=loss/sft") == 0
+    assert found == [line for line in lines(run) if line["kind"] == "eval"]  # their seconds too
+
+
+def test_the_time_limit_counts_evaluation_and_answers_together(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    original, jobs = loop.run, []
+
+    def evaluate(job, state):  # type: ignore[no-untyped-def]
+        time.sleep(0.3)
+        return state
+
+    def run(job, state):  # type: ignore[no-untyped-def]
+        jobs.append(replace(job, answer=lambda state: time.sleep(0.3)))
+        return original(jobs[0], state)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "run", run)
+    assert train(folder, tmp_path / "run", "training.steps=1") == 0
+    assert jobs[0].stop._longest["evaluation"] >= 0.6
 
 
 def test_changed_keys_are_refused_or_logged(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
