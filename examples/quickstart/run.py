@@ -19,6 +19,7 @@ from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
 from examples.quickstart import task  # noqa: E402
 from examples.quickstart.page import write_page, write_picture  # noqa: E402
+from examples.styles import Task  # noqa: E402
 
 LOSSES = {
     "dpo": ("loss.beta=0.1",),
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None
     stages.say(f"done: {options.out / 'index.html'}")
 
 
-def write_data(stages: Stages, scale: Scale, seed: int) -> None:
+def write_data(stages: Stages, scale: Scale, seed: int, task: Task = task) -> None:
     """The untrained model, and problems for each purpose; no problem serves two."""
     counts = (scale.sft_problems, scale.pair_problems + scale.held_out_problems, scale.test_problems)
     for_sft, for_pairs, for_test = task.draw_problems(counts, seed)
@@ -86,9 +87,9 @@ def write_data(stages: Stages, scale: Scale, seed: int) -> None:
     write_jsonl(stages.file("test_problems"), [{"prompt": problem.prompt} for problem in for_test])
 
 
-def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path) -> None:
+def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path, task: Task = task) -> None:
     """Samples from the SFT model, judged into training and held-out pairs of different problems."""
-    options = sampling(scale.samples, seed)
+    options = sampling(scale.samples, seed, max_new_tokens=task.MAX_NEW_TOKENS)
     sampled = read_jsonl(stages.generate("samples", model, stages.file("pair_problems"), *options))
     parts = {"pairs": sampled[: scale.pair_problems], "pairs_heldout": sampled[scale.pair_problems :]}
     wanted = {"pairs": scale.pairs, "pairs_heldout": scale.held_out_pairs}
@@ -119,13 +120,15 @@ def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -
     stages.side_by_side([*(partial(run, name) for name in VARIANTS), partial(answer, "sft", sft_model)])
 
 
-def sampling(samples: int, seed: int, *, temperature: float = 1) -> list[str]:
+def sampling(
+    samples: int, seed: int, *, temperature: float = 1, max_new_tokens: int = task.MAX_NEW_TOKENS
+) -> list[str]:
     """Options of `generate`."""
     options = {
         "temperature": temperature,
         "samples": samples,
         "seed": seed,
-        "max-new-tokens": task.MAX_NEW_TOKENS,
+        "max-new-tokens": max_new_tokens,
         "batch-size": 1000,
     }
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]

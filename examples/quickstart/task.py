@@ -8,18 +8,14 @@ Columns run from the ones to the hundreds; `3c1` reads "write 3, carry 1"; the a
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from examples import styles
+from examples.styles import LONG, SHORT
 
 CHARACTERS = "0123456789+=;c>"
-LONG, SHORT = "long", "short"
-PREFERRED = SHORT
 MAX_NEW_TOKENS = 40  # the longest right answer has 34 characters and the end-of-text token
 FORMS = {
     LONG: re.compile(r"(\d\+\d\+\d=\dc\d;){2}\d\+\d\+\d=\dc\d>\d+"),
@@ -67,12 +63,6 @@ def solution(problem: Problem, style: str) -> str:
     return worked if style == LONG else worked.replace("+", "")
 
 
-def sft_rows(problems: Iterable[Problem]) -> list[dict[str, str]]:
-    """Every problem three times in the long style and twice in the short one: 60% to 40%."""
-    styles = (LONG, LONG, LONG, SHORT, SHORT)
-    return [{"prompt": p.prompt, "completion": solution(p, style)} for p in problems for style in styles]
-
-
 def style_of(response: str, finished: bool) -> str | None:
     """The style of a response, None where it is malformed (or never ended)."""
     if not finished:
@@ -85,74 +75,12 @@ def is_right(problem: Problem, response: str, finished: bool) -> bool:
     return finished and response.endswith(">" + problem.answer)
 
 
-def preference_pairs(
-    sampled: Iterable[dict[str, Any]], count: int, agreement: float, seed: int
-) -> list[dict[str, str]]:
-    """At most `count` pairs from sampled responses: both right, one in each style, one pair a problem.
-
-    The judge likes the short style but is noisy: it takes the short one with probability `agreement`.
-    """
-    judge = random.Random(f"judge {seed}")
-    pairs: list[dict[str, str]] = []
-    for row in sampled:
-        problem = Problem.from_prompt(row["prompt"])
-        by_style: dict[str, str] = {}
-        for response, finished in zip(row["responses"], row["finished"], strict=True):
-            style = style_of(response, finished)
-            if style is not None and is_right(problem, response, finished):
-                by_style.setdefault(style, response)
-        if len(by_style) < len(FORMS) or len(pairs) == count:
-            continue
-        chosen, rejected = (SHORT, LONG) if judge.random() < agreement else (LONG, SHORT)
-        pairs.append({"prompt": row["prompt"], "chosen": by_style[chosen], "rejected": by_style[rejected]})
-    return pairs
+def verdict(prompt: str, response: str, finished: bool) -> tuple[str | None, bool]:
+    """The style of a response, and whether it is right."""
+    return style_of(response, finished), is_right(Problem.from_prompt(prompt), response, finished)
 
 
-@dataclass(frozen=True)
-class Score:
-    """Shares of a set of responses, each from 0 to 1; `win` is right and in the preferred style at once."""
-
-    accuracy: float
-    malformed: float
-    preferred: float
-    win: float
-
-
-def score(generated: Sequence[dict[str, Any]]) -> Score:
-    """Scores every response of a file written by `megatron-spo generate`."""
-    right, malformed, preferred, win, total = 0, 0, 0, 0, 0
-    for row in generated:
-        problem = Problem.from_prompt(row["prompt"])
-        for response, finished in zip(row["responses"], row["finished"], strict=True):
-            style, correct = style_of(response, finished), is_right(problem, response, finished)
-            total += 1
-            right += correct
-            malformed += style is None
-            preferred += style == PREFERRED
-            win += correct and style == PREFERRED
-    return Score(right / total, malformed / total, preferred / total, win / total)
-
-
-def write_model(folder: Path) -> None:
-    """An untrained Llama of 0.3M parameters: a config.json, from which `train` draws the weights, and a
-    tokenizer with one token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
-    raw = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    raw.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(vocabulary),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    config.save_pretrained(folder)
+sft_rows = partial(styles.sft_rows, solution)
+preference_pairs = partial(styles.preference_pairs, verdict)
+score = partial(styles.score, verdict)
+write_model = partial(styles.write_model, CHARACTERS)

@@ -1,0 +1,36 @@
+"""Data of gsm8k.yaml: `prepare_gsm8k.py DATA SEED PAIRS SFT` makes DATA as examples/gsm8k does, from its two files.
+
+DATA then holds the SFT model (sft-hf), pairs.jsonl and pairs_heldout.jsonl. SEED chooses the problems that are held out
+and the pairs that are trained on: as many as the runs need, each once. A second call goes on where the first stopped.
+"""
+
+import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own path is its folder
+
+from examples import common  # noqa: E402
+from examples.common import Stages, read_jsonl, write_jsonl  # noqa: E402
+from examples.gsm8k import run as gsm8k  # noqa: E402
+
+PAIRS = 850  # 100 steps of 8 pairs; about 1 in 100 is longer than data.max_length and left out
+
+
+def main() -> None:
+    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    pairs, solved = map(Path, sys.argv[3:5])
+    for path in (pairs, solved):
+        if not path.is_file():
+            raise common.StageFailed(f"{path} is not there: docs/domains.md says what to put or link there")
+    scale = gsm8k.Scale()
+    stages = Stages.open(folder, 1, {"seed": seed, "scale": asdict(scale)}, fresh=False)
+    gsm8k.write_data(stages, pairs, solved, scale, seed)
+    chosen = random.Random(f"pairs {seed}").sample(read_jsonl(stages.file("pairs")), PAIRS)
+    write_jsonl(stages.file("pairs"), chosen)
+    stages.train_sft(gsm8k.HERE / "sft.yaml", scale, seed)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,123 @@
+"""What the tasks with two styles of answer share: SFT rows, pairs by a noisy judge, scores and a small model.
+
+A task is a module with the members of `Task`. Its verdict on a response is the response's style, None where it is
+malformed (or never ended), and whether it is right.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+LONG, SHORT = "long", "short"
+PREFERRED = SHORT
+Verdict = Callable[[str, str, bool], tuple[str | None, bool]]
+"""(prompt, response, finished) -> (style, right)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of a set of responses, each from 0 to 1; `win` is right and in the preferred style at once."""
+
+    accuracy: float
+    malformed: float
+    preferred: float
+    win: float
+
+
+class Problem(Protocol):
+    """A question of a task; equal problems have equal prompts."""
+
+    @property
+    def prompt(self) -> str: ...
+
+
+class Task(Protocol):
+    """A task as a module: problems, training rows, pairs, scores and the untrained model."""
+
+    MAX_NEW_TOKENS: int
+
+    def draw_problems(self, counts: Sequence[int], seed: int) -> list[list[Problem]]: ...
+    def sft_rows(self, problems: Iterable[Problem]) -> list[dict[str, str]]: ...
+    def preference_pairs(
+        self, sampled: Iterable[dict[str, Any]], count: int, agreement: float, seed: int
+    ) -> list[dict[str, str]]: ...
+    def score(self, generated: Sequence[dict[str, Any]]) -> Score: ...
+    def write_model(self, folder: Path) -> None: ...
+
+
+def sft_rows(solution: Callable[[Any, str], str], problems: Iterable[Problem]) -> list[dict[str, str]]:
+    """Every problem three times in the long style and twice in the short one: 60% to 40%."""
+    styles = (LONG, LONG, LONG, SHORT, SHORT)
+    return [{"prompt": p.prompt, "completion": solution(p, style)} for p in problems for style in styles]
+
+
+def preference_pairs(
+    verdict: Verdict, sampled: Iterable[dict[str, Any]], count: int, agreement: float, seed: int
+) -> list[dict[str, str]]:
+    """At most `count` pairs from sampled responses: both right, one in each style, one pair a problem.
+
+    The judge likes the short style but is noisy: it takes the short one with probability `agreement`.
+    """
+    judge = random.Random(f"judge {seed}")
+    pairs: list[dict[str, str]] = []
+    for row in sampled:
+        by_style: dict[str, str] = {}
+        for response, finished in zip(row["responses"], row["finished"], strict=True):
+            style, right = verdict(row["prompt"], response, finished)
+            if style is not None and right:
+                by_style.setdefault(style, response)
+        if len(by_style) < 2 or len(pairs) == count:
+            continue
+        chosen, rejected = (SHORT, LONG) if judge.random() < agreement else (LONG, SHORT)
+        pairs.append({"prompt": row["prompt"], "chosen": by_style[chosen], "rejected": by_style[rejected]})
+    return pairs
+
+
+def score(verdict: Verdict, generated: Sequence[dict[str, Any]]) -> Score:
+    """Scores every response of a file written by `megatron-spo generate`."""
+    verdicts = [
+        verdict(row["prompt"], response, finished)
+        for row in generated
+        for response, finished in zip(row["responses"], row["finished"], strict=True)
+    ]
+
+    def share(of: Callable[[str | None, bool], bool]) -> float:
+        return sum(of(style, right) for style, right in verdicts) / len(verdicts)
+
+    return Score(
+        accuracy=share(lambda style, right: right),
+        malformed=share(lambda style, right: style is None),
+        preferred=share(lambda style, right: style == PREFERRED),
+        win=share(lambda style, right: right and style == PREFERRED),
+    )
+
+
+def write_model(characters: str, folder: Path) -> None:
+    """An untrained Llama of 0.3M parameters: a config.json, from which `train` draws the weights, and a
+    tokenizer with one token a character."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
+    raw = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    raw.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(vocabulary),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    config.save_pretrained(folder)
