@@ -56,7 +56,7 @@ def table(study: Path) -> list[dict[str, str]]:
 
 
 def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
 GRID: dict[str, Any] = {"spo.lambda": [0.5, 2.0], "method": {"simpo": {}, "dpop-less": {"loss.beta": 5.0}}}
