@@ -64,7 +64,7 @@ def drop_highest(dataset: TokenizedSet, store: ReferenceStore, share: float) -> 
         for i in np.sort(dropped)
     }
     rest = dataset.without(reasons)
-    if 0 in rest.source_sizes:
+    if any(left == 0 < before for left, before in zip(rest.source_sizes, dataset.source_sizes, strict=True)):
         raise UserError(f"data.drop_ches = {share} leaves no pair of one source of data.train; lower it")
     return rest, ReferenceStore(store.records[np.sort(kept)], rest, store.folder)
 

@@ -124,18 +124,16 @@ def _watch(job: Job, state: TrainState, data: str, metrics: Mapping[str, float])
     """Raise the alarms of a line of metrics; the state after that."""
     config = job.config
     monitor, alarms = watch(config.monitor, state.monitor, state.step, data, metrics)
-    state = replace(state, monitor=monitor)
-    raises = bool(alarms) and config.monitor.on_alarm == "raise_lambda"
-    if raises:
-        factor = config.monitor.raise_factor
-        state = replace(state, schedule=raise_lambda(config.spo, state.schedule, factor))
+    schedule, factor = state.schedule, config.monitor.raise_factor
+    if alarms and config.monitor.on_alarm == "raise_lambda":
+        schedule = raise_lambda(config.spo, schedule, factor)
     for line in alarms:
-        if raises:
-            line["message"] += f"; lambda is multiplied by {config.monitor.raise_factor:g}"
+        if schedule != state.schedule:  # that of dual may be at a bound
+            line["message"] += f"; lambda is multiplied by {factor:g}"
         job.directory.log("alarm", state.step, line)
         if job.directory.is_main:
             print(f"warning: {line['message']}", file=sys.stderr)
-    return state
+    return replace(state, monitor=monitor, schedule=schedule)
 
 
 def evaluate(job: Job, state: TrainState) -> TrainState:

@@ -165,6 +165,13 @@ def test_raise_lambda_from_the_next_step_on_and_through_a_restart(folder: Path, 
     assert resumed[8]["loss"] == whole[8]["loss"]
 
 
+def test_a_lambda_at_its_bound_is_not_said_to_be_raised(folder: Path) -> None:
+    given = ["spo.schedule=dual", "spo.dual_lr=1e-30", "spo.lambda_max=0.001", "training.steps=4"]
+    assert train(folder, *given, "monitor.on_alarm=raise_lambda") == 0
+    alarms = read(folder / "run", "alarm")
+    assert alarms and not any("multiplied" in alarm["message"] for alarm in alarms)
+
+
 def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lambda(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
