@@ -8,6 +8,7 @@ import pytest
 from examples.common import StageFailed
 from examples.gsm8k import run as gsm8k
 from examples.quickstart import page, run, task
+from examples.studies import prepare_gsm8k
 from megatron_spo.config.load import load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,6 +62,14 @@ def test_gsm8k_splits_by_problem(tmp_path: Path) -> None:
         gsm8k.write_data(stages, tmp_path / "bad.jsonl", solved, scale, seed=1)
     with pytest.raises(StageFailed, match="nowhere does not exist"):
         gsm8k.write_data(stages, pairs, tmp_path / "nowhere", scale, seed=1)
+
+
+def test_the_gsm8k_study_says_which_file_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pairs.jsonl").write_text("")
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "data"), "0", str(tmp_path / "pairs.jsonl"), "nowhere"])
+    with pytest.raises(StageFailed, match="nowhere is not there: docs/domains.md"):
+        prepare_gsm8k.main()
+    assert not (tmp_path / "data").exists()
 
 
 def gsm8k_inputs(folder: Path) -> tuple[gsm8k.Stages, Path, Path]:

@@ -19,7 +19,7 @@ from examples.studies.code.score import write_scores  # noqa: E402
 
 def main() -> None:
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
-    scale = quickstart.Scale()
+    scale = quickstart.Scale(pair_problems=1200, held_out_problems=240)  # two of three give a pair
     stages = Stages.open(folder, 1, {"seed": seed, "scale": asdict(scale)}, fresh=False)
     quickstart.write_data(stages, scale, seed, task)
     model = stages.train_sft(quickstart.HERE / "sft.yaml", scale, seed)
