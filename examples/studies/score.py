@@ -17,15 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own p
 import torch  # noqa: E402
 
 from examples.common import read_jsonl, write_text  # noqa: E402
-from examples.quickstart import task  # noqa: E402
+from examples.quickstart import task as arithmetic  # noqa: E402
 from megatron_spo.convert.export import convert  # noqa: E402
 from megatron_spo.evaluate.generate import Response, Sampling, encode, generate, load_model, load_tokenizer  # noqa: E402
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 
 
-def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int) -> None:
-    """Scores of a model in Hugging Face format."""
+def write_scores(
+    model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Any = arithmetic
+) -> None:
+    """Scores of a model in Hugging Face format; `task`: the module of the quickstart, or one like it."""
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     rows = read_jsonl(problems)
     prompts = [encode(tokenizer, row["prompt"], str(problems)) for row in rows]
@@ -65,12 +67,12 @@ def log_probs(model: Any, prompts: list[list[int]], answers: list[list[int]]) ->
     return found.where(counted[:, 1:], 0.0).sum(1).double()
 
 
-def main() -> None:
+def main(task: Any = arithmetic) -> None:
     run, reference, problems, out = map(Path, sys.argv[1:5])
     model = run.with_name("hf")
     shutil.rmtree(model, ignore_errors=True)  # of an earlier training
     convert(run, model, "hf")
-    write_scores(model, reference, problems, out, int(sys.argv[5]))
+    write_scores(model, reference, problems, out, int(sys.argv[5]), task)
 
 
 if __name__ == "__main__":

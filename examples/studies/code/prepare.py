@@ -14,7 +14,7 @@ from examples import common  # noqa: E402
 from examples.common import Stages  # noqa: E402
 from examples.quickstart import run as quickstart  # noqa: E402
 from examples.studies.code import task  # noqa: E402
-from examples.studies.code.score import write_scores  # noqa: E402
+from examples.studies.score import write_scores  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     model = stages.train_sft(quickstart.HERE / "sft.yaml", scale, seed)
     quickstart.make_pairs(stages, scale, seed, model, task)
     if not (scores := folder / "sft_scores.json").exists():
-        write_scores(model, model, stages.file("test_problems"), scores, seed)
+        write_scores(model, model, stages.file("test_problems"), scores, seed, task)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # a script's own p
 from examples.studies import score  # noqa: E402
 from examples.studies.code import task  # noqa: E402
 
-score.task = task
-write_scores = score.write_scores
-
 if __name__ == "__main__":
-    score.main()
+    score.main(task)
