@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 WIDER = {"pp2-lora-full": 0.07}
-"""Layouts in which the first stage is planned the inputs of two layers too high, more than 5% where so little is kept."""
+"""The first stage is planned the inputs of two layers too high: more than 5% where so little is kept."""
 
 
 def compare(name: str, found: dict[str, float], config: Config, shape: ModelShape, world: int, rows: int) -> None:
