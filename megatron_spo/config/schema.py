@@ -201,7 +201,7 @@ class SpoConfig(Section):
     """alternating only: consecutive steps on the preference loss; >= 1"""
     lookahead_lr: float = Field(1e-3, gt=0)
     """lookahead only: length of the inner SFT step, relative to the gradient of the SFT loss per token; > 0"""
-    barrier_rate: float = Field(1.0, ge=0)
+    barrier_rate: float = Field(100.0, ge=0)
     """barrier only: how fast the SFT loss must fall, per nat of gap beyond epsilon; >= 0"""
     v: (
         Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(form_of_v)]
