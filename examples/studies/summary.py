@@ -1,4 +1,4 @@
-"""Table and picture of a scored study: `summary.py TABLE.csv AXIS OUT.svg` prints a Markdown table, a row a choice of AXIS.
+"""Table and picture of a scored study: `summary.py TABLE.csv AXIS OUT.svg` prints Markdown, a row a choice of AXIS.
 
 Numbers are means over the seeds, with the range over them in brackets. The picture has a line a choice, a point a
 temperature: how often the answer is right, and how often it is right and in the preferred style.
