@@ -105,19 +105,22 @@ def write_model(characters: str, folder: Path) -> None:
     raw = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     raw.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    write_llama(tokenizer, folder, hidden_size=96, intermediate_size=256, max_position_embeddings=128)
+
+
+def write_llama(tokenizer: PreTrainedTokenizerFast, folder: Path, **shape: int) -> None:
+    """A tokenizer and the config.json of a Llama of 3 layers with 4 heads for it."""
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=len(vocabulary),
-        hidden_size=96,
-        intermediate_size=256,
+        vocab_size=len(tokenizer),
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **shape,
     )
     config.save_pretrained(folder)

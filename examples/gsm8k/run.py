@@ -16,13 +16,14 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # a script's own path is its folder; the examples import each other
 
 from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
+from examples.styles import write_llama  # noqa: E402
 
 LOSSES = {"dpo": ("loss.beta=0.1",), "simpo": ("loss.beta=2.5", "loss.gamma_beta_ratio=0.3")}
 SPO_LAMBDA = 1.0
@@ -107,22 +108,7 @@ def write_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
     )
     raw.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    config.save_pretrained(folder)
+    write_llama(tokenizer, folder, hidden_size=128, intermediate_size=384, max_position_embeddings=512)
 
 
 def train(stages: Stages, scale: Scale, seed: int) -> None:

@@ -92,6 +92,16 @@ class ModelShape:
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
+    def qkv_biases(self) -> int:
+        """Numbers in the biases of a layer's queries, keys and values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
+
+    @property
+    def norm_weights(self) -> int:
+        """Numbers in a layer's norms."""
+        return (2 if self.gemma is None else 4) * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of each of PROJECTIONS."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim

@@ -52,10 +52,8 @@ def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameter
 def _layer(config: Config, shape: ModelShape) -> Mapping[str, int]:
     """A layer's parameters on one rank, by part; norms with what follows them."""
     tensor, experts = config.parallel.tensor, shape.experts
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    biases = (queries + 2 * keys) // tensor if shape.qkv_bias else 0
-    norms = shape.hidden * (1 if shape.gemma is None else 3) + (2 * shape.head_dim if shape.qk_norm else 0)
-    attention = shape.attention_weights // tensor + biases + norms
+    norms = shape.norm_weights - shape.hidden  # one stands with the network behind it
+    attention = shape.attention_weights // tensor + shape.qkv_biases // tensor + norms
     if experts is None:
         mlp = 3 * shape.hidden * shape.ffn // tensor + shape.hidden
         return {"attention": attention, "mlp": mlp, "router": 0, "experts": 0}

@@ -54,9 +54,7 @@ def parameters(shape: ModelShape) -> int:
         feed_forward = 3 * shape.hidden * shape.ffn
     else:
         feed_forward = shape.experts.count * (3 * shape.hidden * shape.experts.ffn + shape.hidden)
-    biases = (shape.heads + 2 * shape.kv_heads) * shape.head_dim if shape.qkv_bias else 0
-    norms = (2 if shape.gemma is None else 4) * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    layer = shape.attention_weights + biases + feed_forward + norms
+    layer = shape.attention_weights + shape.qkv_biases + feed_forward + shape.norm_weights
     return shape.layers * layer + (1 if shape.tied else 2) * shape.vocab * shape.hidden + shape.hidden
 
 
