@@ -59,17 +59,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-WIDER = {"pp2-lora-full": 0.07}
-"""The first stage is planned the inputs of two layers too high: more than 5% where so little is kept."""
+def waiting(planned_in: Setting, row: Row, stage: int) -> float:
+    """Bytes of rows in flight that wait to be computed again: the recomputation holds tokens, places and mask through
+    an argument that is no tensor, so that autograd's count sees those of one row only."""
+    if planned_in.config.parallel.recompute != "full":
+        return 0
+    rows = planned_in.topology.pipeline - 1 - stage
+    return rows * (8 * (2 * row.tokens + row.queries(1) + row.keys) + planned_in.item * row.mask(1))
 
 
 def compare(name: str, found: dict[str, float], config: Config, shape: ModelShape, world: int, rows: int) -> None:
     """Parameters exactly; what Megatron pads or torch counts by other means within 5%."""
     planned_in = setting(config, shape, world)
-    planned = stage_memory(planned_in, int(found["stage"]), as_planned(packed_row()), rows)
+    row, stage = as_planned(packed_row()), int(found["stage"])
+    planned = stage_memory(planned_in, stage, row, rows)
+    found = {**found, "activations": found["activations"] + waiting(planned_in, row, stage)}
     assert planned.weights == found["weights"], name
     for part in COMPARED:
-        assert getattr(planned, part) == pytest.approx(found[part], rel=WIDER.get(name, 0.05)), f"{name}: {part}"
+        assert getattr(planned, part) == pytest.approx(found[part], rel=0.05), f"{name}: {part}"
 
 
 def test_constants_are_the_models() -> None:
