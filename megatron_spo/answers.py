@@ -41,24 +41,29 @@ class Answers:
         self._folder = directory.path / ".answers"
         self._saver = Saver(self._folder, trainable, record, keep=1, weights_only=True)
 
-    def __call__(self, state: TrainState) -> None:
-        """Answer under the present weights, log scores and samples; all ranks call it together."""
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Answer under the present weights, log scores and samples; all ranks call it together.
+
+        Returns the share of right answers of each set that has right answers, on all ranks.
+        """
         try:
             on_main(lambda: shutil.rmtree(self._folder, ignore_errors=True), SaveFailed)
             self._saver.start(state, in_background=False)
             self._saver.finished(wait=True)
         except SaveFailed as error:
             self._warn(state.step, error)
-            return
-        on_main(lambda: self._answer(state.step), SaveFailed)
+            return {}
+        return on_main(lambda: self._answer(state.step), SaveFailed)
 
-    def _answer(self, step: int) -> None:
+    def _answer(self, step: int) -> dict[str, float]:
         try:
             to_hf(self._folder / step_name(step), self._folder / "hf")
-            self._answer_all(step)
+            return self._answer_all(step)
         except Exception as error:  # a killed process, a full disk, or what transformers raises
             self._warn(step, error)
-        shutil.rmtree(self._folder, ignore_errors=True)
+            return {}
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _warn(self, step: int, error: Exception) -> None:
         if self._runtime.is_main:
@@ -66,7 +71,7 @@ class Answers:
             print(f"warning: step {step}: no answers to held-out prompts ({reason}); the training goes on",
                   file=sys.stderr)  # fmt: skip
 
-    def _answer_all(self, step: int) -> None:
+    def _answer_all(self, step: int) -> dict[str, float]:
         sets, prompts = self._sources.evals, []
         counts = {name: min(self._config.monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
         longest = 0
@@ -78,9 +83,12 @@ class Answers:
         room = self._sources.shape.max_positions - max(map(len, prompts))
         sampling = Sampling(max_new_tokens=min(ROOM * longest, room))
         responses = iter(answer_apart(self._folder / "hf", prompts, sampling))
+        right: dict[str, float] = {}
         for source, (name, dataset) in zip(self._config.data.eval, sets.items(), strict=True):
             rows = self._rows(source, dataset, counts[name])
-            self._log(step, name, rows, [next(responses)[0] for _ in rows])
+            found = self._log(step, name, rows, [next(responses)[0] for _ in rows])
+            right |= {name: found["exact_match"]} if "exact_match" in found else {}
+        return right
 
     def _rows(self, source: DataSource, dataset: TokenizedSet, count: int) -> list[dict[str, Any]]:
         """The first rows as they are in the file, with what they were tokenised to as texts."""
@@ -99,13 +107,16 @@ class Answers:
     def _text(self, ids: Any) -> str:
         return str(self._sources.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    def _log(self, step: int, name: str, rows: list[dict[str, Any]], answers: list[Response]) -> None:
+    def _log(self, step: int, name: str, rows: list[dict[str, Any]], answers: list[Response]) -> dict[str, float]:
+        """The means of the scores, now logged."""
         scores = score(rows, [[one.text] for one in answers], [[one.finished] for one in answers])
-        means = {f"generation/{key}": value for key, value in scores.metrics().items() if key in LOGGED}
-        self._directory.log("generation", step, {"data": name, **means})
+        means = {key: value for key, value in scores.metrics().items() if key in LOGGED}
+        named = {f"generation/{key}": value for key, value in means.items()}
+        self._directory.log("generation", step, {"data": name, **named})
         samples = [
             {"step": step, "data": name, "prompt": row["prompt"], "answer": answer.text, "reference": row["reference"],
              "exact_match": found[0].exact_match, "malformed": found[0].malformed}
             for row, answer, found in zip(rows, answers, scores.answers, strict=True)
         ]  # fmt: skip
         self._directory.log_samples(f"samples/{name}", step, samples)
+        return means

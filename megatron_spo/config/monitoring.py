@@ -24,8 +24,10 @@ class MonitorConfig(Section):
     """alarm: share of pairs in which both answers fell; > 0, <= 1 (1: none)"""
     entropy_factor: float = Field(3.0, gt=1)
     """alarm: token entropy of a set so many times its first one, or as small a part of it; > 1"""
+    answers_fall: float = Field(0.05, gt=0, le=1)
+    """alarm: share of data.eval's prompts answered rightly before training and no longer now; > 0, <= 1 (1: none)"""
     generate_every: int = Field(0, ge=0)
-    """optimizer steps between answers to prompts of data.eval; 0: none; >= 0"""
+    """optimizer steps between answers to prompts of data.eval, the first before step 1; 0: none; >= 0"""
     generate_prompts: int = Field(32, ge=1)
     """prompts of each set of data.eval to be answered, the first ones; >= 1"""
 
@@ -36,7 +38,9 @@ def unused(config: "Config") -> dict[str, str]:
     if config.monitor.on_alarm != "raise_lambda":
         found["raise_factor"] = f"monitor.on_alarm: {config.monitor.on_alarm}; it belongs to raise_lambda"
     if config.monitor.generate_every == 0:
-        found["generate_prompts"] = "monitor.generate_every: 0"
+        found |= dict.fromkeys(("generate_prompts", "answers_fall"), "monitor.generate_every: 0")
+    if config.spo.schedule == "sft":
+        found["entropy_factor"] = "spo.schedule: sft, which lowers the entropy on purpose"
     if not config.has_reference:
         found["both_down"] = "reference.cache: null"
         if config.spo.v is None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from megatron_spo.runtime.watchdog import Progress
 from megatron_spo.train.anomalies import BadStep, alarm
 from megatron_spo.train.checkpoint import SaveFailed, Saver
 from megatron_spo.train.held_out import Decode, held_out
-from megatron_spo.train.monitor import watch
+from megatron_spo.train.monitor import MonitorState, watch, watch_answers
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import Best, TrainState
 from megatron_spo.train.step import DataInUse, Engine, Share
@@ -48,8 +49,9 @@ class Job:
     evals: Sequence[DataInUse]
     directory: RunDirectory
     decode: Decode
-    answer: Callable[[TrainState], None] | None
-    """Answers held-out prompts under the present weights and logs the scores; all ranks call it together."""
+    answer: Callable[[TrainState], Mapping[str, float]] | None
+    """Answers held-out prompts under the present weights and logs the scores; the share of right answers of each set
+    that has them, on all ranks, which call it together."""
     steps: int
     stop: StopRequest
     progress: Progress
@@ -66,6 +68,8 @@ def run(job: Job, state: TrainState) -> TrainState:
     """
     config, known = job.config, state.monitor.raised
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
+        if state.step == 0:
+            state = _answer(job, state)
         if state.evaluation_owed:
             state = _measure(job, state)
             if state.step == job.steps:  # nothing follows that would write down the best evaluation
@@ -78,7 +82,7 @@ def run(job: Job, state: TrainState) -> TrainState:
                 if state.step % config.logging.every == 0 or last:
                     job.directory.log("train", state.step, metrics)
                     bar.set_postfix_str(_summary(metrics))
-                state = _watch(job, state, job.train.name, metrics)
+                state = _warn(job, state, *watch(config.monitor, state.monitor, state.step, job.train.name, metrics))
             bar.update()
             due = any(_due(job, state.step))
             stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
@@ -114,22 +118,33 @@ def _measure(job: Job, state: TrainState) -> TrainState:
     with job.stop.timing("evaluation"):
         if evaluation:
             state = evaluate(job, state)
-        if answers and job.answer is not None:
-            job.progress.phase(f"answers after step {state.step}", times=4)
-            job.answer(state)
+        if answers:
+            state = _answer(job, state)
     return replace(state, evaluation_owed=False)
 
 
-def _watch(job: Job, state: TrainState, data: str, metrics: Mapping[str, float]) -> TrainState:
-    """Raise the alarms of a line of metrics; the state after that."""
-    config = job.config
-    monitor, alarms = watch(config.monitor, state.monitor, state.step, data, metrics)
-    schedule, factor = state.schedule, config.monitor.raise_factor
-    if alarms and config.monitor.on_alarm == "raise_lambda":
-        schedule = raise_lambda(config.spo, schedule, factor)
+def _answer(job: Job, state: TrainState) -> TrainState:
+    """Answers to held-out prompts, and the alarms of their scores."""
+    if job.answer is None:
+        return state
+    job.progress.phase(f"answers after step {state.step}", times=4)
+    for data, exact_match in job.answer(state).items():
+        found = watch_answers(job.config.monitor, state.monitor, state.step, data, exact_match)
+        state = _warn(job, state, *found)
+    return state
+
+
+def _warn(job: Job, state: TrainState, monitor: MonitorState, alarms: Sequence[dict[str, Any]]) -> TrainState:
+    """Raise these alarms, and lambda where it is to be; the state after that."""
+    config, schedule = job.config, state.schedule
+    raises = config.monitor.on_alarm == "raise_lambda"
+    if alarms and raises:
+        schedule = raise_lambda(config.spo, schedule, config.monitor.raise_factor)
     for line in alarms:
-        if schedule != state.schedule:  # that of dual may be at a bound
-            line["message"] += f"; lambda is multiplied by {factor:g}"
+        if schedule != state.schedule:
+            line["message"] += f"; lambda is multiplied by {config.monitor.raise_factor:g}"
+        elif raises:  # that of dual is at its bound, or has come down to 0
+            line["message"] += f"; lambda stays {schedule.lambda_:g}, which no factor raises"
         job.directory.log("alarm", state.step, line)
         if job.directory.is_main:
             print(f"warning: {line['message']}", file=sys.stderr)
@@ -153,7 +168,7 @@ def evaluate(job: Job, state: TrainState) -> TrainState:
         if shifts is not None and job.directory.is_main:
             found = held_out(data.loader.dataset, shifts, state.step, job.decode)
             job.directory.write_held_out(data.name, found)
-        state = _watch(job, state, data.name, metrics)
+        state = _warn(job, state, *watch(config.monitor, state.monitor, state.step, data.name, metrics))
         if data is job.evals[0]:
             state = replace(state, best=_better(config.checkpoint.best, metrics, state))
     return state

@@ -6,8 +6,8 @@ value passes its bound, and is armed again when the value is back within half of
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_spo.config.schema import MonitorConfig
@@ -45,12 +45,14 @@ class MonitorState:
     Attributes:
         raised: messages of the alarms that are not armed, by "set: alarm".
         entropy: policy/entropy of the first line of each set, nats.
+        exact_match: share of right answers to each set's prompts, the first time.
         averages: sums of the training batches' metrics, weighted by DECAY per step.
         weight: of these sums.
     """
 
     raised: Mapping[str, str] = field(default_factory=dict)
     entropy: Mapping[str, float] = field(default_factory=dict)
+    exact_match: Mapping[str, float] = field(default_factory=dict)
     averages: Mapping[str, float] = field(default_factory=dict)
     weight: float = 0.0
 
@@ -81,8 +83,29 @@ def watch(
         averages = {name: DECAY * averages.get(name, 0.0) + metrics[name] for name in AVERAGED if name in metrics}
         weight = DECAY * weight + 1
         metrics = {**metrics, **{name: total / weight for name, total in averages.items()}}
-    raised, lines = dict(state.raised), []
-    for one in _judged(config, metrics, first[data]):
+    raised, lines = _raise(state.raised, _judged(config, metrics, first[data]), step, data)
+    return replace(state, raised=raised, entropy=first, averages=averages, weight=weight), lines
+
+
+def watch_answers(
+    config: MonitorConfig, state: MonitorState, step: int, data: str, exact_match: float
+) -> tuple[MonitorState, list[dict[str, Any]]]:
+    """Judge the share of right answers to a held-out set's prompts beside the first such share; returns as `watch`."""
+    first = {data: exact_match, **state.exact_match}
+    before, allowed = first[data], config.answers_fall
+    text = f"right answers went from {before:.0%} to {exact_match:.0%} of the prompts"
+    fall = Judgement("answers", "generation/exact_match", exact_match, before - allowed,
+                     (before - exact_match) / allowed, text)  # fmt: skip
+    raised, lines = _raise(state.raised, [fall], step, data)
+    return replace(state, raised=raised, exact_match=first), lines
+
+
+def _raise(
+    before: Mapping[str, str], judged: Iterable[Judgement], step: int, data: str
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The alarms that are not armed after these judgements, and the lines of those that they raise."""
+    raised, lines = dict(before), []
+    for one in judged:
         name = f"{data}: {one.alarm}"
         if one.excess > 1 and name not in raised:
             raised[name] = f"step {step}, {data}: {one.text}; {PAGE}"
@@ -90,7 +113,7 @@ def watch(
                           "bound": one.bound, "message": raised[name]})  # fmt: skip
         elif one.excess < REARMED:
             raised.pop(name, None)
-    return MonitorState(raised, first, averages, weight), lines
+    return raised, lines
 
 
 def _judged(config: MonitorConfig, metrics: Mapping[str, float], first_entropy: float) -> Iterator[Judgement]:

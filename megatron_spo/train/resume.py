@@ -12,8 +12,6 @@ FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.
 """Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant;
 monitor, data.eval and training.eval_every: unless an alarm raises lambda), only where it would have ended
 (training.on_anomaly, training.spike_factor), or only by rounding (precision.layers)."""
-MEASURING = ("monitor.generate_every", "monitor.generate_prompts")
-"""Of `monitor`, what alters nothing even where an alarm raises lambda."""
 
 
 def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
@@ -31,7 +29,7 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
     bound = set() if new["optimizer.decay"] == "constant" else {"training.steps"}
     if "raise_lambda" in (old.get("monitor.on_alarm"), new["monitor.on_alarm"]):
         bound |= {"monitor", "data.eval", "training.eval_every"}
-    free = [*MEASURING, *(key for key in FREE if key not in bound)]
+    free = [key for key in FREE if key not in bound]
     differ = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new)
               if old.get(key) != new.get(key)}  # fmt: skip
     for name, fingerprint in data.items():

@@ -81,7 +81,7 @@ class RunDirectory:
 
     def open_metrics(self, *, after_step: int, owed: Sequence[str] = ()) -> None:
         """Open metrics.jsonl and samples.jsonl for appending; lines of what will be done again are cut off, as is a
-        torn one. `owed`: the held-out sets that will be evaluated once more after this step."""
+        torn one: after step 0 all. `owed`: the held-out sets that will be evaluated once more after this step."""
         if not self.is_main:
             return
         for name in ("metrics.jsonl", SAMPLES):
@@ -91,7 +91,8 @@ class RunDirectory:
                 try:
                     line = json.loads(text)
                     measured = line.get("kind") in MEASURED_AFTER or line.get("data") in owed
-                    again = line["step"] > after_step or (owed and measured and line["step"] == after_step)
+                    again = after_step == 0 or line["step"] > after_step
+                    again = again or (owed and measured and line["step"] == after_step)
                 except (ValueError, KeyError, TypeError):  # torn when the process was killed
                     continue
                 if not again:

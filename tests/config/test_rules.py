@@ -54,6 +54,8 @@ MIXTURE = {"model_type": "mixtral", "intermediate_size": 9, "num_local_experts":
         ("loss.name=orpo spo.schedule=dual", "set spo.lambda_unit=token"),
         ("monitor.raise_factor=3.0", "monitor.raise_factor has no effect with monitor.on_alarm: warn"),
         ("monitor.generate_prompts=3", "monitor.generate_prompts has no effect with monitor.generate_every: 0"),
+        ("monitor.answers_fall=0.1", "monitor.answers_fall has no effect with monitor.generate_every: 0"),
+        ("spo.schedule=sft monitor.entropy_factor=2", "monitor.entropy_factor has no effect with spo.schedule: sft"),
         (
             "loss.name=simpo reference.cache=null monitor.both_down=0.4",
             "monitor.both_down has no effect with reference",

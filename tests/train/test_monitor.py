@@ -8,7 +8,7 @@ import pytest
 
 from megatron_spo.cli import main
 from megatron_spo.config.monitoring import MonitorConfig
-from megatron_spo.train.monitor import TRAIN, MonitorState, watch
+from megatron_spo.train.monitor import TRAIN, MonitorState, watch, watch_answers
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 BOUNDS = MonitorConfig(chosen_fall=0.1, both_down=0.5, entropy_factor=2.0)
@@ -83,6 +83,16 @@ def test_entropy_either_way_but_not_under_sft() -> None:
     assert raised(sft) == [[], []]
     assert raised([line(0, entropy=e) for e in (0.0, 0.0, 1.0)]) == [[], [], ["entropy"]]
     assert raised([line(0, entropy=e) for e in (1.0, 0.0)]) == [[], ["entropy"]]
+
+
+def test_right_answers_that_are_lost() -> None:
+    state, found = MonitorState(), []
+    for step, share in enumerate((0.9, 0.86, 0.84, 0.5, 0.89, 0.8)):
+        state, alarms = watch_answers(BOUNDS, state, step, "held-out", share)
+        found += alarms
+    assert [alarm["message"].split(":")[0] for alarm in found] == ["step 2, held-out", "step 5, held-out"]
+    assert found[0]["alarm"] == "answers" and found[0]["value"] == 0.84 and found[0]["bound"] == pytest.approx(0.85)
+    assert "right answers went from 90% to 84% of the prompts" in found[0]["message"]
 
 
 @pytest.fixture
@@ -169,7 +179,7 @@ def test_a_lambda_at_its_bound_is_not_said_to_be_raised(folder: Path) -> None:
     given = ["spo.schedule=dual", "spo.dual_lr=1e-30", "spo.lambda_max=0.001", "training.steps=4"]
     assert train(folder, *given, "monitor.on_alarm=raise_lambda") == 0
     alarms = read(folder / "run", "alarm")
-    assert alarms and not any("multiplied" in alarm["message"] for alarm in alarms)
+    assert alarms and all("lambda stays 0.001" in alarm["message"] for alarm in alarms)
 
 
 def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lambda(
@@ -181,6 +191,28 @@ def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lamb
     others = ["training.eval_every=4", f"data.eval={folder}/pairs.jsonl"]
     assert train(folder, "monitor.on_alarm=raise_lambda", *others) == 2
     assert "training.eval_every: 2 -> 4" in (said := capsys.readouterr().err) and "data.eval: " in said
+
+
+def test_answers_that_change_raise_lambda(folder: Path) -> None:
+    """What the model answers before training counts as right here, so that the fall of the chosen answers loses it."""
+    rows = arithmetic_pairs(7, seed=1)
+    room = 2 * max(len(row["chosen"]) + 1 for row in rows)
+    prompts = write_jsonl(folder / "prompts.jsonl", rows)
+    given = ["--prompts", str(prompts), "--out", str(folder / "out.jsonl"), "--max-new-tokens", str(room)]
+    assert main(["generate", str(folder / "model"), *given]) == 0
+    answers = [json.loads(text)["responses"][0] for text in (folder / "out.jsonl").read_text().splitlines()]
+    named = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    write_jsonl(folder / "held-out.jsonl", named)
+    quiet = ["monitor.chosen_fall=1e6", "monitor.both_down=1", "monitor.entropy_factor=1e6"]
+    assert train(folder, *quiet, "monitor.generate_every=2", "monitor.on_alarm=raise_lambda") == 0
+    found = [one["generation/exact_match"] for one in read(folder / "run", "generation")]
+    assert found[0] == 1 and min(found) < 0.95
+    (alarm,) = [one for one in read(folder / "run", "alarm") if one["alarm"] == "answers"][:1]
+    assert alarm["step"] == 2 * next(i for i, share in enumerate(found) if share < 0.95)
+    raised = [one["spo/lambda"] for one in read(folder / "run", "train")]
+    assert raised[alarm["step"] - 1] == 0.001 and raised[alarm["step"]] == 0.002
+    samples = [json.loads(text) for text in (folder / "run/samples.jsonl").read_text().splitlines()]
+    assert [one["answer"] for one in samples[:7]] == answers
 
 
 def test_held_out_pairs_add_up_to_the_evaluation(folder: Path) -> None:

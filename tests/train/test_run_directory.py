@@ -6,6 +6,13 @@ from pathlib import Path
 from megatron_spo.train.run_directory import RunDirectory
 
 
+def test_nothing_is_left_where_all_is_done_again(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text('{"kind": "generation", "step": 0, "data": "test"}\n')
+    RunDirectory(tmp_path, is_main=True).open_metrics(after_step=0)
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.jsonl").read_text() == ""
+
+
 def test_lines_of_what_is_done_again_are_cut_off(tmp_path: Path) -> None:
     kept = [
         {"kind": "eval", "step": 2, "name": "test"},

@@ -129,7 +129,7 @@ def test_tensorboard_holds_every_line_once(folder: Path) -> None:
         found = {event.step: event.value for event in events.Scalars(f"train/{metric}")}
         assert found == pytest.approx({line["step"]: line[metric] for line in lines(folder, "train")}, rel=1e-6)
         assert len(events.Scalars(f"train/{metric}")) == 6
-    assert {event.step for event in events.Scalars("generation/held-out/generation/malformed")} == {4, 6}
+    assert {event.step for event in events.Scalars("generation/held-out/generation/malformed")} == {0, 4, 6}
     tags = events.Tags()["tensors"]
     assert any(tag.startswith("alarm/train") for tag in tags)
     assert any(tag.startswith("worst pairs/held-out") for tag in tags)
@@ -140,7 +140,7 @@ def test_answers_are_those_of_the_exported_model(folder: Path) -> None:
     from megatron_spo.evaluate.scores import score
 
     samples = [json.loads(text) for text in (folder / "run/samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [4] * 3 + [6] * 3
+    assert [sample["step"] for sample in samples] == [0] * 3 + [4] * 3 + [6] * 3
     assert main(["convert", str(folder / "run"), str(folder / "hf"), "--to", "hf"]) == 0
     rows = [json.loads(text) for text in (folder / "held-out.jsonl").read_text().splitlines()][:3]
     longest = max(len(row["chosen"]) for row in rows) + 1
@@ -148,8 +148,8 @@ def test_answers_are_those_of_the_exported_model(folder: Path) -> None:
     given = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / "out.jsonl")]
     assert main(["generate", str(folder / "hf"), *given, "--max-new-tokens", str(2 * longest)]) == 0
     answers = [json.loads(text) for text in (folder / "out.jsonl").read_text().splitlines()]
-    assert [sample["answer"] for sample in samples[3:]] == [row["responses"][0] for row in answers]
-    assert [sample["reference"] for sample in samples[3:]] == [row["chosen"] for row in rows]
+    assert [sample["answer"] for sample in samples[6:]] == [row["responses"][0] for row in answers]
+    assert [sample["reference"] for sample in samples[6:]] == [row["chosen"] for row in rows]
     scores = score(rows, [row["responses"] for row in answers], [row["finished"] for row in answers])
     line = lines(folder, "generation")[-1]
     for name in ("exact_match", "malformed", "rep_4", "distinct_2", "length_ratio"):
