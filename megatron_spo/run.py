@@ -70,13 +70,15 @@ def train(config: Config) -> None:
     directory.status("running", found.step if found else 0, **({"checkpoint": found.path.name} if found else {}))
     signals.before_exit = directory.ended
     watch().on_loss = lambda verdict: directory.ended(verdict.code, verdict.message, anyway=True)
+    code = 0
     try:
         _train(config, runtime, directory, found)
     except BaseException as error:
-        directory.ended(getattr(error, "code", 1), str(error) or type(error).__name__)
+        code = getattr(error, "code", 1)
+        directory.ended(code, str(error) or type(error).__name__)
         raise
     finally:
-        directory.sinks.close(directory.path / REPORT)
+        directory.sinks.close(directory.path / REPORT, code)
 
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:

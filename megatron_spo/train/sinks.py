@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_spo.errors import Stopped
+
 Line = Mapping[str, Any]
 
 
@@ -18,8 +20,8 @@ class Sink(Protocol):
     def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
         """Rows with texts, all with the same columns: the worst held-out pairs, or answers."""
 
-    def close(self, report: Path) -> None:
-        """The end; the report is there if the run came to its last step."""
+    def close(self, report: Path, code: int) -> None:
+        """The end, with the command's exit code; the report is there if the run came to its last step."""
 
 
 class Sinks:
@@ -40,9 +42,9 @@ class Sinks:
         """As `Sink.table`."""
         self._each(lambda sink: sink.table(name, step, rows))
 
-    def close(self, report: Path) -> None:
+    def close(self, report: Path, code: int) -> None:
         """As `Sink.close`."""
-        self._each(lambda sink: sink.close(report))
+        self._each(lambda sink: sink.close(report, code))
         self._sinks.clear()
 
     def _each(self, action: Callable[[Sink], None]) -> None:
@@ -105,12 +107,14 @@ class WeightsAndBiases:
         table = self._wandb.Table(columns=[*rows[0]], data=[list(row.values()) for row in rows])
         self._run.log({"step": step, name: table})
 
-    def close(self, report: Path) -> None:
+    def close(self, report: Path, code: int) -> None:
         if report.exists():
             artifact = self._wandb.Artifact(f"report-{self._run.id}", type="report")
             artifact.add_file(str(report))
             self._run.log_artifact(artifact)
-        self._run.finish()
+        if code == Stopped.code:
+            self._run.mark_preempting()  # the same command goes on
+        self._run.finish(exit_code=code)
 
 
 class TensorBoard:
@@ -133,5 +137,5 @@ class TensorBoard:
         text = "\n\n".join("\n".join(f"    {key}: {value!r}" for key, value in row.items()) for row in rows)
         self._writer.add_text(name, text, step)
 
-    def close(self, report: Path) -> None:
+    def close(self, report: Path, code: int) -> None:
         self._writer.close()
