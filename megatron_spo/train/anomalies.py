@@ -68,5 +68,8 @@ class GradientNorms:
             Anomaly: it is one too many.
         """
         if self.skips + 1 >= MOST_SKIPS:
-            raise Anomaly(f"{MOST_SKIPS} steps in a row had to be skipped")
+            raise Anomaly(
+                f"{MOST_SKIPS} steps in a row had to be skipped (their rows: metrics.jsonl, kind alarm): the weights are "
+                "past help; start again in another output folder, with less optimizer.lr or more warm-up"
+            )
         return replace(self, skips=self.skips + 1)
