@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Text = str | list[Message]
-BLOCK = 1 << 24
+BLOCK = 1 << 20
 
 
 class RowProblem(Exception):

@@ -1,6 +1,6 @@
 """`python tools/bench/memory.py`: memory of a step above weights, gradients and optimizer, with a vocabulary of 128k.
 
-    ours      `megatron-spo train` on rows of 4096 tokens, 8 and 32 pairs a step
+    ours      `megatron-spo train` on rows of 4096 tokens, 8 and 32 pairs a step, all of one length
     padded    transformers, chosen and rejected padded side by side, logits of every position. Measured with one and two
               pairs in a micro-batch and carried on linearly to the pairs of one of our rows, since a machine need not
               have room for the whole: the positions are what the bytes go with
@@ -35,11 +35,11 @@ def main() -> None:
 
 
 def _compare(folder: Path, vocab: int) -> list[Result]:
-    measure.write_model(folder / "model", hidden=128, layers=2, vocab=vocab)
+    measure.write_model(folder / "model", hidden=64, layers=2, vocab=vocab)
     results, ours = [], {}
     for count in (8, 32):
-        measure.write_pairs(folder / "pairs.jsonl", count, prompt=MIXES[MIX][0], response=MIXES[MIX][1])
-        config = measure.write_config(folder, training={"global_batch_size": count, "steps": 3})
+        measure.write_pairs(folder / "pairs.jsonl", count, prompt=MIXES[MIX][0], response=MIXES[MIX][1], deviation=0)
+        config = measure.write_config(folder, training={"global_batch_size": count, "steps": 2})
         measure.command("reference", str(config))
         ours[count] = _child("ours", config, folder / f"run-{count}")[0]
         results.append(Result(f"memory/ours, {count} pairs a step", ours[count] / 2**20, "MiB"))
@@ -72,8 +72,8 @@ def _child(kind: str, *arguments: Any) -> list[float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM (the peak since the last reset), bytes."""
+def resident(field: str) -> int:
+    """VmRSS, RssAnon (no mapped files) or VmHWM (the peak since the last reset), bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -95,8 +95,8 @@ def _ours(config: str, output: str) -> list[float]:
     def look(self: RunDirectory, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         nonlocal before
         log(self, kind, step, metrics)
-        above.append(_resident("VmHWM") - before)
-        before = _resident("VmRSS")
+        above.append(resident("VmHWM") - before)
+        before = resident("VmRSS")
         _reset_peak()
 
     with measure.replaced(RunDirectory, "log", look):
@@ -123,10 +123,10 @@ def _padded(folder: str, rows: str) -> list[float]:
         optimizer.zero_grad(set_to_none=False)
 
     step(8)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     _reset_peak()
     step(width)
-    return [_resident("VmHWM") - before, int(rows) * width]
+    return [resident("VmHWM") - before, int(rows) * width]
 
 
 if __name__ == "__main__":
