@@ -118,6 +118,20 @@ def test_gpu_benchmark_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_make_bench_measures_all_that_has_a_floor(tmp_path: Path) -> None:
+    """In its quick form, which compares no number; speed.py is tried below."""
+    import run
+
+    others = [name for name in run.BENCHMARKS if name != "speed"]
+    command = [sys.executable, str(ROOT / "tools/bench/run.py"), "--quick", "--out", str(tmp_path), "--only", *others]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = {result["name"] for result in json.loads((tmp_path / "results.json").read_text())["results"]}
+    floors = json.loads((ROOT / "tools/bench/floors.json").read_text())
+    assert {name for name in floors if " over trl" not in name and " over plain" not in name} <= measured
+
+
+@pytest.mark.slow
 def test_trl_and_plain_compute_what_we_compute(tmp_path: Path) -> None:
     """The comparison is of the same training: losses of all four ways to 1e-4 (speed.py refuses others)."""
     out = tmp_path / "speed.json"

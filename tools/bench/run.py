@@ -33,31 +33,36 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     more: dict[str, list[str]] = {
-        "schedules": ["--no-memory", "--rounds", "2"],
+        "schedules": ["--no-memory", "--rounds", "4"],
         "layouts": ["--data", str(options.data)] if options.data else [],
         "curves": ["--svg", str(options.out / "curves.svg")],
     }
-    begin = time.perf_counter()
+    begin, failed = time.perf_counter(), False
     for name in options.only:
         print(f"\n== {name}", flush=True)
-        results += _run(name, [*more.get(name, []), *(["--quick"] if options.quick else [])])
+        found = _run(name, [*more.get(name, []), *(["--quick"] if options.quick else [])])
+        failed |= found is None
+        results += found or []
+        (options.out / "results.json").write_text(json.dumps({"machine": _machine(), "results": results}, indent=1))
         print(f"({time.perf_counter() - begin:.0f} s since the start)", flush=True)
     values = {result["name"]: result["value"] for result in results}
-    (options.out / "results.json").write_text(json.dumps({"machine": _machine(), "results": results}, indent=1))
-    if "speed" in options.only:
+    if "speed" in options.only and not failed:
         draw_speed(values, options.out / "speed.svg")
-    return 0 if options.quick else _compare(values, whole=set(options.only) == set(BENCHMARKS))
+    if options.quick:
+        return int(failed)
+    return int(failed) or _compare(values, whole=set(options.only) == set(BENCHMARKS))
 
 
-def _run(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """A benchmark in a process of its own; its results."""
+def _run(name: str, arguments: Sequence[str]) -> list[dict[str, Any]] | None:
+    """A benchmark in a process of its own; its results, None where it broke (with what it said on screen)."""
     root = str(HERE.parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
     with tempfile.NamedTemporaryFile(suffix=".json") as file, tempfile.TemporaryFile("w+") as said:
         command = [sys.executable, str(HERE / f"{name}.py"), "--json", file.name, *arguments]
         if subprocess.run(command, env=environment, stderr=said, check=False).returncode:
             said.seek(0)
-            sys.exit(f"{name} broke:\n{said.read()[-4000:]}")
+            print(f"{name} broke:\n{said.read()[-4000:]}", file=sys.stderr)
+            return None
         return json.loads(Path(file.name).read_text())["results"]
 
 

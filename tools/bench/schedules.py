@@ -19,14 +19,14 @@ SCHEDULES = ("none", "sft", "penalty", "dual", "alternating", "lookahead", "barr
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each schedule [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each schedule [%(default)s]")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a turn [%(default)s]")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.steps, options.no_memory = 1, 2, True
     with measure.workplace() as folder:
-        results = _seconds(folder / "narrow", options.rounds, options.steps, hidden=64 if options.quick else 384)
+        results = _seconds(folder / "narrow", options.rounds, options.steps, hidden=64 if options.quick else 256)
         if not options.no_memory:
             results += _memory(folder / "wide")
     measure.report(results, options.json)
