@@ -69,7 +69,7 @@ class GradientNorms:
         """
         if self.skips + 1 >= MOST_SKIPS:
             raise Anomaly(
-                f"{MOST_SKIPS} steps in a row had to be skipped (their rows: metrics.jsonl, kind alarm): the weights are "
+                f"{MOST_SKIPS} steps in a row had to be skipped (rows: metrics.jsonl, kind alarm): the weights are "
                 "past help; start again in another output folder, with less optimizer.lr or more warm-up"
             )
         return replace(self, skips=self.skips + 1)
