@@ -1,10 +1,13 @@
-"""Table and picture of a scored study: `summary.py TABLE.csv AXIS OUT.svg` prints Markdown, a row a choice of AXIS.
+"""Tables and a picture of a scored study, in Markdown.
 
-Numbers are means over the seeds, with the range over them in brackets. The picture has a line a choice, a point a
-temperature: how often the answer is right, and how often it is right and in the preferred style.
+    summary.py TABLE.csv AXIS OUT.svg            a row a choice of AXIS: means over the seeds, their range in brackets
+    summary.py TABLE.csv AXIS --by OTHER METRIC  a row a choice of AXIS, a column a choice of OTHER: means of METRIC
+
+The picture has a line a choice, a point a temperature: how often the answer is right, and how often it is right and in
+the preferred style.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -34,6 +37,14 @@ def markdown(table: pd.DataFrame, axis: str) -> str:
     return "\n".join(lines)
 
 
+def crossed(table: pd.DataFrame, axis: str, by: str, metric: str) -> str:
+    """A row a choice of one axis, a column a choice of the other, in the order of the study."""
+    means = table.pivot_table(index=axis, columns=by, values=metric, sort=False)
+    lines = [f"| {axis} | " + " | ".join(map(str, means.columns)) + " |", "|---" * (len(means.columns) + 1) + "|"]
+    lines += [f"| {choice} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for choice, row in means.iterrows()]
+    return "\n".join(lines)
+
+
 def _cell(values: pd.Series) -> str:
     digits = 1 if values.abs().max() >= 10 else 2
     low, high, mean = (f"{value:.{digits}f}" for value in (values.min(), values.max(), values.mean()))
@@ -57,11 +68,17 @@ def draw(table: pd.DataFrame, axis: str, out: Path) -> None:
 
 
 def main() -> None:
-    table = pd.read_csv(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("axis")
+    parser.add_argument("picture", type=Path, nargs="?")
+    parser.add_argument("--by", nargs=2, metavar=("OTHER", "METRIC"))
+    options = parser.parse_args()
+    table = pd.read_csv(options.table)
     table = table[table["state"] == "done"]
-    print(markdown(table, sys.argv[2]))
-    if "score/t0_win" in table:
-        draw(table, sys.argv[2], Path(sys.argv[3]))
+    print(crossed(table, options.axis, *options.by) if options.by else markdown(table, options.axis))
+    if options.picture:
+        draw(table, options.axis, options.picture)
 
 
 if __name__ == "__main__":
