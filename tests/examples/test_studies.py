@@ -13,7 +13,7 @@ from megatron_spo.scaling.study import check_configurations, read_study
 from tests.support.tiny import write_jsonl
 
 ROOT = Path(__file__).parents[2]
-RUNS = {"losses": 60, "lambda_units": 48, "lambda_steps_pairs": 36, "schedules": 33, "stability": 40,
+RUNS = {"losses": 60, "lambda_units": 48, "lambda_steps_pairs": 36, "schedules": 33, "stability": 48,
         "code": 15, "gsm8k": 60, "long": 3}  # fmt: skip
 
 
