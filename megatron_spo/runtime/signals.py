@@ -93,9 +93,11 @@ class Signals:
             raise Stopped(_name(number))
 
     def _read(self, reader: socket.socket) -> None:
+        came = select.poll()  # unlike select(), it takes descriptors above 1023
+        came.register(reader, select.POLLIN)
         while True:
             unwinding = self.requested is not None and self._mode is not _Mode.AFTER_STEP
-            if not select.select([reader], [], [], UNWINDING if unwinding else None)[0]:
+            if not came.poll(1000 * UNWINDING if unwinding else None):
                 self._exit(self._code, f"{_name(self.requested or 0)}, while the main thread was held up")
             numbers = reader.recv(64)
             if not numbers:

@@ -239,7 +239,7 @@ def test_the_time_limit_counts_evaluation_and_answers_together(folder: Path, tmp
         return state
 
     def run(job, state):  # type: ignore[no-untyped-def]
-        jobs.append(replace(job, answer=lambda state: time.sleep(0.3)))
+        jobs.append(replace(job, answer=lambda state: time.sleep(0.3) or {}))
         return original(jobs[0], state)
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
