@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from megatron_spo.report import figures
 from megatron_spo.scaling.fit import Fit
@@ -24,6 +25,9 @@ def draw(fit: Fit) -> str:
         fits.plot(ends, ends, color=grey, linewidth=1)
         if ends[0] > 0:
             fits.set(xscale="log", yscale="log")
+            for axis in (fits.xaxis, fits.yaxis):  # 30, not 3 x 10^1, which takes the room of three labels
+                axis.set_major_formatter(LogFormatter())
+                axis.set_minor_formatter(LogFormatter())
         fits.set(title=law.name, xlabel=f"{law.outcome}, predicted", ylabel=f"{law.outcome}, seen")
         residuals.axhline(0, color=grey, linewidth=1)
         if law.size(points).min() > 0:
