@@ -34,7 +34,7 @@ print(peak)
 def main() -> None:
     options = measure.parser(__doc__).parse_args()
     with measure.workplace() as folder:
-        results = _tokenising(folder / "texts", 2_000 if options.quick else 20_000)
+        results = _tokenising(folder / "texts", 2_000 if options.quick else 10_000)
         results += _cache(folder / "texts", 20_000 if options.quick else 1_000_000)
         results += _training(folder / "training", quick=options.quick)
     count = 10_000 if options.quick else 1_000_000

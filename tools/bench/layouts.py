@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     with measure.workplace() as folder:
         results = [] if options.no_clock else _speeds(folder, options.rounds, hidden=256 if options.quick else 512)
-        count = 1024 if options.quick else 2048
+        count = 1024
         for mix, (prompt, response) in MIXES.items():
             measure.write_model(folder / mix / "model", hidden=64)
             measure.write_pairs(folder / mix / "pairs.jsonl", count, prompt=prompt, response=response)

@@ -165,11 +165,11 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def take_turns(ways: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, list[Turn]]:
-    """Each way `rounds` times, one after another."""
+    """Each way `rounds` times, one after another, every other round backwards: none is always the last."""
     turns: dict[str, list[Turn]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            turns[name].append(way())
+    for i in range(rounds):
+        for name in reversed(ways) if i % 2 else ways:
+            turns[name].append(ways[name]())
     return turns
 
 

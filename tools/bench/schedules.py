@@ -20,7 +20,7 @@ SCHEDULES = ("none", "sft", "penalty", "dual", "alternating", "lookahead", "barr
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each schedule [%(default)s]")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a turn [%(default)s]")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn [%(default)s]")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     options = parser.parse_args()
     if options.quick:
