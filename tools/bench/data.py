@@ -124,7 +124,7 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
     from megatron_spo.train.forward import score_rows
 
     measure.write_model(folder / "model", hidden=64 if quick else 256)
-    _write_pairs(folder, 64 if quick else 768, "chat")
+    _write_pairs(folder, 64 if quick else 384, "chat")
     config = measure.write_config(folder, training={"global_batch_size": 16, "steps": 4})
     forward, scored = _Clock(score_rows), _Clock(reference.score_pairs)
     written, batch = _Clock(ReferenceWriter.write_chunk), _Clock(Loader.batch)

@@ -33,7 +33,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     more: dict[str, list[str]] = {
-        "schedules": ["--no-memory", "--rounds", "4"],
+        "schedules": ["--no-memory"],
         "layouts": ["--data", str(options.data)] if options.data else [],
         "curves": ["--svg", str(options.out / "curves.svg")],
     }

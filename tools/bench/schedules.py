@@ -1,32 +1,33 @@
 """`python tools/bench/schedules.py`: what one optimizer step costs under each schedule.
 
-The real `train` command on one thread in fp32, the same random Llama and the same pairs; the schedules take turns.
+The real `train` command on one thread in fp32, a random Llama, the same pairs at every step. The schedules take turns
+within one training, step by step: each round of steps gives a ratio to `none`, and the median of the ratios counts.
 Memory is the peak of a process of its own above that of `none`, in fp32 copies of the model's parameters, on a wider
 model with few tokens.
 """
 
-import itertools
 import os
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import measure
-from measure import Result, Turn
+from measure import Result
 
 SCHEDULES = ("none", "sft", "penalty", "dual", "alternating", "lookahead", "barrier")
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each schedule [%(default)s]")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each schedule [%(default)s]")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.steps, options.no_memory = 1, 2, True
+        options.rounds, options.no_memory = 1, True
     with measure.workplace() as folder:
-        results = _seconds(folder / "narrow", options.rounds, options.steps, hidden=64 if options.quick else 256)
+        results = _seconds(folder / "narrow", options.rounds, hidden=64 if options.quick else 256)
         if not options.no_memory:
             results += _memory(folder / "wide")
     measure.report(results, options.json)
@@ -41,18 +42,27 @@ def _prepare(folder: Path, *, hidden: int, response: int, steps: int) -> tuple[P
     return config, parameters
 
 
-def _seconds(folder: Path, rounds: int, steps: int, *, hidden: int) -> list[Result]:
-    config, _ = _prepare(folder, hidden=hidden, response=120, steps=steps)
-    runs = itertools.count()
+def _seconds(folder: Path, rounds: int, *, hidden: int) -> list[Result]:
+    from megatron_spo.train import loop
 
-    def train(schedule: str) -> Turn:
-        return measure.train(config, folder / f"run-{next(runs)}", f"spo.schedule={schedule}")
+    size, step = len(SCHEDULES), loop._step
 
-    ways = {name: lambda name=name: train(name) for name in SCHEDULES}  # type: ignore[misc]
-    needed = {name: measure.seconds(turns) for name, turns in measure.take_turns(ways, rounds).items()}
+    def in_turn(job: loop.Job, state: loop.TrainState) -> tuple[loop.TrainState, dict[str, float]]:
+        spo = job.config.spo.model_copy(update={"schedule": SCHEDULES[state.step % size]})
+        return step(replace(job, config=job.config.model_copy(update={"spo": spo})), state)
+
+    config, _ = _prepare(folder, hidden=hidden, response=120, steps=size * (rounds + 1))
+    with measure.replaced(loop, "_step", in_turn):
+        seconds = measure.train(config, folder / "run").seconds[size - 1 :]  # a whole round warms up
+    rows = [seconds[i : i + size] for i in range(0, len(seconds), size)]
     return [
-        Result(f"schedule/{name}", value / needed["none"], "x", f"{value / (steps - 1):.3f} s a step")
-        for name, value in needed.items()
+        Result(
+            f"schedule/{name}",
+            statistics.median(row[i] / row[0] for row in rows),
+            "x",
+            f"{statistics.median(row[i] for row in rows):.3f} s a step",
+        )
+        for i, name in enumerate(SCHEDULES)
     ]
 
 
