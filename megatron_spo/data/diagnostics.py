@@ -26,7 +26,7 @@ def write_diagnostics(store: ReferenceStore, dataset: TokenizedSet) -> Path:
             "row": [dataset.line(i) for i in range(len(dataset))],
             "source": [dataset.describe(i) for i in range(len(dataset))],
             "reference_margin": records["chosen"] - records["rejected"],
-            "length_difference": records["chosen_tokens"] - records["rejected_tokens"],
+            "length_difference": dataset.chosen_tokens - dataset.rejected_tokens,
             "edit_distance": [_distance(dataset, i) for i in range(len(dataset))],
             **{name: records[name] for name in DIAGNOSTICS},
         }

@@ -35,20 +35,18 @@ from megatron_spo.errors import UserError
 if TYPE_CHECKING:
     from megatron_spo.data.dataset import TokenizedSet
 
-VERSION = 2
+VERSION = 3
 DIAGNOSTICS = ("ches", "ches_per_token")
 RECORD = np.dtype(
     [
         ("chosen", "<f4"),
         ("rejected", "<f4"),
-        ("chosen_tokens", "<i4"),
-        ("rejected_tokens", "<i4"),
         ("row_hash", "<u8"),
         *((name, "<f4") for name in DIAGNOSTICS),
     ]
 )
-"""Sums of log-probs (nats) over the scored tokens of each response, their counts, the hash of the row's
-token ids; DIAGNOSTICS (diagnostics.py) are NaN where they were not measured."""
+"""Sums of log-probs (nats) over the scored tokens of each response, the hash of the row's token ids; DIAGNOSTICS
+(diagnostics.py) are NaN where they were not measured."""
 REMEDY = "run: megatron-spo reference CONFIG.yaml"
 DIGEST = 16
 Records = NDArray[np.void]
@@ -102,12 +100,6 @@ class ReferenceStore:
             where = self._dataset.describe(int(wanted[~fine][0]))
             raise UserError(f"reference cache {self.folder} is damaged: the record of {where} is bad; {REMEDY}")
         return chosen, rejected
-
-    @property
-    def sft_loss(self) -> float:
-        """The reference's own SFT loss on the chosen responses: - sum(chosen) / sum(chosen_tokens), nats
-        per token."""
-        return -float(self.records["chosen"].sum(dtype=np.float64) / self.records["chosen_tokens"].sum(dtype=np.int64))
 
 
 def open_reference(
@@ -192,8 +184,6 @@ class ReferenceWriter:
             records[field] = array
         for field in DIAGNOSTICS:
             records[field] = diagnostics.get(field, np.nan)
-        records["chosen_tokens"] = self._dataset.chosen_tokens[indices]
-        records["rejected_tokens"] = self._dataset.rejected_tokens[indices]
         records["row_hash"] = self._dataset.row_hashes[indices]
         payload = records.tobytes()
         with _writing(self._folder), _replacing(self._part(k)) as file:

@@ -79,11 +79,9 @@ def test_fill_and_read(tmp_path: Path, data: TokenizedSet) -> None:
     assert chosen.dtype == rejected.dtype == np.float32
     assert (chosen == CHOSEN[indices]).all() and (rejected == REJECTED[indices]).all()
     assert len(store) == COUNT
-    assert store.sft_loss == pytest.approx(-CHOSEN.sum(dtype=np.float64) / data.chosen_tokens.sum())
     records = np.load(folder / "records.npy")
-    assert records.dtype == RECORD and RECORD.itemsize * 1_000_000 <= 32 * 2**20
-    assert (records["chosen_tokens"] == data.chosen_tokens).all() and (records["row_hash"] == data.row_hashes).all()
-    assert (records["rejected_tokens"] == data.rejected_tokens).all()
+    assert records.dtype == RECORD and RECORD.itemsize == 24
+    assert (records["row_hash"] == data.row_hashes).all()
 
 
 def test_second_call_does_nothing(tmp_path: Path, data: TokenizedSet) -> None:
@@ -288,7 +286,6 @@ def test_sft_sets(tmp_path: Path) -> None:
     filling.finish()
     store = open_reference(tmp_path / "cache", "sft", fingerprint(data), data)
     assert store.get([2])[0].tolist() == [-3.0] and store.get([0, 1])[1].tolist() == [0.0, 0.0]
-    assert store.sft_loss == pytest.approx(6 / 9)
 
 
 def test_unwritable_cache(tmp_path: Path, data: TokenizedSet) -> None:
