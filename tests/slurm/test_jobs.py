@@ -1,8 +1,10 @@
 """The job scripts under a real SLURM, a tiny model given through variables: whole, disturbed, as an array, refused."""
 
+import csv
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +163,33 @@ def test_a_study_is_an_array_with_a_table(cluster: Cluster, folder: Path, whole:
     assert "not a finite number" in rows[3].partition("<-")[2]
     assert "error: train ended with code 3: " in (folder / "study/4/logs/job.log").read_text()
     assert_same_training(folder / "study/1", whole)
+
+
+def test_a_study_file_is_submitted_and_its_table_made(cluster: Cluster, folder: Path) -> None:
+    """`scaling study --slurm submit`, with the script's own header: 8 processes a run."""
+    out = folder / "submitted"
+    given = variables(folder, "submitted")
+    spec = {
+        "base": given.pop("SPO_CONFIG"),
+        "out": given.pop("SPO_OUT"),
+        "set": {"training.steps": 3, "training.eval_every": 3},
+        "vary": {"loss.name": ["dpo", "simpo"]},
+    }
+    study = folder / "study.yaml"
+    study.write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "megatron_spo", "scaling", "study", str(study)]
+    done = cluster.run(*command, "--slurm", "submit", SBATCH_OUTPUT=str(folder / "submitted-%x-%j.log"), **given)
+    assert done.returncode == 0, done.stderr
+    cluster.wait_for((out / "summary.txt").exists)
+    done = cluster.run(*command)
+    assert done.returncode == 0, done.stderr
+    with (out / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["loss.name"], row["state"], row["training_steps"]) for row in rows] == [
+        ("dpo", "done", "3"),
+        ("simpo", "done", "3"),
+    ]
+    assert all(float(row["eval/loss"]) > 0 for row in rows)
 
 
 REFUSED = {

@@ -1,12 +1,15 @@
 """W&B (offline) and TensorBoard: what they wrote, read back by their own readers."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_spo.cli import main
-from megatron_spo.train.sinks import Sinks
+from megatron_spo.errors import Anomaly, Stopped
+from megatron_spo.train.sinks import Sinks, WeightsAndBiases
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 
@@ -76,23 +79,28 @@ def lines(folder: Path, kind: str) -> list[dict]:
     return [line for line in read if line["kind"] == kind]
 
 
-def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
-    """Run id, logged rows, and names of artefacts of a .wandb file: W&B's messages in the blocks of a LevelDB log."""
+def wandb_records(file: Path) -> Iterator[Any]:
+    """W&B's messages in a .wandb file: the blocks of a LevelDB log."""
     from wandb.proto import wandb_internal_pb2
 
     content, at, part = file.read_bytes(), 7, b""  # behind the file's own header
-    rows, artefacts, run_id = [], [], ""
     while at < len(content):
         if 32768 - at % 32768 < 7:  # no header fits into the rest of the block
             at += 32768 - at % 32768
             continue
         size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         part, at = part + content[at + 7 : at + 7 + size], at + 7 + size
-        if kind not in (1, 4):  # neither whole nor the last part
-            continue
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(part)
-        part = b""
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            part = b""
+            yield record
+
+
+def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
+    """Run id, logged rows, and names of artefacts of a .wandb file."""
+    rows, artefacts, run_id = [], [], ""
+    for record in wandb_records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
@@ -104,6 +112,33 @@ def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
             items = record.history.item
             rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     return run_id, rows, artefacts
+
+
+def wandb_end(file: Path) -> tuple[int | None, bool]:
+    """The exit code in a .wandb file, and whether the run said that it will go on."""
+    code, goes_on = None, False
+    for record in wandb_records(file):
+        kind = record.WhichOneof("record_type")
+        code = record.exit.exit_code if kind == "exit" else code
+        goes_on |= kind == "preempting"
+    return code, goes_on
+
+
+@pytest.mark.parametrize("code", [0, Stopped.code, Anomaly.code])
+def test_wandb_is_told_how_a_run_ended(tmp_path: Path, code: int) -> None:
+    sinks = Sinks()
+    sinks.open(WeightsAndBiases, tmp_path, mode="offline", project="test", config={})
+    sinks.line("train", 1, {"loss": 1.0})
+    sinks.close(tmp_path / "report.html", code)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert wandb_end(file) == (code, code == Stopped.code)
+
+
+def test_wandb_is_told_of_a_run_that_an_alarm_ends(folder: Path, tmp_path: Path) -> None:
+    out = [f"output={tmp_path}/run", "monitor.on_alarm=stop"]
+    assert main(["train", str(folder / "config.yaml"), *out]) == Anomaly.code
+    (file,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    assert wandb_end(file) == (Anomaly.code, False)
 
 
 def test_wandb_holds_every_line_under_one_id(folder: Path) -> None:
@@ -135,23 +170,41 @@ def test_tensorboard_holds_every_line_once(folder: Path) -> None:
     assert any(tag.startswith("worst pairs/held-out") for tag in tags)
 
 
-def test_answers_are_those_of_the_exported_model(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["whole", "lora", "experts"])
+def test_answers_are_those_of_the_exported_model(folder: Path, kind: str) -> None:
     """The last answers against `convert` and `generate` of the same weights."""
     from megatron_spo.evaluate.scores import score
 
-    samples = [json.loads(text) for text in (folder / "run/samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0] * 3 + [4] * 3 + [6] * 3
-    assert main(["convert", str(folder / "run"), str(folder / "hf"), "--to", "hf"]) == 0
+    run = folder if kind == "whole" else _trained_otherwise(folder, kind)
+    samples = [json.loads(text) for text in (run / "run/samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0] * 3 + [4] * 3 + [6] * 3 * (kind == "whole")
+    assert main(["convert", str(run / "run"), str(run / "hf"), "--to", "hf"]) == 0
     rows = [json.loads(text) for text in (folder / "held-out.jsonl").read_text().splitlines()][:3]
     longest = max(len(row["chosen"]) for row in rows) + 1
-    write_jsonl(folder / "prompts.jsonl", rows)
-    given = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / "out.jsonl")]
-    assert main(["generate", str(folder / "hf"), *given, "--max-new-tokens", str(2 * longest)]) == 0
-    answers = [json.loads(text) for text in (folder / "out.jsonl").read_text().splitlines()]
-    assert [sample["answer"] for sample in samples[6:]] == [row["responses"][0] for row in answers]
-    assert [sample["reference"] for sample in samples[6:]] == [row["chosen"] for row in rows]
+    write_jsonl(run / "prompts.jsonl", rows)
+    given = ["--prompts", str(run / "prompts.jsonl"), "--out", str(run / "out.jsonl")]
+    assert main(["generate", str(run / "hf"), *given, "--max-new-tokens", str(2 * longest)]) == 0
+    answers = [json.loads(text) for text in (run / "out.jsonl").read_text().splitlines()]
+    assert [sample["answer"] for sample in samples[-3:]] == [row["responses"][0] for row in answers]
+    assert [sample["answer"] for sample in samples[-3:]] != [sample["answer"] for sample in samples[:3]]
+    assert [sample["reference"] for sample in samples[-3:]] == [row["chosen"] for row in rows]
     scores = score(rows, [row["responses"] for row in answers], [row["finished"] for row in answers])
-    line = lines(folder, "generation")[-1]
+    line = lines(run, "generation")[-1]
     for name in ("exact_match", "malformed", "rep_4", "distinct_2", "length_ratio"):
         assert line[f"generation/{name}"] == pytest.approx(getattr(scores, name))
-    assert not (folder / "run/.answers").exists()
+    assert not (run / "run/.answers").exists()
+
+
+def _trained_otherwise(folder: Path, kind: str) -> Path:
+    """A run of four steps with adapters, or of a mixture of experts with a router that learns."""
+    there = folder / kind
+    there.mkdir()
+    overrides = [f"output={there}/run", "logging.wandb=off", "optimizer.lr=1e-2"]
+    if kind == "lora":
+        overrides += ["lora.rank=4"]
+    else:
+        tiny_model(there / "model", "mixtral")
+        overrides += [f"model.path={there}/model", "model.freeze_router=false", f"reference.cache={there}/cache"]
+        assert main(["reference", str(folder / "config.yaml"), *overrides]) == 0
+    assert main(["train", str(folder / "config.yaml"), *overrides]) == 0
+    return there
