@@ -3,7 +3,7 @@
     long    078+345=  8+5+0=3c1;7+4+1=2c1;0+3+1=4c0>423      every column spelled out: digit+digit+carry
     short   078+345=  850=3c1;741=2c1;031=4c0>423            the same without the plus signs
 
-Columns run from the ones to the hundreds; `3c1` reads "write 3, carry 1"; the answer follows `>`.
+Columns run from the ones upwards; `3c1` reads "write 3, carry 1"; the answer follows `>`.
 """
 
 import random
@@ -17,22 +17,20 @@ from examples.styles import LONG, SHORT
 
 CHARACTERS = "0123456789+=;c>"
 MAX_NEW_TOKENS = 40  # the longest right answer has 34 characters and the end-of-text token
-FORMS = {
-    LONG: re.compile(r"(\d\+\d\+\d=\dc\d;){2}\d\+\d\+\d=\dc\d>\d+"),
-    SHORT: re.compile(r"(\d{3}=\dc\d;){2}\d{3}=\dc\d>\d+"),
-}
+COLUMNS = {LONG: re.compile(r"\d\+\d\+\d=\dc\d"), SHORT: re.compile(r"\d{3}=\dc\d")}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Two numbers from 0 to 999."""
+    """Two numbers that are written with `digits` digits."""
 
     first: int
     second: int
+    digits: int = 3
 
     @property
     def prompt(self) -> str:
-        return f"{self.first:03d}+{self.second:03d}="
+        return f"{self.first:0{self.digits}d}+{self.second:0{self.digits}d}="
 
     @property
     def answer(self) -> str:
@@ -41,21 +39,21 @@ class Problem:
     @classmethod
     def from_prompt(cls, prompt: str) -> "Problem":
         first, second = prompt.rstrip("=").split("+")
-        return cls(int(first), int(second))
+        return cls(int(first), int(second), len(first))
 
 
-def draw_problems(counts: Sequence[int], seed: int) -> list[list[Problem]]:
+def draw_problems(counts: Sequence[int], seed: int, digits: int = 3) -> list[list[Problem]]:
     """Lists of `counts` problems each; no problem occurs twice, within a list or across lists."""
-    codes = random.Random(f"problems {seed}").sample(range(10**6), sum(counts))
-    drawn = iter(Problem(*divmod(code, 1000)) for code in codes)
+    codes = random.Random(f"problems {seed}").sample(range(10 ** (2 * digits)), sum(counts))
+    drawn = iter(Problem(*divmod(code, 10**digits), digits) for code in codes)
     return [[next(drawn) for _ in range(count)] for count in counts]
 
 
 def solution(problem: Problem, style: str) -> str:
     """The worked answer in one of the two styles."""
     columns, carry = [], 0
-    for place in (1, 10, 100):
-        first, second = problem.first // place % 10, problem.second // place % 10
+    for column in range(problem.digits):
+        first, second = (number // 10**column % 10 for number in (problem.first, problem.second))
         total = first + second + carry
         columns.append(f"{first}+{second}+{carry}={total % 10}c{total // 10}")
         carry = total // 10
@@ -63,11 +61,13 @@ def solution(problem: Problem, style: str) -> str:
     return worked if style == LONG else worked.replace("+", "")
 
 
-def style_of(response: str, finished: bool) -> str | None:
+def style_of(problem: Problem, response: str, finished: bool) -> str | None:
     """The style of a response, None where it is malformed (or never ended)."""
-    if not finished:
+    worked, found, answer = response.partition(">")
+    columns = worked.split(";")
+    if not (finished and found and answer.isdecimal() and len(columns) == problem.digits):
         return None
-    return next((style for style, form in FORMS.items() if form.fullmatch(response)), None)
+    return next((style for style, form in COLUMNS.items() if all(map(form.fullmatch, columns))), None)
 
 
 def is_right(problem: Problem, response: str, finished: bool) -> bool:
@@ -77,7 +77,8 @@ def is_right(problem: Problem, response: str, finished: bool) -> bool:
 
 def verdict(prompt: str, response: str, finished: bool) -> tuple[str | None, bool]:
     """The style of a response, and whether it is right."""
-    return style_of(response, finished), is_right(Problem.from_prompt(prompt), response, finished)
+    problem = Problem.from_prompt(prompt)
+    return style_of(problem, response, finished), is_right(problem, response, finished)
 
 
 sft_rows = partial(styles.sft_rows, solution)

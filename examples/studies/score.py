@@ -1,4 +1,5 @@
-"""Scores of one run: `score.py RUN REFERENCE PROBLEMS OUT.json SEED` exports RUN beside itself and answers PROBLEMS.
+"""Scores of one run: `score.py RUN REFERENCE PROBLEMS OUT.json SEED [TASK]` exports RUN beside itself and answers
+PROBLEMS, which are of a task of tasks.py [sums].
 
 OUT.json: accuracy, malformed, preferred (short), win (right and short) at each temperature, such as t0.5_win, and kl:
 mean log-prob ratio, nats an answer, of the answers at temperature 1 under the run's model and REFERENCE (Hugging Face
@@ -17,17 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own p
 import torch  # noqa: E402
 
 from examples.common import read_jsonl, write_text  # noqa: E402
-from examples.quickstart import task as arithmetic  # noqa: E402
+from examples.studies.tasks import TASKS  # noqa: E402
+from examples.styles import Task  # noqa: E402
 from megatron_spo.convert.export import convert  # noqa: E402
 from megatron_spo.evaluate.generate import Response, Sampling, encode, generate, load_model, load_tokenizer  # noqa: E402
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 
 
-def write_scores(
-    model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Any = arithmetic
-) -> None:
-    """Scores of a model in Hugging Face format; `task`: the module of the quickstart, or one like it."""
+def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Task) -> None:
+    """Scores of a model in Hugging Face format."""
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     rows = read_jsonl(problems)
     prompts = [encode(tokenizer, row["prompt"], str(problems)) for row in rows]
@@ -67,7 +67,8 @@ def log_probs(model: Any, prompts: list[list[int]], answers: list[list[int]]) ->
     return found.where(counted[:, 1:], 0.0).sum(1).double()
 
 
-def main(task: Any = arithmetic) -> None:
+def main() -> None:
+    task, _ = TASKS[sys.argv[6] if len(sys.argv) > 6 else "sums"]
     run, reference, problems, out = map(Path, sys.argv[1:5])
     model = run.with_name("hf")
     shutil.rmtree(model, ignore_errors=True)  # of an earlier training

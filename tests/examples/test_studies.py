@@ -13,8 +13,8 @@ from megatron_spo.scaling.study import check_configurations, read_study
 from tests.support.tiny import write_jsonl
 
 ROOT = Path(__file__).parents[2]
-RUNS = {"losses": 60, "lambda_units": 48, "lambda_steps_pairs": 36, "schedules": 33, "stability": 48,
-        "code": 15, "gsm8k": 60, "long": 3}  # fmt: skip
+RUNS = {"losses": 60, "lambda_units": 48, "lambda_sizes": 24, "lambda_lengths": 16, "lambda_steps_pairs": 36,
+        "schedules": 33, "stability": 48, "code": 15, "gsm8k": 60, "long": 3}  # fmt: skip
 
 
 def test_every_study_has_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,7 @@ def test_scores_of_a_model(tmp_path: Path) -> None:
     prompts = write_jsonl(tmp_path / "problems.jsonl", [{"prompt": problem.prompt} for problem in problems])
     found = {}
     for reference in ("model", "other"):
-        score.write_scores(tmp_path / "model", tmp_path / reference, prompts, tmp_path / "scores.json", 0)
+        score.write_scores(tmp_path / "model", tmp_path / reference, prompts, tmp_path / "scores.json", 0, task)
         found[reference] = json.loads((tmp_path / "scores.json").read_text())
     assert set(found["model"]) == {"kl"} | {
         f"t{temperature}_{name}"

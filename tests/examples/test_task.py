@@ -2,6 +2,11 @@ import pytest
 
 from examples.quickstart import task
 from examples.quickstart.task import LONG, SHORT, Problem
+from examples.studies import six_digits
+
+
+def style(row: dict, side: str) -> str | None:
+    return task.verdict(row["prompt"], row[side], True)[0]
 
 
 def test_worked_answers_add_up() -> None:
@@ -20,9 +25,20 @@ def test_problems_are_all_different_and_follow_the_seed() -> None:
     assert all(Problem.from_prompt(problem.prompt) == problem for problem in first)
 
 
+def test_numbers_of_more_digits() -> None:
+    (problems,) = six_digits.draw_problems([300], 0)
+    assert Problem.from_prompt("000078+999345=") == Problem(78, 999_345, 6)
+    assert len({problem.prompt for problem in problems}) == 300 and {len(p.prompt) for p in problems} == {14}
+    rows = six_digits.sft_rows(problems)
+    assert {task.verdict(row["prompt"], row["completion"], True) for row in rows} == {(LONG, True), (SHORT, True)}
+    assert max(len(row["completion"]) for row in rows) < six_digits.MAX_NEW_TOKENS
+    three = task.solution(Problem(78, 345), SHORT)
+    assert task.verdict("000078+000345=", three, True) == (None, True)
+
+
 def test_sft_rows_are_60_to_40() -> None:
     rows = task.sft_rows(task.draw_problems([10], 0)[0])
-    styles = [task.style_of(row["completion"], True) for row in rows]
+    styles = [style(row, "completion") for row in rows]
     assert styles.count(LONG) == 30 and styles.count(SHORT) == 20
 
 
@@ -40,7 +56,7 @@ def test_sft_rows_are_60_to_40() -> None:
     ],
 )
 def test_style_and_rightness(response: str, finished: bool, style: str | None, right: bool) -> None:
-    assert task.style_of(response, finished) == style
+    assert task.style_of(Problem(78, 345), response, finished) == style
     assert task.is_right(Problem(78, 345), response, finished) == right
 
 
@@ -54,8 +70,8 @@ def test_pairs_are_right_in_both_styles_and_judged_with_noise() -> None:
     pairs = task.preference_pairs(rows, 1500, 0.75, seed=3)
     assert len(pairs) == 1500 == len({pair["prompt"] for pair in pairs})
     for pair in pairs:
-        assert {task.style_of(pair[side], True) for side in ("chosen", "rejected")} == {LONG, SHORT}
-    short = sum(task.style_of(pair["chosen"], True) == SHORT for pair in pairs) / len(pairs)
+        assert {style(pair, side) for side in ("chosen", "rejected")} == {LONG, SHORT}
+    short = sum(style(pair, "chosen") == SHORT for pair in pairs) / len(pairs)
     assert abs(short - 0.75) < 0.05
     assert task.preference_pairs(rows, 1500, 0.75, seed=3) == pairs
 
