@@ -15,7 +15,10 @@ def memory_at_start(setting: Setting, sets: Sequence[tuple[Lengths, int]]) -> Me
 
     sets: the training sets that are drawn from side by side, each with its rows of a global batch.
     """
-    found = [fullest(planned_batches(setting.config, lengths, size, setting.topology.data)) for lengths, size in sets]
+    found = [
+        fullest(planned_batches(setting.config, setting.shape, lengths, size, setting.topology.data))
+        for lengths, size in sets
+    ]
     row = max((row for row, _ in found), key=lambda row: row.tokens)
     return worst_memory(setting, row, sum(rows for _, rows in found))[1]
 

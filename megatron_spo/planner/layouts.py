@@ -83,9 +83,9 @@ class Job:
         key = (ranks, multiples.tokens, multiples.rows)
         if key not in self._batches:
             size = config.training.global_batch_size
-            batches = planned_batches(config, self.lengths, size, ranks)
+            batches = planned_batches(config, self.shape, self.lengths, size, ranks)
             if self.sft is not None:
-                more = cycle(planned_batches(config, self.sft, config.spo.sft_batch_size or size, ranks))
+                more = cycle(planned_batches(config, self.shape, self.sft, config.spo.sft_batch_size or size, ranks))
                 batches = [[a + b for a, b in zip(batch, next(more), strict=True)] for batch in batches]
             self._batches[key] = batches
         return self._batches[key]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.data.loader import row_multiples
 from megatron_spo.data.plan import plan_rows
@@ -54,11 +55,19 @@ class Lengths:
         """Scored positions of each pair; a response token that both answers share is one."""
         return self.tokens - self.prompt
 
-    @property
-    def visible(self) -> Int64:
-        """(query, key) pairs of each pair that attention needs."""
-        s, c, r = self.shared, self.chosen_tail, self.rejected_tail
-        return (s * (s + 1) + c * (c + 1) + r * (r + 1)) // 2 + s * (c + r)
+    def visible(self, shape: ModelShape) -> Int64:
+        """(query, key) pairs of each pair that attention needs, on average over the model's layers."""
+        windowed = len(shape.sliding_layers)
+        whole, within = self._visible(None), self._visible(shape.sliding_window)
+        return ((shape.layers - windowed) * whole + windowed * within) // shape.layers
+
+    def _visible(self, window: int | None) -> Int64:
+        def of_sequence(length: Int64) -> Int64:
+            growing = length if window is None else np.minimum(length, window)
+            return growing * (growing + 1) // 2 + (length - growing) * growing
+
+        s = self.shared  # its queries are those of both sequences
+        return of_sequence(s + self.chosen_tail) + of_sequence(s + self.rejected_tail) - of_sequence(s)
 
 
 @dataclass(frozen=True)
@@ -151,12 +160,12 @@ Batch = list[list[Row]]
 """The rows of each data-parallel rank in one step."""
 
 
-def planned_batches(config: Config, lengths: Lengths, size: int, ranks: int) -> list[Batch]:
+def planned_batches(config: Config, shape: ModelShape, lengths: Lengths, size: int, ranks: int) -> list[Batch]:
     """Some of the global batches of `size` pairs, spread over data-parallel ranks and rows as training does it."""
     multiples = row_multiples(config)
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(lengths))
     count = min(SAMPLED_BATCHES, max(len(order) // size, 1))
-    tokens, entries, visible = lengths.tokens, lengths.entries, lengths.visible
+    tokens, entries, visible = lengths.tokens, lengths.entries, lengths.visible(shape)
 
     def row(pairs: Int64) -> Row:
         real = int(tokens[pairs].sum())

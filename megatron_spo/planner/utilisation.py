@@ -41,7 +41,7 @@ class Utilisation:
         """Of the pairs `indices` of the data set `name`."""
         lengths = self._sets[name]
         tokens, entries, visible = (
-            int(values[indices].sum()) for values in (lengths.tokens, lengths.entries, lengths.visible)
+            int(values[indices].sum()) for values in (lengths.tokens, lengths.entries, lengths.visible(self._shape))
         )
         row = Row(tokens, tokens, entries, visible, np.zeros((0, 2), dtype=np.int64))
         flops = step_flops(self._config, forward_flops(self._shape, row, necessary=True), necessary=True)

@@ -1,12 +1,14 @@
 """MFU is reckoned by what a step needs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_spo.config.schema import Config
 from megatron_spo.planner.gpus import GPUS
 from megatron_spo.planner.presets import shape_of
-from megatron_spo.planner.rows import assumed_lengths
+from megatron_spo.planner.rows import Lengths, assumed_lengths
 from megatron_spo.planner.utilisation import Utilisation, peak_of
 from tests.planner.counted import CONFIG
 
@@ -29,3 +31,13 @@ def test_seconds_at_peak() -> None:
     layers = shape.layers * (shape.attention_weights + 3 * shape.hidden * shape.active_ffn)
     tokens, scored = lengths.tokens.sum(), lengths.entries.sum()
     assert whole * 1e15 == pytest.approx(6 * (tokens * layers + scored * shape.hidden * shape.vocab), rel=0.02)
+
+
+def test_a_window_hides_keys() -> None:
+    """Counted one query after another, in a model of which every other layer has a window."""
+    gemma = replace(shape_of("Llama-3.1-8B"), layers=4, sliding_window=6, sliding_layers=(0, 2))
+    lengths = Lengths(*(np.array(part) for part in ([3, 2], [4, 2], [5, 1], [0, 9])), source="")
+    for i, visible in enumerate(lengths.visible(gemma)):
+        s, c, r = lengths.shared[i], lengths.chosen_tail[i], lengths.rejected_tail[i]
+        queries = [*range(1, s + c + 1), *range(s + 1, s + r + 1)]
+        assert visible == (sum(queries) + sum(min(seen, 6) for seen in queries)) // 2
