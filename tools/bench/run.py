@@ -1,6 +1,6 @@
 """`make bench`: every benchmark that needs no GPU, one after another, and whether each number keeps to its floor.
 
-Meant for two idle cores (about 15 minutes). Prints a table a benchmark, writes results.json and two pictures into
+Meant for two idle cores (about 14 minutes). Prints a table a benchmark, writes results.json and two pictures into
 --out, and ends with exit code 1 where a number falls below what floors.json asks for, or a benchmark broke. On a busy
 machine leave out `layouts`, which goes by the clock; the others count processor time.
 """
