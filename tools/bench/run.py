@@ -106,7 +106,8 @@ def draw_speed(values: Mapping[str, float], path: Path) -> None:
             for x, height in zip(at, heights, strict=True):
                 axes.text(x, height + 0.05, f"{height:.1f}", ha="center", fontsize=9)
         axes.set(title="pairs/s, relative to TRL's DPOTrainer", xticks=range(len(mixes)), xticklabels=mixes)
-        axes.legend(frameon=False)
+        axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(frameon=False, loc="upper right")
         path.write_text(file_svg(figure))
 
 
