@@ -172,7 +172,7 @@ def test_a_study_file_is_submitted_and_its_table_made(cluster: Cluster, folder: 
     spec = {
         "base": given.pop("SPO_CONFIG"),
         "out": given.pop("SPO_OUT"),
-        "set": {"training.steps": 3, "training.eval_every": 3},
+        "set": {"training.steps": 3, "training.eval_every": 3, "reference.cache": "{out}/reference"},
         "vary": {"loss.name": ["dpo", "simpo"]},
     }
     study = folder / "study.yaml"
