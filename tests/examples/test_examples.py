@@ -97,7 +97,7 @@ def test_quickstart_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def worked(prompt: str) -> dict:
         problem = task.Problem.from_prompt(prompt)
-        return {"responses": [task.solution(problem, style) for style in task.FORMS], "finished": [True, True]}
+        return {"responses": [task.solution(problem, style) for style in task.COLUMNS], "finished": [True, True]}
 
     monkeypatch.setattr(task, "preference_pairs", with_worked_answers)
     monkeypatch.setattr(run, "VARIANTS", {name: run.VARIANTS[name] for name in ("sft_on_chosen", "dpo", "dpo+spo")})
