@@ -35,7 +35,7 @@ COLOURS = {
 }
 BARS = {
     "accuracy": "Accuracy, greedy",
-    "win": "Win at T=1: right, and in the preferred style",
+    "win": "Win at T=1: right and preferred",
     "malformed": "Malformed at T=1",
 }
 SHIFTS = {
@@ -43,9 +43,9 @@ SHIFTS = {
     "spo/rejected_shift": "Change of log p(rejected), nats",
 }
 ABOUT = (
-    "Three-digit addition with a worked scratchpad, in a long and a short style. `sft` is the model that all "
+    "Three-digit addition with a worked scratchpad, in a long and a short style. sft is the model that all "
     "runs start from. The pairs were sampled from it: both responses right, one in each style; the judge "
-    "takes the short one in 75%. `sft_on_chosen`, the control, is plain SFT on the chosen responses. A win "
+    "takes the short one in 75%. sft_on_chosen, the control, is plain SFT on the chosen responses. A win "
     "is a response that is right and short. Log-prob changes are means over held-out pairs, in nats a response; "
     "scores are of held-out problems."
 )

@@ -37,7 +37,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 table td:first-child { white-space: normal; min-width: min(12rem, 32vw); max-width: 16rem; overflow-wrap: anywhere; }
 table.words td, table.words th { text-align: left; }
 table.words td:not(:first-child) { max-width: 28rem; overflow-wrap: break-word; }
-table.words td:last-child { min-width: 12rem; }
+table.words td:nth-child(2), table.words td:last-child { min-width: 12rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 .grid > p, .legend { grid-column: 1 / -1; } .legend { margin: .3rem 0; }
 .legend span { margin-right: 1rem; display: inline-block; overflow-wrap: anywhere; }

@@ -79,15 +79,13 @@ def results(groups: Sequence[Group]) -> list[str]:
 
 def alarms(runs: dict[str, Run]) -> str:
     """Every alarm of every run."""
-    header = ["run", "step", "data", "metric", "value", "bound", "message"]
     rows = []
     for name, run in runs.items():
         for line in run.alarms:
             numbers = [f"{line[key]:.4g}" if is_number(line.get(key)) else "" for key in ("value", "bound")]
-            message = line.get("message") or line.get("reason") or line.get("alarm") or ""
-            rows.append(
-                [name, str(line["step"]), _text(line.get("data")), _text(line.get("metric")), *numbers, message]
-            )
+            message = line.get("message") or f"step {line['step']}: {line.get('reason') or line.get('alarm') or ''}"
+            rows.append([name, message, _text(line.get("metric")), *numbers])
+    header = ["run", "alarm", "metric", "value", "bound"]  # the text first, for narrow screens
     return section("Alarms", table(header, rows, words=True)) if rows else ""
 
 
