@@ -18,7 +18,7 @@ DECAY = 0.8
 """Of the running mean over training batches, per step."""
 REARMED = 0.5
 """Share of the bound within which a value must be before the same alarm is raised again."""
-HARMLESS = 0.25
+HARMLESS = 0.125
 """Share of the displacement bound that the chosen answers must have lost before `both_down` counts: the first steps
 move every answer by next to nothing, and half of them downwards."""
 LEAST_ENTROPY = 1e-9

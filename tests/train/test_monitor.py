@@ -63,7 +63,7 @@ def test_training_batches_are_averaged() -> None:
 
 
 def test_both_down_counts_once_the_chosen_answers_have_lost_something() -> None:
-    assert raised([line(-0.2, both_down=0.9), line(-0.3, both_down=0.9)]) == [[], ["both_down"]]
+    assert raised([line(-0.1, both_down=0.9), line(-0.2, both_down=0.9)]) == [[], ["both_down"]]
 
 
 def test_the_gap_where_no_shift_is_measured_or_the_sft_rows_are_others() -> None:
