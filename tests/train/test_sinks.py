@@ -1,6 +1,7 @@
 """W&B (offline) and TensorBoard: what they wrote, read back by their own readers."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,14 @@ def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
 
 
 def wandb_end(file: Path) -> tuple[int | None, bool]:
-    """The exit code in a .wandb file, and whether the run said that it will go on."""
-    code, goes_on = None, False
-    for record in wandb_records(file):
-        kind = record.WhichOneof("record_type")
-        code = record.exit.exit_code if kind == "exit" else code
-        goes_on |= kind == "preempting"
-    return code, goes_on
+    """The exit code in a .wandb file, which W&B's own process may write a moment later, and whether the run said that it
+    will go on."""
+    for _ in range(100):
+        records = {record.WhichOneof("record_type"): record for record in wandb_records(file)}
+        if "exit" in records:
+            return records["exit"].exit.exit_code, "preempting" in records
+        time.sleep(0.2)
+    return None, False
 
 
 @pytest.mark.parametrize("code", [0, Stopped.code, Anomaly.code])
