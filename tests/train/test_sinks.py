@@ -116,8 +116,8 @@ def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
 
 
 def wandb_end(file: Path) -> tuple[int | None, bool]:
-    """The exit code in a .wandb file, which W&B's own process may write a moment later, and whether the run said that it
-    will go on."""
+    """The exit code in a .wandb file, which W&B's own process may write a moment later, and whether the run said that
+    it will go on."""
     for _ in range(100):
         records = {record.WhichOneof("record_type"): record for record in wandb_records(file)}
         if "exit" in records:
