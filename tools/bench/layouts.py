@@ -35,10 +35,9 @@ def main() -> None:
     options = parser.parse_args()
     with measure.workplace() as folder:
         results = [] if options.no_clock else _speeds(folder, options.rounds, hidden=256 if options.quick else 512)
-        count = 1024
         for mix, (prompt, response) in MIXES.items():
             measure.write_model(folder / mix / "model", hidden=64)
-            measure.write_pairs(folder / mix / "pairs.jsonl", count, prompt=prompt, response=response)
+            measure.write_pairs(folder / mix / "pairs.jsonl", 1024, prompt=prompt, response=response)
             results += _shares(folder / mix, mix)
         if options.data and options.data.exists():
             _train_tokenizer(folder / "real", options.data)
