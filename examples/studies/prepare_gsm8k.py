@@ -1,6 +1,7 @@
 """Data of gsm8k.yaml: `prepare_gsm8k.py DATA SEED PAIRS SFT` makes DATA as examples/gsm8k does, from its two files.
 
-DATA then holds the SFT model (sft-hf), pairs.jsonl and pairs_heldout.jsonl. SEED chooses the problems that are held out
+DATA then holds the SFT model (sft-hf), pairs.jsonl, pairs_heldout.jsonl, test_problems.jsonl (no pair of which is
+trained on) and sft_scores.json, the scores before any training on pairs. SEED chooses the problems that are held out
 and the pairs that are trained on: as many as the runs need, each once. A second call goes on where the first stopped.
 """
 
@@ -14,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own p
 from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl  # noqa: E402
 from examples.gsm8k import run as gsm8k  # noqa: E402
+from examples.studies import gsm8k_answers  # noqa: E402
+from examples.studies.score import write_scores  # noqa: E402
 
+PROBLEMS = 200
 PAIRS = 850  # 100 steps of 8 pairs; about 1 in 100 is longer than data.max_length and left out
 
 
@@ -29,7 +33,18 @@ def main() -> None:
     gsm8k.write_data(stages, pairs, solved, scale, seed)
     chosen = random.Random(f"pairs {seed}").sample(read_jsonl(stages.file("pairs")), PAIRS)
     write_jsonl(stages.file("pairs"), chosen)
-    stages.train_sft(gsm8k.HERE / "sft.yaml", scale, seed)
+    write_problems(stages, pairs, seed)
+    model = stages.train_sft(gsm8k.HERE / "sft.yaml", scale, seed)
+    if not (scores := folder / "sft_scores.json").exists():
+        write_scores(model, model, stages.file("test_problems"), scores, seed, gsm8k_answers)
+
+
+def write_problems(stages: Stages, pairs: Path, seed: int) -> None:
+    """Problems without a pair to train on, each with one right solution."""
+    trained = {row["prompt"] for row in read_jsonl(stages.file("pairs"))}
+    free = {row["prompt"]: row["chosen"] for row in read_jsonl(pairs) if row["prompt"] not in trained}
+    drawn = random.Random(f"problems {seed}").sample(sorted(free.items()), PROBLEMS)
+    write_jsonl(stages.file("test_problems"), [{"prompt": prompt, "chosen": chosen} for prompt, chosen in drawn])
 
 
 if __name__ == "__main__":

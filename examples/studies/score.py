@@ -1,9 +1,9 @@
 """Scores of one run: `score.py RUN REFERENCE PROBLEMS OUT.json SEED [TASK]` exports RUN beside itself and answers
 PROBLEMS, which are of a task of tasks.py [sums].
 
-OUT.json: accuracy, malformed, preferred (short), win (right and short) at each temperature, such as t0.5_win, and kl:
-mean log-prob ratio, nats an answer, of the answers at temperature 1 under the run's model and REFERENCE (Hugging Face
-folders). One process answers at all temperatures, all problems in one batch.
+OUT.json: the task's scores at each temperature, such as t0.5_win, and kl: mean log-prob ratio, nats an answer, of the
+answers at temperature 1 under the run's model and REFERENCE (Hugging Face folders). One process
+answers at all temperatures, all problems in one batch.
 """
 
 import json
@@ -18,15 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own p
 import torch  # noqa: E402
 
 from examples.common import read_jsonl, write_text  # noqa: E402
-from examples.studies.tasks import TASKS  # noqa: E402
-from examples.styles import Task  # noqa: E402
+from examples.studies.tasks import SCORED, Scored  # noqa: E402
 from megatron_spo.convert.export import convert  # noqa: E402
 from megatron_spo.evaluate.generate import Response, Sampling, encode, generate, load_model, load_tokenizer  # noqa: E402
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 
 
-def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Task) -> None:
+def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Scored) -> None:
     """Scores of a model in Hugging Face format."""
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     rows = read_jsonl(problems)
@@ -47,7 +46,7 @@ def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path,
 
 
 def answer_tokens(tokenizer: Any, answer: Response) -> list[int]:
-    """One token a character, and the end where it was reached."""
+    """Those of the text, and the end where it was reached; a model may have made the same text of other tokens."""
     ids: list[int] = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id] if answer.finished else ids
 
@@ -68,7 +67,7 @@ def log_probs(model: Any, prompts: list[list[int]], answers: list[list[int]]) ->
 
 
 def main() -> None:
-    task, _ = TASKS[sys.argv[6] if len(sys.argv) > 6 else "sums"]
+    task = SCORED[sys.argv[6] if len(sys.argv) > 6 else "sums"]
     run, reference, problems, out = map(Path, sys.argv[1:5])
     model = run.with_name("hf")
     shutil.rmtree(model, ignore_errors=True)  # of an earlier training

@@ -1,8 +1,11 @@
-"""The tasks of the scored studies, by name, and how much data each needs."""
+"""The tasks of the scored studies, by name, how much data each needs, and how each one's answers are scored."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from examples.quickstart import task
 from examples.quickstart.run import Scale
-from examples.studies import six_digits
+from examples.studies import gsm8k_answers, six_digits
 from examples.studies.code import task as programs
 from examples.styles import Task
 
@@ -11,3 +14,14 @@ TASKS: dict[str, tuple[Task, Scale]] = {
     "six-digits": (six_digits, Scale(sft_problems=600, sft_steps=1000)),
     "programs": (programs, Scale(pair_problems=1200, held_out_problems=240)),  # two of three give a pair
 }
+
+
+class Scored(Protocol):
+    """How answers are drawn and scored, as a module; `score` gives a dataclass of numbers."""
+
+    MAX_NEW_TOKENS: int
+
+    def score(self, generated: Sequence[dict[str, Any]]) -> Any: ...
+
+
+SCORED: dict[str, Scored] = {name: task for name, (task, _) in TASKS.items()} | {"gsm8k": gsm8k_answers}
