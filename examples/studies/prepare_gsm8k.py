@@ -18,7 +18,7 @@ from examples.gsm8k import run as gsm8k  # noqa: E402
 from examples.studies import gsm8k_answers  # noqa: E402
 from examples.studies.score import write_scores  # noqa: E402
 
-PROBLEMS = 200
+PROBLEMS = 100
 PAIRS = 850  # 100 steps of 8 pairs; about 1 in 100 is longer than data.max_length and left out
 
 
