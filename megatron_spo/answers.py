@@ -72,8 +72,8 @@ class Answers:
                   file=sys.stderr)  # fmt: skip
 
     def _answer_all(self, step: int) -> dict[str, float]:
-        sets, prompts = self._sources.evals, []
-        counts = {name: min(self._config.monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
+        sets, prompts, monitor = self._sources.evals, [], self._config.monitor
+        counts = {name: min(monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
         longest = 0
         for name, dataset in sets.items():
             for i in range(counts[name]):
@@ -82,7 +82,7 @@ class Answers:
                 longest = max(longest, int(dataset.chosen_tokens[i]))
         room = self._sources.shape.max_positions - max(map(len, prompts))
         sampling = Sampling(max_new_tokens=min(ROOM * longest, room))
-        responses = iter(answer_apart(self._folder / "hf", prompts, sampling))
+        responses = iter(answer_apart(self._folder / "hf", prompts, sampling, monitor.generate_engine))
         right: dict[str, float] = {}
         for source, (name, dataset) in zip(self._config.data.eval, sets.items(), strict=True):
             rows = self._rows(source, dataset, counts[name])

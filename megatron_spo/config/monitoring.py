@@ -30,6 +30,8 @@ class MonitorConfig(Section):
     """optimizer steps between answers to prompts of data.eval, the first before step 1; 0: none; >= 0"""
     generate_prompts: int = Field(32, ge=1)
     """prompts of each set of data.eval to be answered, the first ones; >= 1"""
+    generate_engine: Literal["transformers", "vllm"] = "transformers"
+    """what computes the answers; vllm where it is installed"""
 
 
 def unused(config: "Config") -> dict[str, str]:
@@ -38,7 +40,7 @@ def unused(config: "Config") -> dict[str, str]:
     if config.monitor.on_alarm != "raise_lambda":
         found["raise_factor"] = f"monitor.on_alarm: {config.monitor.on_alarm}; it belongs to raise_lambda"
     if config.monitor.generate_every == 0:
-        found |= dict.fromkeys(("generate_prompts", "answers_fall"), "monitor.generate_every: 0")
+        found |= dict.fromkeys(("generate_prompts", "generate_engine", "answers_fall"), "monitor.generate_every: 0")
     if config.spo.schedule == "sft":
         found["entropy_factor"] = "spo.schedule: sft, which lowers the entropy on purpose"
     if not config.has_reference:

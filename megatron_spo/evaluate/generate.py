@@ -81,16 +81,27 @@ def generate_file(
     folder = Path(model_dir)
     tokenizer = load_tokenizer(folder)
     prompts = [encode(tokenizer, row["prompt"], f"{prompts_file} line {i}") for i, row in enumerate(rows, 1)]
-    if engine == "vllm":
-        from megatron_spo.evaluate.vllm_engine import generate_by_vllm
-
-        responses = generate_by_vllm(folder, tokenizer, prompts, sampling)
-    else:
-        responses = generate(load_model(folder), tokenizer, prompts, sampling, batch_size)
+    responses = generate_by(engine, folder, tokenizer, prompts, sampling, batch_size)
     for row, answers in zip(rows, responses, strict=True):
         row["responses"] = [answer.text for answer in answers]
         row["finished"] = [answer.finished for answer in answers]
     write_rows(Path(out_file), rows)
+
+
+def generate_by(
+    engine: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch_size: int,
+) -> list[list[Response]]:
+    """`sampling.samples` responses to each prompt (token ids) by "transformers" or "vllm"."""
+    if engine == "vllm":
+        from megatron_spo.evaluate.vllm_engine import generate_by_vllm
+
+        return generate_by_vllm(folder, tokenizer, prompts, sampling)
+    return generate(load_model(folder), tokenizer, prompts, sampling, batch_size)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
