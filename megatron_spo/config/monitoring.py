@@ -20,7 +20,7 @@ class MonitorConfig(Section):
     """raise_lambda only: what an alarm multiplies lambda by; > 1"""
     chosen_fall: float = Field(0.03, gt=0)
     """alarm: mean fall of the chosen answers' log-prob (or spo/gap without a reference), nats per chosen token; > 0"""
-    both_down: float = Field(0.15, gt=0, le=1)
+    both_down: float = Field(0.05, gt=0, le=1)
     """alarm: share of pairs in which both answers fell; > 0, <= 1 (1: none)"""
     entropy_factor: float = Field(3.0, gt=1)
     """alarm: token entropy of a set so many times its first one, or as small a part of it; > 1"""

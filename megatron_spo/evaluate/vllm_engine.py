@@ -15,6 +15,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.generate import Response, Sampling, cut, end_tokens
 
+SHARE_OF_FREE = 0.9
+"""Of the GPUs' free memory that vLLM takes: a training may hold the rest."""
+SHARE_OF_HOST = 0.3
+"""Of a computer's memory that vLLM takes where there is no GPU."""
+
 
 def generate_by_vllm(
     folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling
@@ -32,7 +37,12 @@ def generate_by_vllm(
     config = AutoConfig.from_pretrained(folder)
     visible = max(torch.cuda.device_count(), 1)
     ranks = max(n for n in range(1, visible + 1) if config.num_attention_heads % n == 0)
-    engine: Any = LLM(model=str(folder), tensor_parallel_size=ranks)
+    engine: Any = LLM(
+        model=str(folder),
+        tensor_parallel_size=ranks,
+        dtype=config.dtype or "auto",  # its own choice would turn fp32 into 16 bits
+        gpu_memory_utilization=memory_share(),
+    )
     if (folder / "generation_config.json").exists():
         config = GenerationConfig.from_pretrained(folder)
     stops = end_tokens(config, tokenizer)
@@ -47,7 +57,16 @@ def generate_by_vllm(
         )
         for job in jobs
     ]
-    outputs = engine.generate([{"prompt_token_ids": list(prompts[row])} for row, _ in jobs], settings)
+    try:
+        outputs = engine.generate([{"prompt_token_ids": list(prompts[row])} for row, _ in jobs], settings)
+    finally:  # a process of multiprocessing would wait at its end for vLLM's, which nothing else ends there
+        engine.llm_engine.engine_core.shutdown()
     # vLLM ends a response with its stop token, as transformers does
     found = [cut(tokenizer, output.outputs[0].token_ids, stops) for output in outputs]
     return [found[start : start + sampling.samples] for start in range(0, len(found), sampling.samples)]
+
+
+def memory_share() -> float:
+    """Of each device's memory, what vLLM may take of the fullest one; vLLM refuses to start where it is not free."""
+    found = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    return min((SHARE_OF_FREE * free / total for free, total in found), default=SHARE_OF_HOST)

@@ -19,8 +19,8 @@ DECAY = 0.8
 REARMED = 0.5
 """Share of the bound within which a value must be before the same alarm is raised again."""
 HARMLESS = 0.125
-"""Share of the displacement bound that the chosen answers must have lost before `both_down` counts: the first steps
-move every answer by next to nothing, and half of them downwards."""
+"""Share of the displacement bound that the chosen answers must have lost, from where they stood best, before
+`both_down` counts: the first steps move every answer by next to nothing, and half of them downwards."""
 LEAST_ENTROPY = 1e-9
 """Nats: what counts for less, as 0 has no logarithm."""
 AVERAGED = ("spo/chosen_shift", "spo/both_down", "spo/gap", "policy/entropy", "chosen_tokens", "pairs")
@@ -45,6 +45,7 @@ class MonitorState:
     Attributes:
         raised: messages of the alarms that are not armed, by "set: alarm".
         entropy: policy/entropy of the first line of each set, nats.
+        best: the highest spo/chosen_shift of each set so far, nats; 0 is that of the reference.
         exact_match: share of right answers to each set's prompts, the first time.
         averages: sums of the training batches' metrics, weighted by DECAY per step.
         weight: of these sums.
@@ -52,6 +53,7 @@ class MonitorState:
 
     raised: Mapping[str, str] = field(default_factory=dict)
     entropy: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, float] = field(default_factory=dict)
     exact_match: Mapping[str, float] = field(default_factory=dict)
     averages: Mapping[str, float] = field(default_factory=dict)
     weight: float = 0.0
@@ -83,8 +85,9 @@ def watch(
         averages = {name: DECAY * averages.get(name, 0.0) + metrics[name] for name in AVERAGED if name in metrics}
         weight = DECAY * weight + 1
         metrics = {**metrics, **{name: total / weight for name, total in averages.items()}}
-    raised, lines = _raise(state.raised, _judged(config, metrics, first[data]), step, data)
-    return replace(state, raised=raised, entropy=first, averages=averages, weight=weight), lines
+    best = {**state.best, data: max(state.best.get(data, 0.0), metrics.get("spo/chosen_shift", 0.0))}
+    raised, lines = _raise(state.raised, _judged(config, metrics, first[data], best[data]), step, data)
+    return replace(state, raised=raised, entropy=first, best=best, averages=averages, weight=weight), lines
 
 
 def watch_answers(
@@ -116,7 +119,9 @@ def _raise(
     return raised, lines
 
 
-def _judged(config: MonitorConfig, metrics: Mapping[str, float], first_entropy: float) -> Iterator[Judgement]:
+def _judged(
+    config: MonitorConfig, metrics: Mapping[str, float], first_entropy: float, best: float
+) -> Iterator[Judgement]:
     fall = -metrics.get("spo/chosen_shift", 0.0)
     limit = config.chosen_fall * metrics["chosen_tokens"] / metrics["pairs"]
     if "spo/chosen_shift" in metrics:
@@ -124,9 +129,10 @@ def _judged(config: MonitorConfig, metrics: Mapping[str, float], first_entropy: 
         text = f"the preferred answers lost {fall:.2g} nats{both}: the model is leaving the safe region"
         yield Judgement("displacement", "spo/chosen_shift", -fall, -limit, fall / limit, text)
     if "spo/both_down" in metrics:
-        share = metrics["spo/both_down"]
-        excess = share / config.both_down if fall > HARMLESS * limit else 0.0
-        text = f"both answers fell in {share:.0%} of pairs, the preferred ones by {fall:.2g} nats on average"
+        share, lost = metrics["spo/both_down"], best + fall
+        way = lost / (HARMLESS * limit)
+        excess = way if share > config.both_down else min(way, 1.0)  # armed again once the chosen answers are back
+        text = f"both answers fell in {share:.0%} of pairs, the preferred ones lost {lost:.2g} nats since they stood best"
         yield Judgement("both_down", "spo/both_down", share, config.both_down, excess, text)
     if "spo/gap" in metrics and ("spo/chosen_shift" not in metrics or "sft_rows" in metrics):
         gap = metrics["spo/gap"]  # else it is the displacement once more

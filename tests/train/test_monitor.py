@@ -1,5 +1,6 @@
 """Alarms: once per crossing, on screen and in the lines; what stop and raise_lambda do."""
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_training_batches_are_averaged() -> None:
 
 def test_both_down_counts_once_the_chosen_answers_have_lost_something() -> None:
     assert raised([line(-0.1, both_down=0.9), line(-0.2, both_down=0.9)]) == [[], ["both_down"]]
+
+
+def test_both_down_counts_from_where_the_chosen_answers_stood_best() -> None:
+    """Once for a fall: shares that come and go do not raise it again, the chosen answers' return does."""
+    course = [(0.5, 0.9), (0.45, 0.9), (0.3, 0.9), (0.2, 0.0), (0.2, 0.9), (0.48, 0.0), (0.3, 0.9)]
+    assert raised([line(shift, both_down=share) for shift, share in course]) == [
+        [], [], ["both_down"], [], [], [], ["both_down"],
+    ]  # fmt: skip
 
 
 def test_the_gap_where_no_shift_is_measured_or_the_sft_rows_are_others() -> None:
@@ -231,3 +240,15 @@ def test_held_out_pairs_add_up_to_the_evaluation(folder: Path) -> None:
     for worst in found["worst"]:
         row = rows[worst["row"] - 1]
         assert worst["prompt"] == row["prompt"] and worst["chosen"] == row["chosen"] + "<eos>"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_answers_while_it_trains_as_transformers_do(folder: Path) -> None:
+    tiny_model(folder / "model", hidden_size=128)  # vLLM has no kernels for heads of fewer than 32 features
+    assert main(["reference", str(folder / "config.yaml")]) == 0
+    found = []
+    for engine in ("transformers", "vllm"):
+        given = [f"output={folder}/{engine}", "monitor.generate_every=8", f"monitor.generate_engine={engine}"]
+        assert train(folder, *given) == 0
+        found.append((folder / engine / "samples.jsonl").read_text())
+    assert found[0] == found[1] and found[0].count("\n") == 14
