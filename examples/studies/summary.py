@@ -1,6 +1,7 @@
 """Tables and a picture of a scored study, in Markdown.
 
     summary.py TABLE.csv AXIS OUT.svg            a row a choice of AXIS: means over the seeds, their range in brackets
+    summary.py TABLE.csv AXIS --show METRIC ...  the same of these metrics
     summary.py TABLE.csv AXIS --by OTHER METRIC  a row a choice of AXIS, a column a choice of OTHER: means of METRIC
 
 The picture has a line a choice, a point a temperature: how often the answer is right, and how often it is right and in
@@ -8,6 +9,7 @@ the preferred style.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -27,9 +29,8 @@ COLUMNS = {
 }
 
 
-def markdown(table: pd.DataFrame, axis: str) -> str:
-    """A row a choice, in the order of the study."""
-    columns = {key: name for key, name in COLUMNS.items() if key in table}
+def markdown(table: pd.DataFrame, axis: str, columns: Mapping[str, str]) -> str:
+    """A row a choice, in the order of the study; `columns`: metrics and their headings."""
     lines = [f"| {axis} | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for choice, rows in table.groupby(axis, sort=False):
         cells = [_cell(rows[key]) for key in columns]
@@ -72,11 +73,13 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("axis")
     parser.add_argument("picture", type=Path, nargs="?")
+    parser.add_argument("--show", nargs="+", metavar="METRIC")
     parser.add_argument("--by", nargs=2, metavar=("OTHER", "METRIC"))
     options = parser.parse_args()
     table = pd.read_csv(options.table)
     table = table[table["state"] == "done"]
-    print(crossed(table, options.axis, *options.by) if options.by else markdown(table, options.axis))
+    columns = {key: key for key in options.show or ()} or {key: COLUMNS[key] for key in COLUMNS if key in table}
+    print(crossed(table, options.axis, *options.by) if options.by else markdown(table, options.axis, columns))
     if options.picture:
         draw(table, options.axis, options.picture)
 

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.quickstart import task
-from examples.studies import score
+from examples.studies import score, summary
 from megatron_spo.scaling.study import check_configurations, read_study
 from tests.support.tiny import write_jsonl
 
@@ -56,3 +57,27 @@ def test_log_probs_do_not_see_the_padding(tmp_path: Path) -> None:
         logs = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
         alone = sum(logs[len(prompt) - 1 + j, token].item() for j, token in enumerate(answer))
         assert together[i].item() == pytest.approx(alone, abs=1e-4)
+
+
+def test_tables_and_the_picture_of_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {f"score/t{t}_{name}": value for t in ("0", "0.5", "1") for name, value in (("accuracy", 1), ("win", 0.5))}
+    rows = [
+        {"method": method, "training.seed": seed, "state": "done", "eval/spo/chosen_shift": shift + seed, **scores}
+        for method, shift in (("dpo", -20.0), ("dpo+spo", 0.5))
+        for seed in (0, 1)
+    ]
+    pd.DataFrame([*rows, {"method": "dpo", "training.seed": 2, "state": "failed"}]).to_csv(tmp_path / "table.csv")
+
+    def printed(*options: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path / "table.csv"), "method", *options])
+        summary.main()
+        return capsys.readouterr().out.splitlines()
+
+    lines = printed(str(tmp_path / "out.svg"))
+    assert lines[0] == "| method | seeds | right, T=0 | win, T=0 | right, T=1 | win, T=1 | d log p chosen |"
+    assert lines[2] == "| dpo | 2 | 1.00 | 0.50 | 1.00 | 0.50 | -19.5 [-20.0, -19.0] |"
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+    assert printed("--show", "eval/spo/chosen_shift")[-1] == "| dpo+spo | 2 | 1.00 [0.50, 1.50] |"
+    assert printed("--by", "training.seed", "eval/spo/chosen_shift")[2] == "| dpo | -20.00 | -19.00 |"
