@@ -72,6 +72,17 @@ def test_the_gsm8k_study_says_which_file_is_absent(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "data").exists()
 
 
+def test_the_gsm8k_study_s_problems_have_no_pair_to_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages, pairs, _ = gsm8k_inputs(tmp_path)
+    given = gsm8k.read_jsonl(pairs)
+    gsm8k.write_jsonl(stages.file("pairs"), given[:30])  # of the first 15 problems
+    monkeypatch.setattr(prepare_gsm8k, "PROBLEMS", 5)
+    prepare_gsm8k.write_problems(stages, pairs, seed=0)
+    drawn = gsm8k.read_jsonl(stages.file("test_problems"))
+    assert {row["prompt"] for row in drawn} == {row["prompt"] for row in given[30:]}
+    assert all({"chosen": row["chosen"], "prompt": row["prompt"]} == row for row in drawn) and len(drawn) == 5
+
+
 def gsm8k_inputs(folder: Path) -> tuple[gsm8k.Stages, Path, Path]:
     """Twenty problems with two pairs each; the SFT file has them and twenty more."""
     problems = [f"Tom has {i} apples and buys {i + 1}. How many are there?" for i in range(40)]
