@@ -132,7 +132,7 @@ def _judged(
         share, lost = metrics["spo/both_down"], best + fall
         way = lost / (HARMLESS * limit)
         excess = way if share > config.both_down else min(way, 1.0)  # armed again once the chosen answers are back
-        text = f"both answers fell in {share:.0%} of pairs, the preferred ones lost {lost:.2g} nats since they stood best"
+        text = f"both answers fell in {share:.0%} of pairs, the preferred ones lost {lost:.2g} nats since their best"
         yield Judgement("both_down", "spo/both_down", share, config.both_down, excess, text)
     if "spo/gap" in metrics and ("spo/chosen_shift" not in metrics or "sft_rows" in metrics):
         gap = metrics["spo/gap"]  # else it is the displacement once more
