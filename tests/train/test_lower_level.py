@@ -135,8 +135,8 @@ def test_the_chosen_responses_as_separate_set_change_nothing(runs: Path, name: s
     for key, line in theirs.items():
         for metric in line.keys() - EXTRA:
             assert ours[key][metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-4), f"{metric} at {key}"
-    more_tokens = [ours[key]["tokens"] > theirs[key]["tokens"] for key in theirs]
-    assert all(more_tokens)
+    more_tokens = [ours[key]["tokens"] > theirs[key]["tokens"] for key in theirs if key[0] == "train"]
+    assert more_tokens and all(more_tokens)
 
 
 @pytest.mark.slow
