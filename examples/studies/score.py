@@ -2,8 +2,8 @@
 PROBLEMS, which are of a task of tasks.py [sums].
 
 OUT.json: the task's scores at each temperature, such as t0.5_win, and kl: mean log-prob ratio, nats an answer, of the
-answers at temperature 1 under the run's model and REFERENCE (Hugging Face folders). One process
-answers at all temperatures, all problems in one batch.
+answers at temperature 1 under the run's model and REFERENCE (Hugging Face folders). One
+process answers at all temperatures, all problems in one batch.
 """
 
 import json

@@ -37,15 +37,8 @@ def generate_by_vllm(
     config = AutoConfig.from_pretrained(folder)
     visible = max(torch.cuda.device_count(), 1)
     ranks = max(n for n in range(1, visible + 1) if config.num_attention_heads % n == 0)
-    engine: Any = LLM(
-        model=str(folder),
-        tensor_parallel_size=ranks,
-        dtype=config.dtype or "auto",  # its own choice would turn fp32 into 16 bits
-        gpu_memory_utilization=memory_share(),
-    )
-    if (folder / "generation_config.json").exists():
-        config = GenerationConfig.from_pretrained(folder)
-    stops = end_tokens(config, tokenizer)
+    has_its_own = (folder / "generation_config.json").exists()
+    stops = end_tokens(GenerationConfig.from_pretrained(folder) if has_its_own else config, tokenizer)
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(sampling.samples)]
     settings = [
         SamplingParams(
@@ -57,6 +50,12 @@ def generate_by_vllm(
         )
         for job in jobs
     ]
+    engine: Any = LLM(
+        model=str(folder),
+        tensor_parallel_size=ranks,
+        dtype=config.dtype or "auto",  # its own choice would turn fp32 into 16 bits
+        gpu_memory_utilization=memory_share(),
+    )
     try:
         outputs = engine.generate([{"prompt_token_ids": list(prompts[row])} for row, _ in jobs], settings)
     finally:  # a process of multiprocessing would wait at its end for vLLM's, which nothing else ends there
