@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,19 @@ class Lengths:
         return of_sequence(s + self.chosen_tail) + of_sequence(s + self.rejected_tail) - of_sequence(s)
 
 
+def _once(method: Callable[[Row, int], int]) -> Callable[[Row, int], int]:
+    """Compute this number of a row once for each context-parallel size: hundreds of layouts ask for it."""
+
+    @wraps(method)
+    def known(self: Row, context: int) -> int:
+        key = (method.__name__, context)
+        if key not in self.known:
+            self.known[key] = method(self, context)
+        return self.known[key]
+
+    return known
+
+
 @dataclass(frozen=True)
 class Row:
     """A packed row: tokens with padding, real ones, scored entries, (query, key) pairs that attention needs, and the
@@ -80,12 +94,14 @@ class Row:
     entries: int
     visible: int
     segments: Int64
+    known: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
+    @_once
     def queries(self, context: int) -> int:
         """Queries on a context-parallel rank, padded as attention computes them."""
         return int(_in_blocks(-(-self.segments[:, 0] // context)).sum())
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """Keys of all segments, padded likewise."""
         return int(_in_blocks(self.segments[:, 1]).sum())
@@ -95,6 +111,7 @@ class Row:
         queries = _in_blocks(-(-self.segments[:, 0] // context))
         return int((queries * _in_blocks(self.segments[:, 1])).sum())
 
+    @_once
     def computed(self, context: int) -> int:
         """(query, key) pairs that attention computes on a context-parallel rank: queries in strips, each over the keys
         that its last query sees."""
