@@ -136,8 +136,9 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     runtime.progress.phase("report", times=4)
     directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:
-        with directory.tolerated(REPORT):
-            write_report([directory.path], directory.path / REPORT)
+        if config.logging.report:
+            with directory.tolerated(REPORT):
+                write_report([directory.path], directory.path / REPORT)
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 
 

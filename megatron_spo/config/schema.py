@@ -349,6 +349,8 @@ class LoggingConfig(Section):
     """write TensorBoard's event files as well, into the run directory's tensorboard/"""
     progress: bool = True
     """show a progress bar"""
+    report: bool = True
+    """write report.html when the run is done (`megatron-spo report` writes it at any time)"""
 
 
 class Config(Section):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spo.errors import Stopped
-from megatron_spo.runtime.env import STARTED
+from megatron_spo.runtime import env
 from megatron_spo.runtime.signals import signals
 
 FIRST_SAVE = 0.05
@@ -67,4 +67,4 @@ class StopRequest:
         if self._minutes is None:
             return 0
         needed = sum(self._longest.get(what, 0.0) for what in ("save", *ahead))
-        return _TIME if time.monotonic() - STARTED + needed > self._minutes * 60 else 0
+        return _TIME if time.monotonic() - env.STARTED + needed > self._minutes * 60 else 0
