@@ -1,38 +1,154 @@
-"""Commands as a user starts them: in processes of their own, one or several."""
+"""Commands as a user starts them: in processes of their own, one or several.
+
+They are forked from a server that has imported everything once (warm.py), which saves the seven seconds of imports of
+each. `cold=True` starts a Python for each process instead, several through torchrun.
+"""
 
 import contextlib
 import json
 import os
 import random
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_spo.runtime.clock import PHASES
+from tests.support import cost
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "parallel" / "worker.py"
+WARM_SOCKET = "SPO_TESTS_WARM_SOCKET"
+"""Environment variable: where the server of this test session listens (tests/conftest.py); without it, all are cold."""
 Job = tuple[str, str, list[str]]
 """(command, config file, overrides)"""
 
 
+class WarmProcess:
+    """A process that the warm server has forked, with the methods of subprocess.Popen that the tests use."""
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], stdout: IO[Any], stderr: IO[Any]) -> None:
+        self._answers = socket.socket(socket.AF_UNIX)
+        self._answers.connect(os.environ[WARM_SOCKET])
+        request = {"argv": [str(argument) for argument in arguments], "env": environment, "cwd": os.getcwd()}
+        text = json.dumps(request).encode() + b"\n"
+        socket.send_fds(self._answers, [text[:1000]], [stdout.fileno(), stderr.fileno()])
+        self._answers.sendall(text[1000:])
+        self._lines = self._answers.makefile("r")
+        self.pid = int(self._lines.readline())
+        self.returncode: int | None = None
+
+    def fileno(self) -> int:
+        """Readable when the process has ended (for select)."""
+        return self._answers.fileno()
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"forked process {self.pid}", timeout or 0)
+            code, seconds = self._lines.readline().split()
+            self.returncode = int(code)
+            cost.of_forked_processes += float(seconds)
+            self._lines.close()
+            self._answers.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+Process = WarmProcess | subprocess.Popen[bytes]
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **variables}
+
+
+def _of_rank(rank: int, count: int, port: int) -> dict[str, str]:
+    """What a launcher tells a process."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
 def launch(
-    arguments: Sequence[str], processes: int, timeout: int = 900, **variables: str
+    arguments: Sequence[str], processes: int, timeout: int = 900, *, cold: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script or `-m module` with its arguments in so many processes, with further variables set."""
+    """Run a Python script or `-m module` with its arguments in so many processes, with further variables set.
+
+    Several cold processes are started by torchrun, whose exit code is 1 for every failure. Warm ones have no agent: when
+    one fails, the others get a SIGTERM, and the exit code is 1 as well.
+    """
+    if not cold and WARM_SOCKET in os.environ:
+        return _launch_warm(arguments, processes, timeout, variables)
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         python += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    environment.update(variables)
     return subprocess.run(
-        [*python, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        [*python, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=_environment(**variables),
+        check=False,
     )
+
+
+def _launch_warm(
+    arguments: Sequence[str], count: int, timeout: int, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        port, ranks = free_port(), list[WarmProcess]()
+        for rank in range(count):
+            launcher = _of_rank(rank, count, port) if count > 1 else {}
+            ranks.append(WarmProcess(arguments, _environment(**launcher, **variables), stdout, stderr))
+        try:
+            code = _code_of_all(ranks, timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+        texts = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess(list(arguments), min(code, 1) if count > 1 else code, *texts)
+
+
+def _code_of_all(ranks: Sequence[WarmProcess], timeout: float) -> int:
+    """0, or the exit code of the first that failed; the others then get 30 seconds to end."""
+    until = time.monotonic() + timeout
+    while running := [process for process in ranks if process.poll() is None]:
+        if failed := next((process.returncode for process in ranks if process.returncode), 0):
+            for process in running:
+                process.terminate()
+            for process in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+            return abs(failed)
+        if time.monotonic() > until:
+            raise subprocess.TimeoutExpired(f"{len(ranks)} forked processes", timeout)
+        select.select(running, [], [], until - time.monotonic())
+    return next((process.returncode for process in ranks if process.returncode), 0) or 0
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> None:
@@ -82,21 +198,28 @@ class Ranks:
     """A command as srun starts it: plain processes without an agent that watches them."""
 
     def __init__(
-        self, folder: Path, command: str, config: Path, *overrides: str, count: int = 2, script: Path | None = None
+        self,
+        folder: Path,
+        command: str,
+        config: Path,
+        *overrides: str,
+        count: int = 2,
+        script: Path | None = None,
+        cold: bool = False,
     ) -> None:
-        port = _free_port()
+        port = free_port()
         self.errors = [folder / f"rank{rank}.err" for rank in range(count)]
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         program = ["-m", "megatron_spo"] if script is None else [str(script)]
-        arguments = [sys.executable, *program, command, str(config), *overrides]
+        arguments = [*program, command, str(config), *overrides]
         for rank in range(count):
-            environment = {
-                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
+            environment = _environment(**_of_rank(rank, count, port))
             with self.errors[rank].open("wb") as errors:
-                self.processes.append(subprocess.Popen(arguments, stdout=errors, stderr=errors, env=environment))
+                if not cold and WARM_SOCKET in os.environ:
+                    self.processes.append(WarmProcess(arguments, environment, errors, errors))
+                    continue
+                command_line = [sys.executable, *arguments]
+                self.processes.append(subprocess.Popen(command_line, stdout=errors, stderr=errors, env=environment))
 
     def __enter__(self) -> "Ranks":
         return self
@@ -125,7 +248,7 @@ class Ranks:
             time.sleep(0.02)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below the range for outgoing connections: rank 1, calling until rank 0 listens, could there reach itself."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)

@@ -1,0 +1,32 @@
+"""What a whole test session shares: the server that forks the tests' processes, and the account of what they cost."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.cost import Costs
+from tests.support.processes import ROOT, WARM_SOCKET
+
+_server = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs())
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist: the server of the main one is its server
+        return
+    os.environ[WARM_SOCKET] = f"{tempfile.mkdtemp()}/warm"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    script = Path(__file__).parent / "support" / "warm.py"
+    config.stash[_server] = subprocess.Popen([sys.executable, str(script), os.environ[WARM_SOCKET]], env=environment)
+    while not os.path.exists(os.environ[WARM_SOCKET]):  # it listens at once
+        assert config.stash[_server].poll() is None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if server := config.stash.get(_server, None):
+        server.kill()
+        server.wait()
