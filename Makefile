@@ -1,5 +1,6 @@
 # make quickstart   the main job on a laptop, from nothing to a table (about 5 minutes on 2 cores)
-# make test         all tests      make lint   style, types, import arrows      make bench   benchmarks
+# make test         the tests of every feature (15 minutes on 2 cores)      make lint   style, types, import arrows
+# make test-all     all tests: whole grids of settings, benchmarks, long jobs too    make bench   benchmarks
 # make docs         build/docs/index.html: the Python API from its docstrings
 #
 # Each makes .venv when there is none. Variables:
@@ -13,9 +14,9 @@ TORCH ?=
 PIP_TORCH_ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: quickstart test lint bench docs venv
+.PHONY: quickstart test test-all lint bench docs venv
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -31,11 +32,12 @@ venv: .venv/.installed
 quickstart: venv
 	@$(BIN)/python examples/quickstart/run.py
 
+# A module's tests share its fixtures, so that they stay in one process; the longest modules start first (tests/conftest.py).
 test: venv
-	@echo "== default tests (on $(JOBS) processes)"
-	@$(PYTEST) -n $(JOBS) --dist loadscope
-	@echo "== slow tests: several ranks, whole commands (minutes), one after another"
-	@$(PYTEST) -m slow --durations=20
+	@$(PYTEST)
+
+test-all: venv
+	@$(PYTEST) -m ""
 
 lint: venv
 	@echo "== ruff, mypy, import arrows"

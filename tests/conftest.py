@@ -30,3 +30,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if server := config.stash.get(_server, None):
         server.kill()
         server.wait()
+
+
+LONGEST_FIRST = ("slurm", "parallel", "examples", "bench", "train")
+"""Folders whose modules take longest: where they start last, one process of pytest-xdist waits for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_spo.convert.export import to_hf
-from tests.support.processes import largest_difference, run_jobs
+from tests.support.grids import grid, layout_settings, selected
+from tests.support.processes import Job, largest_difference, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 SP = ["parallel.tensor=2", "parallel.sequence=true"]
@@ -46,13 +47,18 @@ ON_LAYOUT = {
     "ep2-tp2-sp-pp2": ["aux-mixtral"],
     "ep2-tp2-sp-dp2": ["aux-barrier"],
 }
+CELLS = {
+    (layout, objective): [*layout_settings(*LAYOUTS[layout]), *OBJECTIVES[objective], objective]
+    for layout, wanted in ON_LAYOUT.items()
+    for objective in wanted
+}
 MOVED = ["aux-mixtral", "frozen-dual"]
 """Objectives of runs that take their steps in layouts after one another: EP2, then one process, then EP2 PP2."""
 MOVES = {2: EP, 1: [], 4: [*EP, "parallel.pipeline=2"]}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     tiny_model(folder / "model", "qwen3_moe")
     tiny_model(folder / "mixtral", "mixtral")
@@ -77,16 +83,15 @@ logging: {{progress: false}}
     def filled(overrides: list[str]) -> list[str]:
         return [override.format(folder=folder) for override in overrides]
 
-    def train(name: str, objective: str, *more: str) -> tuple[str, str, list[str]]:
+    def train(name: str, objective: str, *more: str) -> Job:
         return "train", str(config), [f"output={folder}/{name}/{objective}", *filled(OBJECTIVES[objective]), *more]
 
+    cells = sorted(selected(request, "layout", "objective"))
+    alone = {objective for _, objective in cells} | set(MOVED)
     for steps, processes in enumerate((2, 1, 4), 1):  # the cache is made at EP2, by ranks of which one has no chunk
-        layouts = {name: layout for name, (count, layout) in LAYOUTS.items() if count == processes} or {"one": []}
-        jobs = [
-            train(name, objective, *layout)
-            for name, layout in layouts.items()
-            for objective in ON_LAYOUT.get(name, list(OBJECTIVES))
-        ]
+        jobs = [train(name, wanted, *LAYOUTS[name][1]) for name, wanted in cells if LAYOUTS[name][0] == processes]
+        if processes == 1:
+            jobs = [train("one", objective) for objective in sorted(alone)]
         jobs += [train("moved", objective, *MOVES[processes], f"training.steps={steps}") for objective in MOVED]
         if processes == 2:
             jobs[:0] = [("reference", str(config), [*EP, *filled(more)]) for more in ([], MIXTRAL)]
@@ -94,21 +99,18 @@ logging: {{progress: false}}
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "objective"), [(n, o) for n, wanted in ON_LAYOUT.items() for o in wanted])
+@grid("layout,objective", CELLS)
 def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> None:
     difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
     assert difference < 1e-4, where
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", MOVED)
 def test_moved_run_equals_an_uninterrupted_one(runs: Path, objective: str) -> None:
     difference, where = largest_difference(runs / "moved" / objective, runs / "one" / objective)
     assert difference < 1e-4, where
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "moved"])
 def test_frozen_routers_stay_and_experts_move(runs: Path, layout: str, tmp_path: Path) -> None:
     to_hf(runs / layout / "frozen-dual", tmp_path / "hf")
@@ -119,8 +121,8 @@ def test_frozen_routers_stay_and_experts_move(runs: Path, layout: str, tmp_path:
     assert not any(torch.equal(before[name], after[name]) for name in before.keys() - set(routers))
 
 
-@pytest.mark.slow
-def test_trained_routers_move(runs: Path, tmp_path: Path) -> None:
-    to_hf(runs / "ep2/dpo-penalty", tmp_path / "hf")
+@pytest.mark.parametrize(("layout", "objective"), [("ep2", "dpo-penalty")])
+def test_trained_routers_move(runs: Path, layout: str, objective: str, tmp_path: Path) -> None:
+    to_hf(runs / layout / objective, tmp_path / "hf")
     before, after = load_file(runs / "model/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
     assert not any(torch.equal(before[name], after[name]) for name in before)

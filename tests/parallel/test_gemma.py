@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import largest_difference, run_jobs
+from tests.support.grids import grid, layout_settings, selected
+from tests.support.processes import Job, largest_difference, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 LAYOUTS = {
@@ -21,10 +22,15 @@ OBJECTIVES = {
     "gemma3-lora": ["model.path={folder}/gemma3_text", "lora.rank=2", "reference.cache=null"],
     "mistral": ["model.path={folder}/mistral"],
 }
+CELLS = {
+    (layout, objective): [*layout_settings(2, LAYOUTS[layout]), *OBJECTIVES[objective], objective]
+    for layout in LAYOUTS
+    for objective in OBJECTIVES
+}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("gemma")
     tiny_model(folder / "gemma2", "gemma2", tie_word_embeddings=True, vocab_size=301)
     layers = ["sliding_attention", "full_attention"] * 2
@@ -45,23 +51,22 @@ training: {{global_batch_size: 8, steps: 3, eval_every: 2}}
 logging: {{progress: false}}
 """
     )
-    for processes, layouts in ((2, LAYOUTS), (1, {"one": []})):
-        jobs = []
-        for objective, overrides in OBJECTIVES.items():
-            model = [f"reference.cache={folder}/cache-{objective}", *(o.format(folder=folder) for o in overrides)]
-            if processes == 2 and "lora.rank=2" not in model:
-                jobs.append(("reference", str(config), [*model, "parallel.tensor=2"]))
-            jobs += [
-                ("train", str(config), [f"output={folder}/{name}/{objective}", *model, *layout])
-                for name, layout in layouts.items()
-            ]
-        run_jobs(jobs, processes)
+    cells = selected(request, "layout", "objective")
+    two, one = list[Job](), list[Job]()
+    for objective in sorted({objective for _, objective in cells}):
+        overrides = [override.format(folder=folder) for override in OBJECTIVES[objective]]
+        model = [f"reference.cache={folder}/cache-{objective}", *overrides]
+        if "lora.rank=2" not in model:
+            two.append(("reference", str(config), [*model, "parallel.tensor=2"]))
+        for layout in sorted(layout for layout, wanted in cells if wanted == objective):
+            two.append(("train", str(config), [f"output={folder}/{layout}/{objective}", *model, *LAYOUTS[layout]]))
+        one.append(("train", str(config), [f"output={folder}/one/{objective}", *model]))
+    run_jobs(two, 2)
+    run_jobs(one, 1)
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@grid("layout,objective", CELLS)
 def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> None:
     difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
     assert difference < 1e-4, where

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import largest_difference, read_metrics, run_jobs
+from tests.support.grids import grid, layout_settings, selected
+from tests.support.processes import Job, largest_difference, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 LAYOUTS = {
@@ -42,11 +43,16 @@ OBJECTIVES = {  # each schedule, in every layout
     "lookahead-dpo-tied": ["loss.name=dpo", "spo.schedule=lookahead", *TIED],
     "barrier-simpo": ["loss.name=simpo", "spo.schedule=barrier"],
 }
+CELLS = {
+    (layout, objective): [*layout_settings(*LAYOUTS[layout]), *OBJECTIVES[objective], objective]
+    for layout in LAYOUTS
+    for objective in OBJECTIVES
+}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of all objectives in one process, and of the table above in every layout."""
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The runs that the selected tests compare, and those of the same objectives in one process."""
     folder = tmp_path_factory.mktemp("layouts")
     tiny_model(folder / "model")
     tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
@@ -66,40 +72,36 @@ logging: {{progress: false}}
 """
     )
 
-    def settings(objective: str) -> list[str]:
-        return [override.format(folder=folder) for override in OBJECTIVES[objective]]
+    def train(name: str, objective: str, overrides: list[str]) -> Job:
+        settings = [override.format(folder=folder) for override in OBJECTIVES[objective]]
+        return "train", str(config), [f"output={folder}/{name}/{objective}", *settings, *overrides]
 
-    def train(name: str, layout: list[str]) -> list[tuple[str, str, list[str]]]:
-        return [
-            ("train", str(config), [f"output={folder}/{name}/{objective}", *settings(objective), *layout])
-            for objective in OBJECTIVES
-        ]
-
-    for processes in (2, 1, 4):  # the cache is made at TP2
-        layouts = {name: layout for name, (count, layout) in LAYOUTS.items() if count == processes}
-        if processes == 1:
-            layouts = {"one": []}
-        jobs = [job for name, layout in layouts.items() for job in train(name, layout)]
-        if processes == 2:
-            for overrides in ([], [override.format(folder=folder) for override in TIED]):
-                jobs.insert(0, ("reference", str(config), ["parallel.tensor=2", *overrides]))
-        run_jobs(jobs, processes)
+    cells = sorted(selected(request, "layout", "objective"))
+    jobs: dict[int, list[Job]] = {
+        2: [  # the cache is made at TP2
+            ("reference", str(config), ["parallel.tensor=2", *(override.format(folder=folder) for override in model)])
+            for model in ([], TIED)
+        ],
+        1: [train("one", objective, []) for objective in sorted({objective for _, objective in cells})],
+        4: [],
+    }
+    for layout, objective in cells:
+        processes, overrides = LAYOUTS[layout]
+        jobs[processes].append(train(layout, objective, overrides))
+    for processes, wanted in jobs.items():
+        run_jobs(wanted, processes)
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@grid("layout,objective", CELLS)
 def test_layout_equals_one_process(runs: Path, layout: str, objective: str, record_property) -> None:  # type: ignore[no-untyped-def]
     difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
     record_property("largest relative difference", difference)
     assert difference < 1e-4, where
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
-def test_first_step_of_dpo_is_ln_2(runs: Path, layout: str) -> None:
-    first = read_metrics(runs / layout / "penalty-dpo")["train", "", 1]
-    assert first["loss/preference"] == pytest.approx(math.log(2), abs=2e-6)
-    assert first["rewards/accuracies"] == 0.5
-    assert first["spo/both_down"] == 0
+    if objective == "penalty-dpo":
+        for name in (layout, "one"):
+            first = read_metrics(runs / name / objective)["train", "", 1]
+            assert first["loss/preference"] == pytest.approx(math.log(2), abs=2e-6)
+            assert first["rewards/accuracies"] == 0.5
+            assert first["spo/both_down"] == 0

@@ -95,7 +95,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script or `-m module` with its arguments in so many processes, with further variables set.
 
-    Several cold processes are started by torchrun, whose exit code is 1 for every failure. Warm ones have no agent: when
+    Several cold processes are started by torchrun, whose exit code is 1 for every failure. Warm ones have no agent; if
     one fails, the others get a SIGTERM, and the exit code is 1 as well.
     """
     if not cold and WARM_SOCKET in os.environ:
@@ -153,6 +153,8 @@ def _code_of_all(ranks: Sequence[WarmProcess], timeout: float) -> int:
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> None:
     """Run train and reference commands one after another in one launch; fails with what they printed."""
+    if not jobs:
+        return
     done = launch([str(WORKER), json.dumps(jobs)], processes)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 

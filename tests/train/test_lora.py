@@ -18,6 +18,7 @@ from megatron_spo.cli import main
 from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.model.wrap import Trainable
 from tests.oracles.reference_loop import TokenisedPair, reference_trajectory, response_logprob
+from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
@@ -58,6 +59,13 @@ IN_LAYOUT = {  # each objective in three layouts
     "cp2": ["simpo-separate", "barrier-separate", "penalty-pair-tied"],
     "pp2-vpp2": ["dual", "simpo-separate", "lookahead"],
 }
+CELLS = {
+    (layout, objective): [*layout_settings(2, LAYOUTS[layout]), *OBJECTIVES[objective], objective]
+    for layout, wanted in IN_LAYOUT.items()
+    for objective in wanted
+}
+EXPORTED = ["one/penalty", "tp2-sp/penalty", "tp2/penalty-pair-tied", "pp2/penalty-pair-tied"]
+"""Runs whose exports are compared."""
 
 
 def write_config(folder: Path, *, model: str = "model") -> Path:
@@ -80,7 +88,7 @@ logging: {{progress: false}}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     tiny_model(folder / "model")
     tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
@@ -95,7 +103,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def train(name: str, objective: str, *more: str) -> Job:
         return job("train", f"{name}/{objective}", *OBJECTIVES[objective], *more)
 
-    two = [train(name, objective, *LAYOUTS[name]) for name, wanted in IN_LAYOUT.items() for objective in wanted]
+    cells = selected(request, "layout", "objective") | {tuple(source.split("/")) for source in EXPORTED} - {
+        ("one", "penalty")
+    }
+    two = [train(name, objective, *LAYOUTS[name]) for name, objective in sorted(cells)]
     two.append(job("train", "resharded", "training.steps=2", *LAYOUTS["tp2-sp"]))
     two.append(job("train", "resharded", "training.steps=4", *LAYOUTS["pp2"]))
     one = [train("one", objective) for objective in OBJECTIVES]
@@ -112,8 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "objective"), [(n, o) for n, wanted in IN_LAYOUT.items() for o in wanted])
+@grid("layout,objective", CELLS)
 def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> None:
     difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
     assert difference < 1e-4, where
@@ -181,7 +191,7 @@ def test_steps_equal_a_loop_with_peft(runs: Path, name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["one/penalty", "tp2-sp/penalty", "tp2/penalty-pair-tied", "pp2/penalty-pair-tied"])
+@pytest.mark.parametrize("source", EXPORTED)
 def test_exports_are_the_model_that_was_evaluated(runs: Path, source: str, tmp_path: Path) -> None:
     base = runs / ("tied" if "tied" in source else "model")
     adapters = export(runs / source, tmp_path / "peft", "peft")

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,9 +41,15 @@ def status(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
 
 
-def ranks(folder: Path, run: str, *overrides: str, command: str = "train") -> Ranks:
+def ranks(folder: Path, run: str, *overrides: str, command: str = "train", **how: Any) -> Ranks:
     (folder / run).mkdir(exist_ok=True)
-    return Ranks(folder / run, command, folder / "config.yaml", f"output={folder}/{run}", *overrides)
+    return Ranks(folder / run, command, folder / "config.yaml", f"output={folder}/{run}", *overrides, **how)
+
+
+def program(path: Path, *changes: str) -> Path:
+    """A script that is `megatron-spo` after these lines."""
+    path.write_text("\n".join(["import sys", *changes, "from megatron_spo.cli import main", "sys.exit(main())"]))
+    return path
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1]), (signal.SIGINT, [0])])
@@ -80,7 +87,7 @@ def test_a_second_signal_ends_at_once_even_in_a_collective(folder: Path) -> None
 
 
 def test_a_signal_during_start_up_ends_at_once(folder: Path) -> None:
-    with ranks(folder, "early") as job:
+    with ranks(folder, "early", cold=True) as job:
         job.wait_for(lambda: (folder / "early/status.json").exists())
         job.processes[1].send_signal(signal.SIGTERM)
         assert job.codes(30) == [75, 75], job.said(0)
@@ -90,7 +97,7 @@ def test_a_signal_during_start_up_ends_at_once(folder: Path) -> None:
 
 
 def test_the_time_limit_saves_before_it(folder: Path) -> None:
-    with ranks(folder, "limit", "training.time_limit=0.4") as job:
+    with ranks(folder, "limit", "training.time_limit=0.2") as job:
         assert job.codes() == [75, 75], job.said(0)
     found = status(folder / "limit")
     assert "time_limit" in found["reason"]
@@ -113,35 +120,33 @@ def test_a_killed_rank_is_named_and_ends_the_others(folder: Path, layout: str, v
 
 
 def test_a_stopped_rank_is_named_and_ends_the_others(folder: Path) -> None:
-    with ranks(folder, "frozen-dp2") as one, ranks(folder, "frozen-tp2", "parallel.tensor=2") as two:
+    script = program(
+        folder / "impatient.py", "from megatron_spo.runtime import watch_thread", "watch_thread.SILENCE = 10.0"
+    )
+    layout = "parallel.tensor=2"
+    with ranks(folder, "frozen-dp2", script=script) as one, ranks(folder, "frozen-tp2", layout, script=script) as two:
         for job, run, victim in ((one, "frozen-dp2", 1), (two, "frozen-tp2", 0)):
             job.wait_for(lambda run=run: steps_done(folder / run) >= 2)
             job.processes[victim].send_signal(signal.SIGSTOP)
         for job, victim in ((one, 1), (two, 0)):
             assert job.processes[1 - victim].wait(90) == 4
             assert f"rank {victim} (host" in job.said(1 - victim)
-            assert "has not answered for 60 seconds" in job.said(1 - victim)
+            assert "has not answered for 10 seconds" in job.said(1 - victim)
 
 
 def test_a_rank_that_lives_but_does_nothing_is_named(folder: Path) -> None:
     os.mkfifo(folder / "nobody-writes-here")
-    (folder / "stuck").mkdir()
-    stuck = (
-        "import sys; from megatron_spo.train import step; from megatron_spo.runtime.env import rank\n"
-        "given, sweep = [], step.Engine._sweep\n"
-        "def held_up(self, *a, **k):\n"
-        "    given.append(1)\n"
-        f"    if rank() == 1 and len(given) == 9: open({str(folder / 'nobody-writes-here')!r})\n"
-        "    return sweep(self, *a, **k)\n"
-        "step.Engine._sweep = held_up\n"
-        "from megatron_spo.cli import main\n"
-        "sys.exit(main())\n"
+    script = program(
+        folder / "stuck.py",
+        "from megatron_spo.train import step; from megatron_spo.runtime.env import rank",
+        "given, sweep = [], step.Engine._sweep",
+        "def held_up(self, *a, **k):",
+        "    given.append(1)",
+        f"    if rank() == 1 and len(given) == 9: open({str(folder / 'nobody-writes-here')!r})",
+        "    return sweep(self, *a, **k)",
+        "step.Engine._sweep = held_up",
     )
-    (folder / "stuck.py").write_text(stuck)
-    with Ranks(
-        folder / "stuck", "train", folder / "config.yaml", f"output={folder}/stuck", "training.hang_timeout=0.1",
-        script=folder / "stuck.py",
-    ) as job:  # fmt: skip
+    with ranks(folder, "stuck", "training.hang_timeout=0.1", script=script) as job:
         assert job.codes() == [4, 4]
     assert "no progress for 0.1 minutes" in job.said(0)
     assert "waits for rank 1 (host" in job.said(0)
@@ -150,15 +155,12 @@ def test_a_rank_that_lives_but_does_nothing_is_named(folder: Path) -> None:
 
 
 def test_a_bug_at_one_rank_does_not_leave_the_others_waiting(folder: Path) -> None:
-    (folder / "bug").mkdir()
-    (folder / "bug.py").write_text(
-        "import sys; from megatron_spo.train import step; from megatron_spo.runtime.env import rank\n"
-        "if rank() == 1: step.named_metrics = None\n"
-        "from megatron_spo.cli import main\n"
-        "sys.exit(main())\n"
+    script = program(
+        folder / "bug.py",
+        "from megatron_spo.train import step; from megatron_spo.runtime.env import rank",
+        "if rank() == 1: step.named_metrics = None",
     )
-    overrides = f"output={folder}/bug"
-    with Ranks(folder / "bug", "train", folder / "config.yaml", overrides, script=folder / "bug.py") as job:
+    with ranks(folder, "bug", script=script) as job:
         assert job.codes() == [4, 1]
     assert "TypeError" in job.said(1)
     assert "rank 1 (host" in job.said(0)
