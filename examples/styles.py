@@ -42,8 +42,9 @@ class Task(Protocol):
 
     MAX_NEW_TOKENS: int
 
-    def draw_problems(self, counts: Sequence[int], seed: int) -> list[list[Problem]]: ...
-    def sft_rows(self, problems: Iterable[Problem]) -> list[dict[str, str]]: ...
+    def draw_problems(self, counts: Sequence[int], seed: int) -> Sequence[Sequence[Any]]: ...
+
+    def sft_rows(self, problems: Iterable[Any]) -> list[dict[str, str]]: ...
     def preference_pairs(
         self, sampled: Iterable[dict[str, Any]], count: int, agreement: float, seed: int
     ) -> list[dict[str, str]]: ...
@@ -108,7 +109,7 @@ def write_model(characters: str, folder: Path) -> None:
     write_llama(tokenizer, folder, hidden_size=96, intermediate_size=256, max_position_embeddings=128)
 
 
-def write_llama(tokenizer: PreTrainedTokenizerFast, folder: Path, **shape: int) -> None:
+def write_llama(tokenizer: PreTrainedTokenizerFast, folder: Path, **shape: Any) -> None:
     """A tokenizer and the config.json of a Llama of 3 layers with 4 heads for it."""
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_spo.assemble import _eval_names, numerics
-from megatron_spo.config.schema import Config, DataSource, ParallelConfig, PrecisionConfig
+from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
 from megatron_spo.data.loader import row_multiples
 
 
@@ -27,13 +27,8 @@ def test_numerics_names_whatever_changes_digits() -> None:
     ],
 )
 def test_rows_fall_into_the_blocks_of_fp8_on_every_rank(fp8: str | None, parallel: dict, tokens: int) -> None:
-    config = Config(
-        output="run",
-        model={"path": "model"},
-        data={"train": "pairs.jsonl"},
-        parallel=ParallelConfig(**parallel),
-        precision=PrecisionConfig(fp8=fp8),
-    )
+    sections = {"model": {"path": "model"}, "data": {"train": "pairs.jsonl"}, "parallel": parallel}
+    config = Config.model_validate({"output": "run", **sections, "precision": {"fp8": fp8}})
     assert row_multiples(config).tokens == tokens
 
 

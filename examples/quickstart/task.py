@@ -45,7 +45,7 @@ class Problem:
 def draw_problems(counts: Sequence[int], seed: int, digits: int = 3) -> list[list[Problem]]:
     """Lists of `counts` problems each; no problem occurs twice, within a list or across lists."""
     codes = random.Random(f"problems {seed}").sample(range(10 ** (2 * digits)), sum(counts))
-    drawn = iter(Problem(*divmod(code, 10**digits), digits) for code in codes)
+    drawn = (Problem(code // 10**digits, code % 10**digits, digits) for code in codes)
     return [[next(drawn) for _ in range(count)] for count in counts]
 
 

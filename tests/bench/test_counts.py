@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +25,11 @@ def folder_with(tmp_path: Path, vocab: int = 262, **sections: dict) -> Path:
     tiny_model(tmp_path / "model", vocab_size=vocab)
     pairs = [{"prompt": f"{i}+11=", "chosen": "12345", "rejected": "54321"} for i in range(10, 26)]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    merged = {"reference": {"cache": None}, "loss": {"name": "simpo"}, "data": {"row_length": 20, "max_length": 20}}
+    merged: dict[str, dict[str, Any]] = {
+        "reference": {"cache": None},
+        "loss": {"name": "simpo"},
+        "data": {"row_length": 20, "max_length": 20},
+    }
     for name, section in sections.items():
         merged[name] = {**merged.get(name, {}), **section}
     return measure.write_config(tmp_path, **merged)

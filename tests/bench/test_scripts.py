@@ -94,7 +94,8 @@ def test_necessary_operations() -> None:
 
     (row,) = work.random_rows(100, [(10, 4, 6)], per_row=1)
     visible = sum(range(1, 15)) + sum(10 + i for i in range(1, 7))
-    assert work.needed(row) == work.Needed(20, 10, visible)
+    found = work.needed(row)
+    assert (found.real, found.entries, found.visible) == (20, 10, visible)
 
     shape = shape_of("Llama-3.1-8B")
     layer = 2 * 20 * (4096 * 128 * 80 + 3 * 4096 * 14336) + 4 * visible * 4096

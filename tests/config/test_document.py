@@ -42,7 +42,7 @@ def test_every_loss_parameter_has_a_key() -> None:
     for name, spec in LOSS_SPECS.items():
         assert [term.spec for term in LossConfig(name=name).terms()] == [spec]
         assert LossConfig(name=name).parameters() == dict(spec.parameters)
-        LossConfig(name=name, **spec.parameters)  # its defaults are in range
+        LossConfig.model_validate({"name": name, **spec.parameters})  # its defaults are in range
 
 
 def test_topology() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import (
@@ -22,7 +23,7 @@ from megatron_spo.errors import UserError
 Write = Callable[..., Path]
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN_MIXTURE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-EXTRA = {  # what is asked for beyond a dense model's keys
+EXTRA: dict[type[PretrainedConfig], dict[str, Any]] = {  # what is asked for beyond a dense model's keys
     **dict.fromkeys((LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), {}),
     **dict.fromkeys((Gemma2Config, Gemma3TextConfig), {"hidden_act": None}),
     MixtralConfig: {key: value for key, value in MIXTURE.items() if key != "model_type"},
@@ -60,7 +61,8 @@ def test_experts(write_model: Write) -> None:
         qwen = read_model_shape(write_model(**{**QWEN_MIXTURE, "num_experts": None, name: 8}))
         assert qwen.experts == Experts(count=8, per_token=2, ffn=16, renormalised=False)
     assert qwen.active_ffn == 32
-    assert read_model_shape(write_model(**QWEN_MIXTURE, norm_topk_prob=True)).experts.renormalised
+    renormalised = read_model_shape(write_model(**QWEN_MIXTURE, norm_topk_prob=True)).experts
+    assert renormalised is not None and renormalised.renormalised
 
 
 def test_rope_of_both_generations(write_model: Write) -> None:

@@ -68,7 +68,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 @pytest.mark.usefixtures("cut_small")
 def test_to_megatron_and_back(tmp_path: Path, family: str, overrides: dict[str, Any], dtype: torch.dtype) -> None:
-    theirs = tiny_model(tmp_path / "model", family, **overrides).to(dtype)
+    theirs = tiny_model(tmp_path / "model", family, **overrides).to(dtype)  # type: ignore[arg-type]  # hidden by a decorator
     (tmp_path / "model/model.safetensors").unlink()
     theirs.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     notes = convert(tmp_path / "model", tmp_path / "megatron", "megatron", verify=True)
@@ -169,7 +169,7 @@ def test_verify_finds_a_changed_bit(tmp_path: Path, model: Path, monkeypatch: py
         content = bytearray(path.read_bytes())
         content[-20_000] ^= 1  # in the last tensor, above its padding
         path.write_bytes(content)
-        return write(self, path.with_name("sums-of-what-was-meant"), items) | {"sum": list(checksum_of(content))}
+        return write(self, path.with_name("sums-of-what-was-meant"), items) | {"sum": list(checksum_of(bytes(content)))}
 
     monkeypatch.setattr(TorchDist, "write", faulty)
     with pytest.raises(UserError, match="lm_head.weight differs from the source"):

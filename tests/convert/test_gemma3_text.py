@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -15,7 +16,13 @@ from tests.support.tiny import tiny_tokenizer
 def test_text_part_of_a_model_of_text_and_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     both = {"hidden_size": 32, "intermediate_size": 64}
-    text = {**both, "vocab_size": 300, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text: dict[str, Any] = {
+        **both,
+        "vocab_size": 300,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     text |= {"head_dim": 8, "sliding_window": 8, "initializer_range": 0.1}
     vision = {**both, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))

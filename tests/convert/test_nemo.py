@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.convert.export import convert
@@ -66,8 +68,10 @@ def test_writes_what_nemo_would(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for key, entry in before.items():
         assert type(entry) is type(after[key]), key
-        if hasattr(entry, "size"):
-            assert (entry.size, entry.properties.dtype) == (after[key].size, after[key].properties.dtype), key
+        if isinstance(entry, TensorStorageMetadata):
+            ours_of = after[key]
+            assert isinstance(ours_of, TensorStorageMetadata)
+            assert (entry.size, entry.properties.dtype) == (ours_of.size, ours_of.properties.dtype), key
     common = [torch.load(folder / "weights/common.pt") for folder in (DATA / "nemo2", tmp_path / "nemo")]
     assert common[0].keys() == common[1].keys()
     trees = [
@@ -178,7 +182,8 @@ def test_refuses(tmp_path: Path, change: dict, message: str) -> None:
 
 
 NEMO_PYTHON = os.environ.get("NEMO_PYTHON", "")
-READ_BY_NEMO = {  # the variants that the toolkit is asked to build, with the classes that must come of them
+# the variants that the toolkit is asked to build, with the classes that must come of them
+READ_BY_NEMO: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaModel LlamaConfig", {}),
     "llama-31": ("LlamaModel Llama31Config", {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -57,7 +58,8 @@ def lines(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
-def pair(prompt: str = "1+1=", chosen: str = "2", rejected: str = "3") -> dict[str, str]:
+def pair(prompt: Any = "1+1=", chosen: Any = "2", rejected: Any = "3") -> dict[str, Any]:
+    """A row, good or bad."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 

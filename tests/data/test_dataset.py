@@ -280,7 +280,7 @@ def test_many_processes_build_at_once(tmp_path: Path) -> None:
 def test_loader(tmp_path: Path) -> None:
     rows = [pair(str(i), "x" * (1 + i % 7), "y" * (1 + i % 5)) for i in range(30)]
     file = lines(tmp_path / "a.jsonl", rows)
-    data, config = build(file), DataConfig(train=[str(file)], max_length=16, row_length=40)
+    data, config = build(file), DataConfig(train=[DataSource(path=str(file))], max_length=16, row_length=40)
     ranks = [
         Loader(data, config, global_batch_size=8, seed=1, rank=r, ranks=2, multiples=Multiples(tokens=4))
         for r in range(2)

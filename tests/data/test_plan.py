@@ -1,5 +1,7 @@
 """Which rows form batch k is a pure function of sizes, weights, seed, epoch and batch size."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,7 +37,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_every_step_can_be_asked_for_in_any_order() -> None:
-    options = {"seed": 3, "global_batch_size": 4}
+    options: dict[str, Any] = {"seed": 3, "global_batch_size": 4}
     sampler, other = Sampler([10], [1.0], **options), Sampler([10], [1.0], **options)
     assert sampler.steps_per_epoch == 3
     forward = [sampler.indices_of_step(step).tolist() for step in range(9)]

@@ -141,7 +141,8 @@ def test_ranks_and_rows_cost_alike(medians: tuple[int, int], pairs: int, ranks: 
     """Ranks of a step wait for the slowest, stages of a pipeline for the dearest row."""
     generator = np.random.default_rng(0)
     prompt, response = medians
-    tokens = sum((generator.lognormal(0, 0.5, pairs) * median).astype(int) + 1 for median in (prompt, *[response] * 2))
+    parts = [(generator.lognormal(0, 0.5, pairs) * median).astype(int) + 1 for median in (prompt, response, response)]
+    tokens = np.sum(parts, axis=0)
     costs = pair_costs(tokens)
     plan = plan_rows(tokens, row_length=4096, ranks=ranks)
     of_rows = np.array([[costs[row].sum() for row in rank] for rank in plan])

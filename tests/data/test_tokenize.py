@@ -1,6 +1,7 @@
 """Prompt tokens are a prefix of prompt + response; the end-of-turn token is a response token exactly once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +31,8 @@ def texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[str, st
     """(prompt, chosen, rejected) decoded."""
     cut = example.prompt_length
     parts = example.chosen_ids[:cut], example.chosen_ids[cut:], example.rejected_ids[cut:]
-    return tuple(tokenizer.decode(part) for part in parts)
+    prompt, chosen, rejected = (str(tokenizer.decode(part)) for part in parts)
+    return prompt, chosen, rejected
 
 
 def check(example: Example, *, end: int) -> None:
@@ -84,7 +86,7 @@ def test_invariants_of_message_rows(turns: list[str], chosen: str, rejected: str
     except RowProblem:
         assert not chosen.strip() or not rejected.strip() or chosen == rejected or len(turns) == 2
         return
-    end = QWEN.convert_tokens_to_ids("<|im_end|>")
+    end: Any = QWEN.convert_tokens_to_ids("<|im_end|>")
     check(example, end=end)
     assert texts(example, QWEN)[1:] == (chosen + "<|im_end|>", rejected + "<|im_end|>")
     assert texts(example, QWEN)[0].endswith("<|im_start|>assistant\n")
@@ -92,8 +94,8 @@ def test_invariants_of_message_rows(turns: list[str], chosen: str, rejected: str
 
 def test_message_rows_equal_the_whole_conversation_rendered_at_once() -> None:
     row = {"prompt": chat("system: s", "user: ab :x"), "completion": chat("assistant: a b")}
-    whole = QWEN.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
-    assert [*tokenize(row, QWEN).chosen_ids.tolist(), *QWEN.encode("\n")] == whole
+    whole: Any = QWEN.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)
+    assert [*tokenize(row, QWEN).chosen_ids.tolist(), *QWEN.encode("\n")] == whole["input_ids"]
 
 
 def test_tokens_do_not_depend_on_the_day() -> None:
@@ -113,7 +115,7 @@ def test_no_space_slips_in_where_the_tokenizer_would_add_one() -> None:
     tokenizer = metaspace_tokenizer()
     assert tokenizer.tokenize("1") == ["▁", "1"] and tokenizer.tokenize("a=1") == ["▁", "a", "=1"]
     example = tokenize(pair("a=", "1", "2"), tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens(example.chosen_ids)
+    tokens = tokenizer.convert_ids_to_tokens(example.chosen_ids.tolist())
     assert tokens == ["▁", "a", "=", "1", "<eos>"] and example.prompt_length == 3
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(arguments: list[str | Path], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(arguments: Sequence[object], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", *map(str, arguments)]) == 2
     assert part in capsys.readouterr().err
 
@@ -73,7 +75,7 @@ def test_two_files_are_compared_row_by_row(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_generate_writes_is_evaluated(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"samples": 2, "temperature": 1.0, "max_new_tokens": 6}
+    options: dict[str, Any] = {"samples": 2, "temperature": 1.0, "max_new_tokens": 6}
     generate_file(models / "a", models / "pairs.jsonl", tmp_path / "answers.jsonl", **options)
     assert cli.main(["evaluate", str(tmp_path / "answers.jsonl")]) == 0
     assert "9 / 18" in capsys.readouterr().out
@@ -96,7 +98,8 @@ def test_malformed_answers(changed: dict, message: str, tmp_path: Path, capsys: 
 
 
 def test_alpaca_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = {"prompt": [{"role": "user", "content": "hi"}], "responses": ["ho"], "finished": [True], "dataset": "x"}
+    asked: list[dict] = [{"role": "user", "content": "hi"}]
+    message = {"prompt": asked, "responses": ["ho"], "finished": [True], "dataset": "x"}
     (tmp_path / "m").mkdir()
     file = write_jsonl(tmp_path / "m" / "a.jsonl", [*answers(1, 1), message])
     assert cli.main(["evaluate", str(file), "--alpaca-eval", str(tmp_path / "out.json")]) == 0
@@ -107,7 +110,7 @@ def test_alpaca_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     for wrong, part in (
         ({**message, "responses": ["a", "b"], "finished": [True, True]}, "line 1: 2 responses; AlpacaEval judges one"),
-        ({**message, "prompt": [{"role": "system", "content": "s"}, *message["prompt"]]}, "line 1: AlpacaEval's instr"),
+        ({**message, "prompt": [{"role": "system", "content": "s"}, *asked]}, "line 1: AlpacaEval's instr"),
     ):
         refused([write_jsonl(file, [wrong]), "--alpaca-eval", tmp_path / "o"], part, capsys)
 
@@ -143,7 +146,8 @@ def test_the_reference_itself_is_a_tie(models: Path, tmp_path: Path, capsys: pyt
 
 
 def test_wrong_pairs_and_options(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, good = ["--model", models / "a"], ["--pairs", models / "pairs.jsonl"]
+    model: list[object] = ["--model", models / "a"]
+    good: list[object] = ["--pairs", models / "pairs.jsonl"]
     bad = write_jsonl(tmp_path / "bad.jsonl", [*arithmetic_pairs(1), {"prompt": "a", "chosen": "b"}])
     refused([*model, "--pairs", bad], "bad.jsonl line 2: field 'rejected' is missing", capsys)
     refused([*model, *good, "--max-length", "6"], "data.max_length allows 6", capsys)

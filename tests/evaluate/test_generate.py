@@ -1,6 +1,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_samples_do_not_depend_on_batching_or_on_other_rows(model_dir: Path, pro
     written = []
     for name, batch_size, rows in (("a", 2, 5), ("b", 64, 5), ("c", 64, 3)):
         some = write_jsonl(tmp_path / f"{name}.in", rows_of(prompts)[:rows])
-        options = {"samples": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5}
+        options: dict[str, Any] = {"samples": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5}
         generate_file(model_dir, some, tmp_path / name, batch_size=batch_size, **options)
         written.append(rows_of(tmp_path / name))
     assert written[0] == written[1]
@@ -59,7 +60,7 @@ def test_samples_do_not_depend_on_batching_or_on_other_rows(model_dir: Path, pro
 def test_sampling_follows_the_model(model_dir: Path, tmp_path: Path) -> None:
     count, temperature = 4000, 0.7
     prompts = write_jsonl(tmp_path / "p", [{"prompt": "seven"}])
-    options = {"samples": count, "temperature": temperature, "max_new_tokens": 1, "batch_size": count}
+    options: dict[str, Any] = {"samples": count, "temperature": temperature, "max_new_tokens": 1, "batch_size": count}
     generate_file(model_dir, prompts, tmp_path / "out", **options)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
     logits = model(torch.tensor([tokenizer("seven")["input_ids"]])).logits[0, -1].detach().double()
@@ -86,7 +87,7 @@ def test_where_the_weights_go(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_accelerate_places_answers_the_same(
     model_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"max_new_tokens": 6, "samples": 2, "temperature": 1.0}
+    options: dict[str, Any] = {"max_new_tokens": 6, "samples": 2, "temperature": 1.0}
     generate_file(model_dir, prompts, tmp_path / "whole", **options)
     monkeypatch.setattr(generate, "placement", lambda weights, gpus: "auto")
     generate_file(model_dir, prompts, tmp_path / "placed", **options)
@@ -113,7 +114,7 @@ def test_messages_go_through_the_chat_template(model_dir: Path, tmp_path: Path) 
     tiny_model(chat, scale=0.3)
     tiny_tokenizer(chat, chat=True)
     message = [{"role": "user", "content": "hello"}]
-    rows = [{"prompt": message}, {"prompt": "<|user|>hello<|end|><|assistant|>"}]
+    rows: list[dict] = [{"prompt": message}, {"prompt": "<|user|>hello<|end|><|assistant|>"}]
     generate_file(chat, write_jsonl(tmp_path / "p", rows), tmp_path / "out", max_new_tokens=5)
     from_messages, from_text = rows_of(tmp_path / "out")
     assert from_messages["responses"] == from_text["responses"]

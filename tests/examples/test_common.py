@@ -1,6 +1,7 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Replaces the started processes; a command with the word `broken` fails."""
     started: list[list[str]] = []
 
-    def run(command: list[str], *, stdout, stderr, env) -> subprocess.CompletedProcess:  # type: ignore[no-untyped-def]
+    def run(command: list[str], *, stdout, stderr, env) -> subprocess.CompletedProcess:
         started.append(command[1:])
         failed = "broken" in command
         print("\nerror: it is broken" + "\nnoise" * 20 if failed else "fine", file=stdout, flush=True)
@@ -87,7 +88,7 @@ def test_variants_give_one_lambda_to_all_losses() -> None:
 
 
 def test_jsonl_round_trip_and_table(tmp_path: Path) -> None:
-    rows = [{"a": "é\u2028", "b": 1.5}, {"a": None}]
+    rows: list[dict[str, Any]] = [{"a": "é\u2028", "b": 1.5}, {"a": None}]
     common.write_jsonl(tmp_path / "x.jsonl", rows)
     assert common.read_jsonl(tmp_path / "x.jsonl") == rows
     assert json.loads((tmp_path / "x.jsonl").read_text().split("\n")[1]) == {"a": None}

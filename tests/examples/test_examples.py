@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("module", [run, gsm8k])
-def test_configs_load_with_every_variant(module) -> None:  # type: ignore[no-untyped-def]
+def test_configs_load_with_every_variant(module) -> None:
     assert load_config(module.HERE / "sft.yaml").spo.schedule == "sft"
     assert load_config(module.HERE / "preference.yaml").spo.schedule == "penalty"
     for name, overrides in module.VARIANTS.items():
@@ -27,7 +28,7 @@ def test_configs_load_with_every_variant(module) -> None:  # type: ignore[no-unt
 def rows_with(**changes: dict) -> list[dict]:
     numbers = {"accuracy": 0.9, "accuracy_t1": 0.8, "malformed": 0.01, "preferred": 0.4, "win": 0.3}
     shifts = {"chosen_shift": 0.0, "rejected_shift": -1.0, "seconds": 1.0}
-    rows = [{"name": name, **numbers, **shifts} for name in ("sft", *run.VARIANTS)]
+    rows: list[dict[str, Any]] = [{"name": name, **numbers, **shifts} for name in ("sft", *run.VARIANTS)]
     return [{**row, **changes.get(row["name"].replace("+", "_"), {})} for row in rows]
 
 
@@ -102,7 +103,7 @@ def gsm8k_inputs(folder: Path) -> tuple[gsm8k.Stages, Path, Path]:
 def test_quickstart_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = task.preference_pairs
 
-    def with_worked_answers(rows, *rest):  # type: ignore[no-untyped-def]
+    def with_worked_answers(rows, *rest):
         """A model of four steps never answers right: its samples are replaced by the worked answers."""
         return judge([{**row, **worked(row["prompt"])} for row in rows], *rest)
 

@@ -104,7 +104,8 @@ logging: {{progress: false}}
                 (key, command, [override.format(folder=self.folder) for override in overrides])
                 for key, (command, overrides) in group.runs.items()
             ]
-            done = launch([str(WORKER), str(self.folder), json.dumps(jobs)], group.processes, **group.environment)
+            variables: dict[str, Any] = group.environment
+            done = launch([str(WORKER), str(self.folder), json.dumps(jobs)], group.processes, **variables)
             self.launched[name] = "" if done.returncode == 0 else f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         if self.launched[name]:
             pytest.fail(f"the launch of {name} broke:\n{self.launched[name]}", pytrace=False)

@@ -116,7 +116,7 @@ def _engine(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory, record_testsuite_property) -> Bench:  # type: ignore[no-untyped-def]
+def bench(tmp_path_factory: pytest.TempPathFactory, record_testsuite_property) -> Bench:
     made = Bench(tmp_path_factory.mktemp("gpu"), _groups())
     made.prepare()
     report_versions(record_testsuite_property)

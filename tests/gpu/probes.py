@@ -11,10 +11,12 @@ import torch
 from megatron_spo import run
 from megatron_spo.assemble import join, make_model, read_sources
 from megatron_spo.config.schema import Config
+from megatron_spo.model.checkpoint_files import Checkpoint
 from megatron_spo.model.wrap import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.train import checkpoint, step
+from megatron_spo.train.checkpoint import Saver
 from megatron_spo.train.state import TrainState
 from tests.support.megatron import engine_keys, sharded_keys
 
@@ -48,21 +50,30 @@ def layers(config: Config) -> dict[str, Any]:
 def fresh(config: Config) -> dict[str, Any]:
     """The optimizer's class, and the step of a checkpoint of one that has never stepped, saved and loaded."""
     trainable = _trainable(config)
-    state = TrainState(0, initial_state(config.spo), LossStatistics())
-    path = checkpoint.save(Path(config.output), trainable, state, keep=1)
-    inner = trainable.optimizer.chained_optimizers[0].optimizer
-    adam = type(inner)
-    return {"adam": f"{adam.__module__}.{adam.__name__}", "step": checkpoint.load(path, trainable).step}
+    folder = Path(config.output) / "checkpoints"
+    _save(Saver(folder, trainable, {}, keep=1), TrainState(0, initial_state(config.spo), LossStatistics()))
+    adam = type(trainable.optimizer.chained_optimizers[0].optimizer)
+    step = checkpoint.load(_newest(folder, config), trainable).step
+    return {"adam": f"{adam.__module__}.{adam.__name__}", "step": step}
 
 
 def resave(config: Config) -> None:
     """Load the newest checkpoint of the run into a new model and optimizer, and save it again beside it."""
     folder = Path(config.output) / "checkpoints"
-    newest = checkpoint.latest(folder)
-    assert newest is not None
-    trainable = _trainable(config)
+    newest, trainable = _newest(folder, config), _trainable(config)
     state = checkpoint.load(newest, trainable)
-    checkpoint.save(folder.with_name("checkpoints-again"), trainable, state, keep=1)
+    _save(Saver(folder.with_name("checkpoints-again"), trainable, newest.record, keep=1), state)
+
+
+def _save(saver: Saver, state: TrainState) -> None:
+    saver.start(state, in_background=False)
+    assert saver.finished(wait=True)
+
+
+def _newest(folder: Path, config: Config) -> Checkpoint:
+    found = checkpoint.find(folder, scales=config.precision.fp8 is not None)
+    assert found is not None
+    return found
 
 
 def waits(config: Config) -> list[dict[str, Any]]:

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from megatron_spo.model.attention import row_to_device
+from megatron_spo.model.attention import Scores, row_to_device
 from megatron_spo.model.kernels import of_engine, varlen_kernel
 from megatron_spo.runtime.clock import Clock
 from tests.gpu.bench import needs_gpu
-from tests.model.test_attention import row
+from tests.model.test_attention import geometry, row
 
 pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("backend", ["auto", pytest.param("engine", marks=pytest.mark.engine)])
-def test_kernel_equals_masked_attention(backend: str, record_property) -> None:  # type: ignore[no-untyped-def]
+def test_kernel_equals_masked_attention(backend: str, record_property) -> None:
     device = torch.device("cuda")
     kernel = varlen_kernel("cuda", torch.bfloat16) if backend == "auto" else of_engine()
     if kernel is None:
@@ -22,10 +22,10 @@ def test_kernel_equals_masked_attention(backend: str, record_property) -> None: 
     torch.manual_seed(0)
     exact = [torch.randn(len(one.tokens), heads, 64, device=device, requires_grad=True) for heads in (8, 2, 2)]
     lowered = [part.detach().bfloat16().requires_grad_() for part in exact]
-    geometry = row_to_device(one, device).geometry
-    assert geometry is not None
-    expected = geometry.tiling(torch.float32).attend(*exact)
-    found = geometry.varlen().attend(kernel, *lowered)
+    on_device = geometry(row_to_device(one, device))
+    q, k, v = exact
+    expected = on_device.tiling(torch.float32, None).attend(q, k, v, Scores(64**-0.5))
+    found = on_device.varlen().attend(kernel, *lowered)
     weights = torch.randn_like(expected)
     pairs = [(found, expected)]
     pairs += zip(
@@ -49,7 +49,7 @@ def test_a_pair_is_computed_alike_whatever_is_in_its_row() -> None:
     start = int(among.segments[1, 0])
     own = slice(start, start + len(alone.tokens))
     outs = [
-        row_to_device(one, device).geometry.varlen().attend(kernel, q[part], k[part], v[part])  # type: ignore[union-attr]
+        geometry(row_to_device(one, device)).varlen().attend(kernel, q[part], k[part], v[part])
         for one, part in ((alone, own), (among, slice(None)))
     ]
     assert torch.equal(outs[0], outs[1][own])

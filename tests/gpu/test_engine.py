@@ -22,7 +22,7 @@ def test_layers_are_transformer_engines(bench: Bench) -> None:
     assert found["other_keys"] == found["unmarked"] == []
 
 
-def test_bf16_is_near_megatrons_layers(bench: Bench, record_property) -> None:  # type: ignore[no-untyped-def]
+def test_bf16_is_near_megatrons_layers(bench: Bench, record_property) -> None:
     largest = differences(bench.metrics("engine"), bench.metrics("torch"), *WATCHED)
     for name, value in largest.items():
         record_property(name, f"{value:.1e}")
@@ -35,7 +35,7 @@ def test_first_step_of_dpo_is_ln_2(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("run", ["to-engine", "to-torch"])
-def test_a_checkpoint_crosses(bench: Bench, record_property, run: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_checkpoint_crosses(bench: Bench, record_property, run: str) -> None:
     crossed, whole = bench.metrics(run), bench.metrics("torch")
     shared = crossed.keys() & whole.keys()
     largest = differences({key: crossed[key] for key in shared}, {key: whole[key] for key in shared}, *WATCHED)
@@ -45,7 +45,7 @@ def test_a_checkpoint_crosses(bench: Bench, record_property, run: str) -> None: 
 
 
 @pytest.mark.parametrize("recipe", able_recipes())
-def test_fp8_trains_as_bf16_does(bench: Bench, record_property, recipe: str) -> None:  # type: ignore[no-untyped-def]
+def test_fp8_trains_as_bf16_does(bench: Bench, record_property, recipe: str) -> None:
     ours, plain = bench.metrics(f"fp8-{recipe}"), bench.metrics(f"bf16-{recipe}")
     largest = differences(ours, plain, *WATCHED)
     for name, value in largest.items():
@@ -56,7 +56,7 @@ def test_fp8_trains_as_bf16_does(bench: Bench, record_property, recipe: str) -> 
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in able_recipes() if recipe != "delayed"])
-def test_first_step_in_fp8_is_ln_2(bench: Bench, record_property, recipe: str) -> None:  # type: ignore[no-untyped-def]
+def test_first_step_in_fp8_is_ln_2(bench: Bench, record_property, recipe: str) -> None:
     """The reference pass and the step see the same rows here: with other rows, tensorwise scales them otherwise."""
     off = bench.metrics(f"fp8-{recipe}")["train", "", 1]["loss/preference"] - math.log(2)
     record_property("off", f"{off:.1e}")
@@ -70,7 +70,7 @@ def test_a_cache_of_fp8_is_refused_in_bf16(bench: Bench, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in able_recipes() if recipe == "delayed"])
-def test_delayed_scales_are_in_the_checkpoint(bench: Bench, record_property, recipe: str) -> None:  # type: ignore[no-untyped-def]
+def test_delayed_scales_are_in_the_checkpoint(bench: Bench, record_property, recipe: str) -> None:
     resumed, whole = bench.metrics("fp8-delayed-resumed"), bench.metrics("fp8-delayed")
     line = ("train", "", 4)  # the first step after the pause; scales of 1 would show
     off = abs(resumed[line]["loss"] - whole[line]["loss"]) / whole[line]["loss"]

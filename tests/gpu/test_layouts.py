@@ -16,7 +16,7 @@ WATCHED = ("loss", "loss/sft", "logps/chosen", "logps/rejected", "grad_norm")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fp32(bench: Bench, record_property, layout: str) -> None:  # type: ignore[no-untyped-def]
+def test_fp32(bench: Bench, record_property, layout: str) -> None:
     ours = bench.metrics(f"{layout}-fp32")
     largest = differences(ours, bench.metrics("gpu-fp32"), *WATCHED)
     for name, value in largest.items():
@@ -28,7 +28,7 @@ def test_fp32(bench: Bench, record_property, layout: str) -> None:  # type: igno
 @pytest.mark.engine
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vpp2", "dp2-overlap"])
 @pytest.mark.parametrize(("precision", "bound"), [("engine", 0.05), ("fp8", 0.1)])
-def test_transformer_engine(bench: Bench, record_property, layout: str, precision: str, bound: float) -> None:  # type: ignore[no-untyped-def]
+def test_transformer_engine(bench: Bench, record_property, layout: str, precision: str, bound: float) -> None:
     largest = differences(bench.metrics(f"{layout}-{precision}"), bench.metrics("engine"), "loss", "logps/chosen")
     record_property("loss", f"{largest['loss']:.1e}")
     assert max(largest.values()) < bound

@@ -14,14 +14,14 @@ WATCHED = ("loss", "loss/sft", "logps/chosen", "logps/rejected", "grad_norm")
 
 
 @pytest.mark.parametrize("run", ["fp32", "fp32-simpo", "fp32-dual"])
-def test_fp32_equals_the_cpu(bench: Bench, record_property, run: str) -> None:  # type: ignore[no-untyped-def]
+def test_fp32_equals_the_cpu(bench: Bench, record_property, run: str) -> None:
     largest = differences(bench.metrics(f"gpu-{run}"), bench.metrics(f"cpu-{run}"), *WATCHED)
     for name, value in largest.items():
         record_property(name, f"{value:.1e}")
     assert max(largest.values()) < 1e-3
 
 
-def test_bf16_is_near_the_cpu(bench: Bench, record_property) -> None:  # type: ignore[no-untyped-def]
+def test_bf16_is_near_the_cpu(bench: Bench, record_property) -> None:
     largest = differences(bench.metrics("gpu-bf16"), bench.metrics("cpu-bf16"), *WATCHED)
     for name, value in largest.items():
         record_property(name, f"{value:.1e}")
@@ -29,7 +29,7 @@ def test_bf16_is_near_the_cpu(bench: Bench, record_property) -> None:  # type: i
 
 
 @pytest.mark.parametrize("run", ["gpu-fp32", "gpu-bf16"])
-def test_first_step_of_dpo_is_ln_2(bench: Bench, record_property, run: str) -> None:  # type: ignore[no-untyped-def]
+def test_first_step_of_dpo_is_ln_2(bench: Bench, record_property, run: str) -> None:
     """The reference pass and the step see the same rows here, so that the log-probs are the same bits."""
     off = bench.metrics(run)["train", "", 1]["loss/preference"] - math.log(2)
     record_property("off", f"{off:.1e}")
@@ -43,7 +43,7 @@ def test_layers_are_megatrons(bench: Bench) -> None:
     assert found["other_keys"] == found["unmarked"] == []
 
 
-def test_adam(bench: Bench, record_property) -> None:  # type: ignore[no-untyped-def]
+def test_adam(bench: Bench, record_property) -> None:
     """One that never stepped can be saved and loaded, whichever it is."""
     found = bench.result("fresh")
     record_property("adam", found["adam"])
@@ -65,7 +65,7 @@ def test_checkpoint_comes_back_bit_for_bit(bench: Bench, tmp_path: Path) -> None
         assert torch.equal(value, states[1][key]), key
 
 
-def test_resumed_run_goes_on(bench: Bench, record_property) -> None:  # type: ignore[no-untyped-def]
+def test_resumed_run_goes_on(bench: Bench, record_property) -> None:
     """Not bit for bit: the attention kernel's backward pass adds in no fixed order."""
     resumed, whole = bench.metrics("resumed"), bench.metrics("gpu-bf16")
     shared = resumed.keys() & whole.keys()
@@ -76,7 +76,7 @@ def test_resumed_run_goes_on(bench: Bench, record_property) -> None:  # type: ig
 
 
 @pytest.mark.parametrize("run", ["waits", pytest.param("engine-waits", marks=pytest.mark.engine)])
-def test_the_process_does_not_wait_row_by_row(bench: Bench, record_property, run: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_process_does_not_wait_row_by_row(bench: Bench, record_property, run: str) -> None:
     """In the last step's pass (the first ones compile and allocate), fewer waits than rows."""
     last = next(one for one in reversed(bench.result(run)[:-1]) if one["rows"] > 1)
     record_property("rows", last["rows"])

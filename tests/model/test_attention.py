@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model import kernels
-from megatron_spo.model.attention import RowOnDevice, Scores, row_to_device
+from megatron_spo.model.attention import Geometry, RowOnDevice, Scores, row_to_device
 from tests.data.test_rows import visible
 from tests.support.megatron import example, row_of
 
@@ -84,8 +84,13 @@ def by_window(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tenso
     return one_by_one(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
 
 
+def geometry(on_device: RowOnDevice) -> Geometry:
+    assert on_device.geometry is not None
+    return on_device.geometry
+
+
 def tiled(on_device: RowOnDevice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return on_device.geometry.tiling(q.dtype, None).attend(q, k, v, Scores(WIDTH**-0.5))
+    return geometry(on_device).tiling(q.dtype, None).attend(q, k, v, Scores(WIDTH**-0.5))
 
 
 def varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -116,7 +121,7 @@ def test_windows_and_caps_are_those_of_plain_attention(name: str, window: int | 
     one = ROWS[name]
     q, k, v = inputs(len(one.tokens))
     expected = plain(q, k, v, one, window, cap or torch.inf)
-    tiling = row_to_device(one, CPU).geometry.tiling(q.dtype, window)
+    tiling = geometry(row_to_device(one, CPU)).tiling(q.dtype, window)
     found = tiling.attend(q, k, v, Scores(WIDTH**-0.5, cap))
     weights = torch.randn_like(expected)
     for ours, theirs in zip(
@@ -147,7 +152,7 @@ def test_ranks_of_a_context_parallel_group_make_the_row(sizes: list[tuple[int, i
 def test_scores_that_are_computed_are_near_those_that_are_needed() -> None:
     """Half the square and a strip, not the whole one."""
     one = row((300, 400, 400), (200, 100, 500))
-    tiles = row_to_device(one, CPU).geometry.tiling(torch.float32, None).tiles
+    tiles = geometry(row_to_device(one, CPU)).tiling(torch.float32, None).tiles
     computed = sum(tile.bias.shape[0] * tile.strip * (to - start) for tile in tiles for start, to in tile.reaches)
     needed = sum(len(visible(one, at)) for at in range(one.real_tokens))
     assert needed < computed < 1.2 * needed

@@ -60,7 +60,8 @@ def lower_level_trajectory(
         gap = g.item() - (best if running_min else -old.sum().item() / lengths.sum().item())
         term = g
         if unit == "relative":
-            term = -sum(w * b * (sums if name == "dpo" else sums / lengths).mean() for name, w, b in losses)
+            parts = [w * b * (sums if name == "dpo" else sums / lengths).mean() for name, w, b in losses]
+            term = -torch.stack(parts).sum()
         objective = preference + lam * term
         optimizer.zero_grad()
         objective.backward()

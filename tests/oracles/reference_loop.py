@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 TokenisedPair = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
-def response_logprob(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """Log-prob of `response` after `prompt`, summed over its tokens (nats, scalar)."""
     tokens = torch.tensor([[*prompt, *response]])
     logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -127,7 +128,7 @@ def reference_trajectory(
         Under `sft` there is no `loss/preference`.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     reference_model = copy.deepcopy(model).eval()
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)

@@ -94,7 +94,7 @@ logging: {{progress: false}}
 
 
 @grid("layout,objective", CELLS)
-def test_layout_equals_one_process(runs: Path, layout: str, objective: str, record_property) -> None:  # type: ignore[no-untyped-def]
+def test_layout_equals_one_process(runs: Path, layout: str, objective: str, record_property) -> None:
     difference, where = largest_difference(runs / layout / objective, runs / "one" / objective)
     record_property("largest relative difference", difference)
     assert difference < 1e-4, where

@@ -5,7 +5,7 @@ DPO of OLMo-2-7B at 22.5% of the peak (open-instruct), which measures that imple
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ class Run:
             return shape_of(self.model)
         # two matrices of 4 * hidden columns are as much work as three of 8 / 3
         sizes = {"layers": 96, "hidden": 12288, "ffn": 32768, "heads": 96, "kv_heads": 96, "vocab": 51200}
-        return replace(shape_of("Llama-3.3-70B"), **sizes)
+        return replace(shape_of("Llama-3.3-70B"), **cast(dict[str, Any], sizes))
 
     @property
     def row(self) -> Row:

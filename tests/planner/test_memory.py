@@ -145,7 +145,7 @@ def of_70b(world: int, *, optimizer_of: str = "dpo", **parallel: Any) -> Setting
         (16, {"tensor": 8, "pipeline": 2}, 91, 91),  # 16 H200
     ],
 )
-def test_smallest_clusters_of_a_70b(world: int, parallel: dict[str, int], low: float, high: float) -> None:
+def test_smallest_clusters_of_a_70b(world: int, parallel: dict[str, Any], low: float, high: float) -> None:
     """GiB that were worked out by hand for rows of 4096 tokens, within 15%."""
     _, memory = worst_memory(of_70b(world, **parallel), full_row(4096, 512), rows=16)
     assert 0.85 * low <= memory.total / GIB <= 1.15 * high

@@ -36,7 +36,7 @@ def test_seconds_at_peak() -> None:
 def test_a_window_hides_keys() -> None:
     """Counted one query after another, in a model of which every other layer has a window."""
     gemma = replace(shape_of("Llama-3.1-8B"), layers=4, sliding_window=6, sliding_layers=(0, 2))
-    lengths = Lengths(*(np.array(part) for part in ([3, 2], [4, 2], [5, 1], [0, 9])), source="")
+    lengths = Lengths(np.array([3, 2]), np.array([4, 2]), np.array([5, 1]), np.array([0, 9]), source="")
     for i, visible in enumerate(lengths.visible(gemma)):
         s, c, r = lengths.shared[i], lengths.chosen_tail[i], lengths.rejected_tail[i]
         queries = [*range(1, s + c + 1), *range(s + 1, s + r + 1)]

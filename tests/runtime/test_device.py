@@ -25,7 +25,7 @@ def test_auto_takes_torch() -> None:
 @pytest.mark.parametrize("keys", [{"fp8": "tensorwise"}, {"layers": "transformer_engine"}])
 def test_what_needs_a_gpu_is_refused(keys: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"needs an NVIDIA GPU, and torch finds none here .*; set precision.fp8=null"):
-        check_device(PrecisionConfig(**keys))
+        check_device(PrecisionConfig.model_validate(keys))
 
 
 def test_to_device() -> None:

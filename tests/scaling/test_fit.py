@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.optimize import least_squares
 from megatron_spo.cli import main
 from megatron_spo.scaling.additive import CHINCHILLA, DELTA, POWER
 from megatron_spo.scaling.fit import LAWS, fit
-from megatron_spo.scaling.law import Ask, Unidentified
+from megatron_spo.scaling.law import Ask, Law, Unidentified
 from megatron_spo.scaling.options import LAW_NAMES
 from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
 from megatron_spo.scaling.points import Points
@@ -174,7 +175,7 @@ def line_of_sizes() -> dict[str, np.ndarray]:
     return points | {"loss": CHINCHILLA.predict(KNOWN, points)}
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Law, dict[str, Any], str]] = {
     "few N": (CHINCHILLA, {**chinchilla_points(), "N": np.repeat([1e8, 1e9], 120)}, "2 distinct N: at least 3"),
     "D proportional": (CHINCHILLA, line_of_sizes(), "D is a power of N in all points (exponent 1.00)"),
     "rising": (CHINCHILLA, chinchilla_points({**KNOWN, "B": 1e-3, "beta": -0.3}), "does not fall with D"),
@@ -236,7 +237,7 @@ def test_wrong_input_gets_one_message(
 def test_tables_of_studies_are_read_as_they_are(tmp_path: Path) -> None:
     points = stability_points()
     renamed = {"optimizer.lr": points["lr"], "spo.lambda": points["lambda"], "until": points["steps"]}
-    rows = {**renamed, "crossed": ["True" if one else "False" for one in points["crossed"]]}
+    rows: dict[str, Any] = {**renamed, "crossed": ["True" if one else "False" for one in points["crossed"]]}
     table = {name: [*column, ""] for name, column in rows.items()} | {"state": ["done"] * 200 + ["failed"]}
     write_csv(tmp_path / "table.csv", table)
     options = ["--law", "stability", "--column", "steps=until", "--stable-steps", "500", "--at", "lr=1e-4"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,13 +15,16 @@ from megatron_spo.data.rows import Example, PackedRow, build_row
 from megatron_spo.runtime import processes
 from megatron_spo.runtime.processes import Runtime
 
+if TYPE_CHECKING:  # Megatron is imported after `one_process`
+    from megatron_spo.model.build import PairModel
+
 
 def one_process() -> Runtime:
     """The single-process runtime."""
     return processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=1)
 
 
-def load_model(folder: Path, *, recompute: str = "none"):  # type: ignore[no-untyped-def]
+def load_model(folder: Path, *, recompute: str = "none") -> "PairModel":
     """The fp32 Megatron model of a Hugging Face folder."""
     one_process()
     from megatron_spo.model.build import build_model
@@ -34,7 +38,7 @@ def load_model(folder: Path, *, recompute: str = "none"):  # type: ignore[no-unt
     return model
 
 
-def sharded_keys(model) -> set[str]:  # type: ignore[no-untyped-def]
+def sharded_keys(model: Any) -> set[str]:
     """Keys of everything in the model's sharded state dict, tensors and `_extra_state` alike."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
@@ -74,12 +78,13 @@ def row_of(examples: Sequence[Example], *, multiple: int = 1) -> PackedRow:
     return build_row(list(enumerate(examples)), multiple=multiple)
 
 
-def megatron_sums(model, row: PackedRow) -> Tensor:  # type: ignore[no-untyped-def]
+def megatron_sums(model: Any, row: PackedRow) -> Tensor:
     """[pairs, 2] response sums under the Megatron model, with gradient."""
     from megatron_spo.model.attention import row_to_device
     from megatron_spo.train.forward import response_sums
 
     on_device = row_to_device(row, torch.device("cpu"))
+    assert on_device.entries is not None
     return response_sums(row, on_device.entries, model(on_device))[..., 0]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(folder: Path, schedule: str)
     (folder / "good.jsonl").write_text("".join(good))
     assert train(folder, *given, "training.steps=5", f"data.train={folder}/good.jsonl", f"output={folder}/good") == 0
     skipped, expected = read_metrics(folder / "run"), read_metrics(folder / "good")
-    alarm = skipped.pop(("alarm", "", BAD_STEP))
+    alarm: dict[str, Any] = skipped.pop(("alarm", "", BAD_STEP))
     assert alarm["reason"] == "the loss is not a finite number"
     assert [pair.endswith(f"line {BAD_LINE}") for pair in alarm["pairs"]].count(True) == 1
     for (kind, name, step), line in expected.items():
@@ -125,8 +126,8 @@ def test_spikes_are_measured_against_the_running_mean_across_a_restart(folder: P
     mean = count = 0.0
     for step in range(1, 41):
         if step in alarms:
-            assert "exceeds" in metrics["alarm", "", step]["reason"]
-            assert len(metrics["alarm", "", step]["pairs"]) >= BATCH - 1
+            alarm: dict[str, Any] = metrics["alarm", "", step]
+            assert "exceeds" in alarm["reason"] and len(alarm["pairs"]) >= BATCH - 1
             continue
         norm = metrics["train", "", step]["grad_norm"]
         assert count < WARM_UP or norm <= 1.05 * mean / (1 - DECAY**count)
@@ -164,7 +165,7 @@ def test_all_ranks_skip_alike_in_every_layout(tmp_path: Path) -> None:
     for name in layouts:
         got = read_metrics(folder / name)
         assert got.keys() == expected.keys()
-        alarm = got.pop(("alarm", "", BAD_STEP))
+        alarm: dict[str, Any] = got.pop(("alarm", "", BAD_STEP))
         assert any(pair.endswith(f"line {BAD_LINE}") for pair in alarm["pairs"])
         for key, line in got.items():
             for metric in line.keys() - NOT_COMPARED:

@@ -164,7 +164,7 @@ def _flipped_cache(job: Path) -> list[str]:
     return []
 
 
-def _change_weights(job: Path, change) -> list[str]:  # type: ignore[no-untyped-def]
+def _change_weights(job: Path, change) -> list[str]:
     path = job / "model/model.safetensors"
     tensors = load_file(path)
     change(tensors)

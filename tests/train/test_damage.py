@@ -146,7 +146,7 @@ def bytes_for_unpickling(folder: Path) -> None:
     _replace_entry(folder, torch.frombuffer(bytearray(pickle.dumps(Harm())), dtype=torch.uint8))
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard truncated": (truncate("__0_0.distcp"), "bytes instead of"),
     "other shard truncated": (truncate("__0_1.distcp"), "bytes instead of"),
     "shard flipped at the start": (flip("__0_0.distcp", 0.0), "does not match its checksum"),
@@ -256,7 +256,7 @@ def test_another_model_is_named(trained: Path, run: Path, tmp_path: Path, capsys
     assert (newest(run) / "trainer.json").exists()
 
 
-def test_a_hugging_face_index_cannot_leave_its_folder(trained: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_hugging_face_index_cannot_leave_its_folder(trained: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(trained / "model", tmp_path / "model")
     (tmp_path / "model/model.safetensors").rename(tmp_path / "outside.safetensors")
     names = load_file(tmp_path / "outside.safetensors")

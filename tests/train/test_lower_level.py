@@ -1,6 +1,7 @@
 """A separate SFT set, a mix of losses and a running minimum: against a plain loop, and in several layouts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -17,7 +18,7 @@ SEPARATE = ["spo.sft_data={folder}/sft.jsonl", f"spo.sft_batch_size={SFT_BATCH}"
 CHOSEN = ["spo.sft_data={folder}/chosen.jsonl"]
 
 ONE, BOTH = [("dpo", 1.0, 0.1)], [("dpo", 1.0, 0.2), ("simpo", 0.5, 2.0)]
-ORACLE: dict[str, tuple[list[str], dict[str, object]]] = {
+ORACLE: dict[str, tuple[list[str], dict[str, Any]]] = {
     "token": ([*TOKEN, *SEPARATE], {"losses": ONE, "lam": 2.0, "unit": "token"}),
     "relative": ([*RELATIVE, *SEPARATE], {"losses": ONE, "lam": 1.5, "unit": "relative"}),
     "dual": ([*DUAL, *TOKEN, *SEPARATE], {"losses": ONE, "lam": 2.0, "unit": "token"}),

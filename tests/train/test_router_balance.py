@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.convert.export import to_hf
-from tests.support.processes import read_metrics, run_jobs
+from tests.support.processes import Job, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 STEPS, BATCH, LR, BETA, WEIGHT, EXPERTS, TOP = 3, 4, 1e-3, 0.1, 0.5, 4, 2
@@ -35,7 +35,7 @@ logging: {{progress: false}}
 """
     )
     balanced = f"model.router_aux_loss={WEIGHT}"
-    jobs = [("reference", str(config), [])]
+    jobs: list[Job] = [("reference", str(config), [])]
     jobs += [
         ("train", str(config), [f"output={folder}/{name}", *more])
         for name, more in {

@@ -78,17 +78,17 @@ def small_disk(where: Path, folder: Path, checkpoints: float) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(where)], check=True)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Each write takes a second and the weights change meanwhile: what is written is the state at the save."""
     write, steps_begun = checkpoint._Files._write, []
 
-    def slowly(self):  # type: ignore[no-untyped-def]
+    def slowly(self):
         time.sleep(1.0)
         write(self)
 
     step = loop._step
 
-    def noted(job, state):  # type: ignore[no-untyped-def]
+    def noted(job, state):
         steps_begun.append((state.step, job.saver.is_open))
         return step(job, state)
 
@@ -111,7 +111,7 @@ def test_both_ways_of_writing_give_the_same_checkpoint(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("way", ["true", "false"])
-def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way: str, capfd, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way: str, capfd, monkeypatch) -> None:
     """There is room for one checkpoint and a half until the last has been refused once."""
     monkeypatch.setattr(loop, "RETRY", 0.5)
     with small_disk(tmp_path / "disk", folder, 1.5) as disk:
@@ -145,7 +145,7 @@ def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way
         assert train(folder, run, "training.steps=7") == 0
 
 
-def test_a_disk_that_stays_full_costs_the_last_checkpoint(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_disk_that_stays_full_costs_the_last_checkpoint(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(loop, "RETRY", 1.0)
     with small_disk(tmp_path / "disk", folder, 1.5) as disk:
         run = disk / "run"
@@ -160,11 +160,11 @@ def test_a_disk_that_stays_full_costs_the_last_checkpoint(folder: Path, tmp_path
         assert numbers(run) == numbers(folder / "whole")
 
 
-def test_a_read_only_disk_does_not_end_the_training(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_read_only_disk_does_not_end_the_training(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     step, done = loop._step, []
     with small_disk(tmp_path / "disk", folder, 9) as disk:
 
-        def remounting(job, state):  # type: ignore[no-untyped-def]
+        def remounting(job, state):
             how = {2: "remount,ro", 5: "remount,rw"}.get(state.step)
             if how:
                 job.saver.finished(wait=True)
@@ -181,10 +181,10 @@ def test_a_read_only_disk_does_not_end_the_training(folder: Path, tmp_path: Path
         assert status(disk / "run")["checkpoint"] == "step_00000006"
 
 
-def test_a_vanished_run_directory_comes_back(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_vanished_run_directory_comes_back(folder: Path, tmp_path: Path, monkeypatch) -> None:
     step, run = loop._step, tmp_path / "run"
 
-    def removing(job, state):  # type: ignore[no-untyped-def]
+    def removing(job, state):
         if state.step == 4:
             shutil.rmtree(run)
         return step(job, state)
@@ -196,7 +196,7 @@ def test_a_vanished_run_directory_comes_back(folder: Path, tmp_path: Path, monke
     assert train(folder, run, "training.steps=7") == 0
 
 
-def test_an_output_that_cannot_be_made_is_named(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_an_output_that_cannot_be_made_is_named(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert train(folder, tmp_path / "file/run") == 2
     said = capsys.readouterr().err
@@ -218,7 +218,7 @@ def test_the_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
     assert main(["train", str(folder / "config.yaml"), f"output={tmp_path}/x", "data.eval=[]", *overrides[2:]]) == 2
 
 
-def test_an_evaluation_that_is_owed_after_the_last_step_is_made_once(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_evaluation_that_is_owed_after_the_last_step_is_made_once(folder: Path, tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "reason", lambda self, *ahead: "SIGTERM" if "evaluation" in ahead else None)
@@ -231,14 +231,14 @@ def test_an_evaluation_that_is_owed_after_the_last_step_is_made_once(folder: Pat
     assert found == [line for line in lines(run) if line["kind"] == "eval"]  # their seconds too
 
 
-def test_the_time_limit_counts_evaluation_and_answers_together(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_time_limit_counts_evaluation_and_answers_together(folder: Path, tmp_path: Path, monkeypatch) -> None:
     original, jobs = loop.run, []
 
-    def evaluate(job, state):  # type: ignore[no-untyped-def]
+    def evaluate(job, state):
         time.sleep(0.3)
         return state
 
-    def run(job, state):  # type: ignore[no-untyped-def]
+    def run(job, state):
         jobs.append(replace(job, answer=lambda state: time.sleep(0.3) or {}))
         return original(jobs[0], state)
 
@@ -248,7 +248,7 @@ def test_the_time_limit_counts_evaluation_and_answers_together(folder: Path, tmp
     assert jobs[0].stop._longest["evaluation"] >= 0.6
 
 
-def test_changed_keys_are_refused_or_logged(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_changed_keys_are_refused_or_logged(folder: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     shutil.copytree(folder / "whole", run)
     assert train(folder, run, "training.steps=7", "optimizer.lr=2e-3", "loss.beta=3.0") == 2
@@ -262,7 +262,7 @@ def test_changed_keys_are_refused_or_logged(folder: Path, tmp_path: Path, capsys
     assert "optimizer.rate" in capsys.readouterr().err
 
 
-def test_changed_rows_are_refused(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_changed_rows_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
     run, rows = tmp_path / "run", write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(12))
     given = [f"data.train={rows}", "training.steps=1"]
     assert train(folder, run, *given) == 0
@@ -273,11 +273,11 @@ def test_changed_rows_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
     assert train(folder, run, *given[:1], "training.steps=2", allowed) == 0
 
 
-def test_no_random_number_is_drawn_by_the_training(folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_no_random_number_is_drawn_by_the_training(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """So a checkpoint need not hold a generator's state."""
     states, step = [], loop._step
 
-    def noted(job, state):  # type: ignore[no-untyped-def]
+    def noted(job, state):
         states.append(torch.get_rng_state())
         return step(job, state)
 

@@ -92,7 +92,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
         size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         part, at = part + content[at + 7 : at + 7 + size], at + 7 + size
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made when it is imported
             record.ParseFromString(part)
             part = b""
             yield record

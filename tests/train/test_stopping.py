@@ -126,7 +126,7 @@ def test_a_stopped_rank_is_named_and_ends_the_others(folder: Path) -> None:
     layout = "parallel.tensor=2"
     with ranks(folder, "frozen-dp2", script=script) as one, ranks(folder, "frozen-tp2", layout, script=script) as two:
         for job, run, victim in ((one, "frozen-dp2", 1), (two, "frozen-tp2", 0)):
-            job.wait_for(lambda run=run: steps_done(folder / run) >= 2)
+            job.wait_for(lambda: steps_done(folder / run) >= 2)  # noqa: B023 (called at once)
             job.processes[victim].send_signal(signal.SIGSTOP)
         for job, victim in ((one, 1), (two, 0)):
             assert job.processes[1 - victim].wait(90) == 4

@@ -1,6 +1,7 @@
 """Five steps of `train` against a plain transformers + AdamW loop: every metric, all families, three losses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def _penalty(unit: str, lam: float) -> dict[str, object]:
 
 
 SIMPO = {"loss": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.3}
-CASES: dict[str, dict[str, object]] = {
+CASES: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "dpo", "beta": 0.1},
     "dpo-relative": {"loss": "dpo", "beta": 0.3, **_penalty("relative", 1.5)},
     "dpo-token": {"loss": "dpo", "beta": 0.1, **_penalty("token", 2.0)},

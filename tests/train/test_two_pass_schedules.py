@@ -71,10 +71,11 @@ def plain_loop(folder: Path, schedule: str) -> list[dict[str, float]]:
         def both() -> tuple[Tensor, Tensor]:
             sums = [[response_logprob(m, p, x) for m in (model, reference) for x in (c, r)] for p, c, r in batch]  # noqa: B023
             margins = torch.stack([(w - rw) - (lo - rl) for w, lo, rw, rl in sums])
-            return torch.nn.functional.softplus(-0.1 * margins).mean(), -sum(w for w, *_ in sums) / tokens  # noqa: B023
+            chosen = torch.stack([w for w, *_ in sums])
+            return torch.nn.functional.softplus(-0.1 * margins).mean(), -chosen.sum() / tokens  # noqa: B023
 
         f, g = both()
-        v = -sum(response_logprob(reference, p, c) for p, c, _ in batch).item() / tokens
+        v = -sum(response_logprob(reference, p, c).item() for p, c, _ in batch) / tokens
         g_gradient = torch.autograd.grad(g, parameters, retain_graph=True)
         if schedule == "lookahead":
             before = [p.detach().clone() for p in parameters]
@@ -88,8 +89,8 @@ def plain_loop(folder: Path, schedule: str) -> list[dict[str, float]]:
             weight = LAMBDA
         else:
             f_gradient = torch.autograd.grad(f, parameters)
-            inner = sum((a * b).sum() for a, b in zip(f_gradient, g_gradient, strict=True)).item()
-            norm = sum((b * b).sum() for b in g_gradient).item()
+            inner = sum((a * b).sum().item() for a, b in zip(f_gradient, g_gradient, strict=True))
+            norm = sum((b * b).sum().item() for b in g_gradient)
             weight = max(0.0, (RATE * max(gap, 0.0) - inner) / norm)
         for p, a, b in zip(parameters, f_gradient, g_gradient, strict=True):
             p.grad = a + weight * b

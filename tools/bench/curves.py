@@ -6,10 +6,10 @@ Slopes are fitted to the logarithms of both; seconds are of one thread, the leas
 """
 
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import measure
 import numpy as np
@@ -35,6 +35,10 @@ class Curve:
         return measured, expected
 
 
+Settings = tuple[dict[str, int], list[tuple[int, int, int]], int]
+"""Shape of the model, (prompt, chosen, rejected) lengths of the pairs, pairs per row."""
+
+
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--svg", type=Path, help="draw the curves there")
@@ -56,7 +60,7 @@ def _model_curves(folder: Path, *, quick: bool) -> Iterator[Curve]:
     few = 2 if quick else None
     tokens = 1024 if quick else 8192
 
-    def curve(name: str, sizes: list[float], settings) -> Curve:
+    def curve(name: str, sizes: Sequence[float], settings: Callable[[Any], Settings]) -> Curve:
         taken, law = [], []
         for size in sizes[:few]:
             shape, lengths, per_row = settings(size)
@@ -144,4 +148,4 @@ def draw(curves: list[Curve], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import curves
 import measure
 import numpy as np
 from measure import MIXES, Result
+
+from megatron_spo.data.dataset import TokenizedSet
 
 PEAK = """
 import pathlib, sys, threading, time
@@ -42,7 +46,7 @@ def main() -> None:
     measure.report(results, options.json)
 
 
-def tokenise(folder: Path):
+def tokenise(folder: Path) -> TokenizedSet:
     """The tokenised pairs of a folder."""
     from megatron_spo.config.load import load_config
     from megatron_spo.data.dataset import build_dataset
@@ -129,7 +133,7 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
     forward, scored = _Clock(score_rows), _Clock(reference.score_pairs)
     written, batch = _Clock(ReferenceWriter.write_chunk), _Clock(Loader.batch)
 
-    def both(chunks, rows, *, runtime):
+    def both(chunks: Any, rows: Any, *, runtime: Any) -> Any:
         forward(chunks, rows, runtime=runtime)
         return scored(chunks, rows, runtime=runtime)
 
@@ -150,7 +154,7 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
 class _Clock:
     """A function whose calls are timed."""
 
-    def __init__(self, function) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self.begins: list[float] = []
         self.ends: list[float] = []
@@ -159,11 +163,11 @@ class _Clock:
     def taken(self) -> list[float]:
         return [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
 
-    def method(self):
+    def method(self) -> Callable[..., Any]:
         """As a function, which a class binds."""
         return lambda *arguments, **named: self(*arguments, **named)
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         self.begins.append(time.process_time())
         try:
             return self._function(*arguments, **named)
@@ -172,4 +176,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

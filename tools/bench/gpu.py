@@ -125,7 +125,8 @@ def observe(config: Path, output: Path, *overrides: str) -> Observed:
     """`megatron-spo train` with syncs counted in one step, kernels recorded in the next, the others timed."""
     on_gpu = torch.cuda.is_available()
     recorder = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
-    log, said, seconds, syncs = RunDirectory.log, [], [], 0
+    log, seconds, syncs = RunDirectory.log, [], 0
+    said: list[str] = []
 
     def after_step(self: RunDirectory, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         nonlocal syncs
@@ -199,7 +200,8 @@ def _trl(model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: i
 
     dtype = torch.float32 if facts.is_tiny else torch.bfloat16
     with torch.device("cpu" if facts.is_tiny else "cuda"):
-        LlamaForCausalLM(LlamaConfig(**raw)).to(dtype).save_pretrained(model)
+        made = LlamaForCausalLM(LlamaConfig(**raw)).to(dtype)  # type: ignore[arg-type]  # hidden by a decorator
+        made.save_pretrained(model)
     machine = trl_dpo.Machine(time.perf_counter, dtype, on_gpu=not facts.is_tiny)
     turn = trl_dpo.steps(model, pairs[: 6 * batch], batch=batch, lr=1e-6, precomputed=False, machine=machine)
     _free()

@@ -128,4 +128,4 @@ def _texts(line: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -168,7 +168,7 @@ def take_turns(ways: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str,
     """Each way `rounds` times, one after another, every other round backwards: none is always the last."""
     turns: dict[str, list[Turn]] = {name: [] for name in ways}
     for i in range(rounds):
-        for name in reversed(ways) if i % 2 else ways:
+        for name in reversed(list(ways)) if i % 2 else ways:
             turns[name].append(ways[name]())
     return turns
 

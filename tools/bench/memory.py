@@ -131,4 +131,4 @@ def _padded(folder: str, rows: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,6 +7,7 @@ the backward pass, AdamW: the same floating-point operations as a step of `megat
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,9 @@ class Llama(nn.Module):
         return torch.cat(outs).flatten(1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, **masking: object) -> Tensor:
-    one = (part.transpose(0, 1)[None] for part in (q, k, v))
-    return F.scaled_dot_product_attention(*one, enable_gqa=True, **masking)[0].transpose(0, 1)
+def _attend(q: Tensor, k: Tensor, v: Tensor, **masking: Any) -> Tensor:
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **masking)[0].transpose(0, 1)
 
 
 def _half_turned(x: Tensor) -> Tensor:

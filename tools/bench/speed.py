@@ -9,8 +9,8 @@ ways take turns on the same pairs in the same order with the same AdamW, and mus
     plain        plain PyTorch on our rows (plain.py): the floor that Megatron and we are held against
 """
 
+import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import measure
@@ -45,7 +45,7 @@ def main() -> None:
     measure.report(results, options.json)
 
 
-def _mix(folder: Path, mix: str, options) -> list[Result]:
+def _mix(folder: Path, mix: str, options: argparse.Namespace) -> list[Result]:
     prompt, response = MIXES[mix]
     pairs = measure.write_pairs(folder / "pairs.jsonl", BATCH * options.steps, prompt=prompt, response=response)
     measure.write_model(folder / "model", hidden=options.hidden, layers=options.layers)
@@ -96,4 +96,4 @@ def _results(mix: str, turns: dict[str, list[Turn]], pairs: int) -> list[Result]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -44,8 +44,8 @@ class _Stamps(TrainerCallback):
             self.turn.seconds.append(now - self._before)
         self._before = now
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
             self.turn.lines.append({"loss": logs["loss"]})
 
 

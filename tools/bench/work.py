@@ -1,7 +1,6 @@
 """Rows of random tokens, the floating-point operations that they need, and a model that trains on them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,16 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.rows import Example, PackedRow, build_row
 from megatron_spo.planner.flops import forward_flops, step_flops
+from megatron_spo.planner.rows import Row, segments_of
 from megatron_spo.runtime import processes
 
 
-@dataclass(frozen=True)
-class Needed:
-    """What planner/flops.py reads of a row where it counts only what is necessary: real tokens, scored entries,
-    (query, key) pairs that attention looks at."""
-
-    real: int
-    entries: int
-    visible: int
-
-
-def needed(row: PackedRow) -> Needed:
-    """Of a packed row; see Needed."""
+def needed(row: PackedRow) -> Row:
+    """A packed row as planner/flops.py counts it."""
     _, s, c, r = row.segments.T
     visible = (s * (s + 1) + c * (c + 1) + r * (r + 1)) // 2 + s * (c + r)
-    return Needed(row.real_tokens, len(row.targets), int(visible.sum()))
+    padding = len(row.tokens) - row.real_tokens
+    return Row(len(row.tokens), row.real_tokens, len(row.targets), int(visible.sum()), segments_of(s, c, r, padding))
 
 
 def necessary_flops(config: Config, shape: ModelShape, rows: Sequence[PackedRow]) -> float:
