@@ -15,7 +15,7 @@ import torch
 from megatron_spo.config.fp8 import RECIPES, obstacle
 from megatron_spo.config.rules import installed
 from tests.support.processes import ROOT, launch, read_metrics
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 WORKER = ROOT / "tests" / "gpu" / "worker.py"
 Metrics = dict[tuple[str, str, int], dict[str, float]]
@@ -61,19 +61,17 @@ class Bench:
 
     def prepare(self) -> None:
         """Model (sides that suit every recipe's blocks), pairs and the configuration that the runs share."""
-        tiny_model(self.folder / "model", "qwen3", hidden_size=128, intermediate_size=256, head_dim=32, scale=0.05)
-        write_jsonl(self.folder / "pairs.jsonl", arithmetic_pairs(24))
-        write_jsonl(self.folder / "held-out.jsonl", arithmetic_pairs(8, seed=1))
-        (self.folder / "config.yaml").write_text(
-            f"""
-output: {self.folder}/unset
-model: {{path: {self.folder}/model}}
-data: {{train: {self.folder}/pairs.jsonl, eval: {self.folder}/held-out.jsonl, max_length: 64, shuffle: false}}
-reference: {{cache: {self.folder}/unset-cache}}
-optimizer: {{lr: 3e-4, weight_decay: 0.01}}
-training: {{global_batch_size: 24, steps: 5}}
-logging: {{progress: false}}
-"""
+        sides = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+        tiny_run(
+            self.folder,
+            family="qwen3",
+            shape={**sides, "scale": 0.05},
+            pairs=24,
+            held_out=8,
+            data={"shuffle": False},
+            optimizer={"lr": 3e-4, "weight_decay": 0.01},
+            precision=None,
+            training={"global_batch_size": 24, "steps": 5},
         )
 
     def metrics(self, run: str) -> Metrics:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from megatron_spo.config.yaml_text import format_yaml
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -122,3 +125,45 @@ def arithmetic_pairs(count: int, *, seed: int = 0) -> list[dict]:
         rejected = f"about {wrong}" if rng.random() < 0.5 else f"{wrong}"
         rows.append({"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": rejected})
     return rows
+
+
+def tiny_run(
+    folder: Path,
+    *,
+    pairs: int | list[dict],
+    held_out: int | list[dict] = 0,
+    family: str = "llama",
+    shape: Mapping[str, Any] | None = None,
+    **sections: dict[str, Any] | str | None,
+) -> Path:
+    """A model, data and a configuration for a short run in fp32; returns the path of the configuration.
+
+    `folder` then holds `model`, `pairs.jsonl`, `held-out.jsonl` (unless `held_out` is 0) and `config.yaml`.
+
+    Args:
+        pairs: training pairs: a number of `arithmetic_pairs`, or rows.
+        held_out: held-out pairs likewise, of another seed.
+        family, shape: of the model, as `tiny_model` takes them. No model is made if `model` gives another path.
+        sections: sections of the configuration: their keys are added to the defaults; None removes a section.
+    """
+    config: dict[str, Any] = {
+        "output": f"{folder}/run",
+        "model": {"path": f"{folder}/model"},
+        "data": {"train": f"{folder}/pairs.jsonl", "max_length": 64},
+        "reference": {"cache": f"{folder}/cache"},
+        "optimizer": {"lr": 1e-3},
+        "precision": {"dtype": "fp32"},
+        "training": {"global_batch_size": 8, "steps": 4, "threads": 1},
+        "logging": {"progress": False},
+    }
+    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(pairs) if isinstance(pairs, int) else pairs)
+    if held_out:
+        rows = arithmetic_pairs(held_out, seed=1) if isinstance(held_out, int) else held_out
+        config["data"]["eval"] = str(write_jsonl(folder / "held-out.jsonl", rows))
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+    if config["model"]["path"] == f"{folder}/model":
+        tiny_model(folder / "model", family, **(shape or {}))
+    path = folder / "config.yaml"
+    path.write_text(format_yaml({name: section for name, section in config.items() if section is not None}))
+    return path
