@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from megatron_spo.convert.export import to_hf
 from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import Job, largest_difference, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
 SP = ["parallel.tensor=2", "parallel.sequence=true"]
 EP = ["parallel.expert=2"]
@@ -60,24 +60,17 @@ MOVES = {2: EP, 1: [], 4: [*EP, "parallel.pipeline=2"]}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("experts")
-    tiny_model(folder / "model", "qwen3_moe")
     tiny_model(folder / "mixtral", "mixtral")
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
     sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in arithmetic_pairs(30, seed=2)]
     write_jsonl(folder / "sft.jsonl", sft)
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 48}}
-reference: {{cache: {folder}/cache}}
-optimizer: {{lr: 1e-3, weight_decay: 0.01}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 3, eval_every: 1}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        family="qwen3_moe",
+        pairs=22,
+        held_out=7,
+        data={"max_length": 48},
+        optimizer={"weight_decay": 0.01},
+        training={"steps": 3, "eval_every": 1},
     )
 
     def filled(overrides: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import Job, largest_difference, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_model, tiny_run
 
 LAYOUTS = {
     "tp2": ["parallel.tensor=2"],
@@ -36,20 +36,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     layers = ["sliding_attention", "full_attention"] * 2
     tiny_model(folder / "gemma3_text", "gemma3_text", tie_word_embeddings=True, layer_types=layers)
     tiny_model(folder / "mistral", "mistral", sliding_window=8)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(5, seed=1))
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/gemma2}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 48}}
-loss: {{name: dpo}}
-optimizer: {{lr: 1e-3, weight_decay: 0.01}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 3, eval_every: 2}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        pairs=22,
+        held_out=5,
+        model={"path": f"{folder}/gemma2"},
+        data={"max_length": 48},
+        reference=None,
+        optimizer={"weight_decay": 0.01},
+        training={"steps": 3, "eval_every": 2},
     )
     cells = selected(request, "layout", "objective")
     two, one = list[Job](), list[Job]()

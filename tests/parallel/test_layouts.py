@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import Job, largest_difference, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_model, tiny_run
 
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
@@ -54,22 +54,13 @@ CELLS = {
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """The runs that the selected tests compare, and those of the same objectives in one process."""
     folder = tmp_path_factory.mktemp("layouts")
-    tiny_model(folder / "model")
     tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(22))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-reference: {{cache: {folder}/cache}}
-optimizer: {{lr: 1e-3, warmup_steps: 2, weight_decay: 0.01}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 5, eval_every: 3}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        pairs=22,
+        held_out=7,
+        optimizer={"warmup_steps": 2, "weight_decay": 0.01},
+        training={"steps": 5, "eval_every": 3},
     )
 
     def train(name: str, objective: str, overrides: list[str]) -> Job:

@@ -14,7 +14,7 @@ from megatron_spo.planner.at_start import memory_at_start
 from megatron_spo.planner.memory import Setting
 from megatron_spo.planner.rows import measured_lengths
 from tests.support.processes import ROOT, launch, read_metrics
-from tests.support.tiny import arithmetic_pairs, tiny_tokenizer, write_jsonl
+from tests.support.tiny import tiny_run, tiny_tokenizer
 
 STEPS = 2
 SMALL = {
@@ -55,28 +55,24 @@ DIMENSIONS = {
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_it_trains_in_the_memory_that_was_planned(name: str, tmp_path: Path) -> None:
     dimension = DIMENSIONS[name]
-    tiny_tokenizer(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**SMALL, **dimension.sizes}))
-    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(8))
-    sections = {
-        "output": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "model"), "init": "random"},
-        "data": {"train": str(tmp_path / "pairs.jsonl"), "max_length": 64},
-        "loss": {"name": "simpo"},
-        "parallel": dimension.parallel,
-        "precision": {"dtype": "fp32"},
-        "training": {"global_batch_size": 4, "steps": STEPS},
-        "logging": {"progress": False},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(sections))  # JSON is YAML
+    tiny_tokenizer(tmp_path / "random")
+    (tmp_path / "random" / "config.json").write_text(json.dumps({**SMALL, **dimension.sizes}))
+    path = tiny_run(
+        tmp_path,
+        pairs=8,
+        model={"path": str(tmp_path / "random"), "init": "random"},
+        reference=None,
+        loss={"name": "simpo"},
+        parallel=dimension.parallel,
+        training={"global_batch_size": 4, "steps": STEPS},
+    )
     worker = ROOT / "tests" / "parallel" / "measured_run.py"
     done = launch([str(worker), str(tmp_path), str(path)], dimension.processes)
     assert done.returncode == 0, done.stderr[-4000:]
     losses = [line["loss"] for (kind, _, _), line in read_metrics(tmp_path / "run").items() if kind == "train"]
     assert len(losses) == STEPS and all(0 < loss < 100 for loss in losses)
 
-    config, shape = load_config(path), read_model_shape(tmp_path / "model")
+    config, shape = load_config(path), read_model_shape(tmp_path / "random")
     lengths = measured_lengths(config, config.data.train, config.model.path, "preference")
     setting = Setting(config, shape, make_topology(config.parallel, dimension.processes), "cpu")
     planned = memory_at_start(setting, [(lengths, config.training.global_batch_size)]).total

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_spo.cli import main
 from tests.support.processes import Job, largest_difference, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 OBJECTIVES = {
     "alpha-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
@@ -33,22 +33,14 @@ def set_back(run: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    tiny_model(folder / "model", tie_word_embeddings=True)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(50))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-reference: {{cache: {folder}/cache}}
-optimizer: {{lr: 1e-3, warmup_steps: 2}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 9, eval_every: 3}}
-checkpoint: {{every: 1, keep: 9}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        shape={"tie_word_embeddings": True},
+        pairs=50,
+        held_out=7,
+        optimizer={"warmup_steps": 2},
+        training={"steps": 9, "eval_every": 3},
+        checkpoint={"every": 1, "keep": 9},
     )
 
     def train(name: str, *overrides: str) -> Job:

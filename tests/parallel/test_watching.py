@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.processes import largest_difference, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 LAYOUTS = {
     "dp2": [],
@@ -20,24 +20,16 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watching")
-    tiny_model(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(24))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64, drop_ches: 0.1}}
-reference: {{cache: {folder}/unset}}
-loss: {{name: dpo, beta: 0.5}}
-spo: {{schedule: penalty, lambda: 0.001}}
-optimizer: {{lr: 3e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 4, eval_every: 2}}
-monitor: {{chosen_fall: 0.001, on_alarm: raise_lambda, generate_every: 4, generate_prompts: 3}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        pairs=24,
+        held_out=7,
+        data={"drop_ches": 0.1},
+        loss={"name": "dpo", "beta": 0.5},
+        spo={"schedule": "penalty", "lambda": 0.001},
+        optimizer={"lr": 3e-3},
+        training={"eval_every": 2},
+        monitor={"chosen_fall": 0.001, "on_alarm": "raise_lambda", "generate_every": 4, "generate_prompts": 3},
     )
     for processes, layouts in ((1, {"one": []}), (2, LAYOUTS)):
         jobs = []
