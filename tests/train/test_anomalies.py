@@ -14,7 +14,7 @@ from megatron_spo.convert.export import to_hf
 from megatron_spo.errors import Anomaly
 from megatron_spo.train.anomalies import DECAY, MOST_SKIPS, WARM_UP, GradientNorms
 from tests.support.processes import NOT_COMPARED, TIMES, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 BATCH, BAD_STEP = 4, 3
 BAD_LINE = (BAD_STEP - 1) * BATCH + 2
@@ -27,26 +27,20 @@ def folder(tmp_path: Path) -> Path:
 
 def prepare(folder: Path) -> Path:
     """24 pairs in file order, of which one has the token whose embedding the model lacks."""
-    tiny_model(folder / "model")
     rows = arithmetic_pairs(24)
     rows[BAD_LINE - 1]["prompt"] = "#" + rows[BAD_LINE - 1]["prompt"]
-    write_jsonl(folder / "pairs.jsonl", rows)
+    tiny_run(
+        folder,
+        pairs=rows,
+        data={"row_length": 32, "shuffle": False},
+        reference=None,
+        loss={"name": "simpo"},
+        training={"global_batch_size": BATCH, "steps": 6, "on_anomaly": "skip"},
+    )
     token = AutoTokenizer.from_pretrained(folder / "model")("#").input_ids[0]
     weights = load_file(folder / "model/model.safetensors")
     weights["model.embed_tokens.weight"][token] = float("nan")
     save_file(weights, folder / "model/model.safetensors", metadata={"format": "pt"})
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/run
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, max_length: 64, row_length: 32, shuffle: false}}
-loss: {{name: simpo}}
-optimizer: {{lr: 1e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: {BATCH}, steps: 6, threads: 1, on_anomaly: skip}}
-logging: {{progress: false}}
-"""
-    )
     return folder
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_spo.cli import main
 from tests.support.processes import read_metrics
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 STEPS = 20
 BOUNDS = {"loss": 0.03, "spo/chosen_shift": 0.15, "spo/rejected_shift": 0.15}
@@ -17,19 +17,7 @@ BOUNDS = {"loss": 0.03, "spo/chosen_shift": 0.15, "spo/rejected_shift": 0.15}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bf16")
-    tiny_model(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(32))
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, max_length: 64}}
-loss: {{name: dpo}}
-optimizer: {{lr: 1e-3, warmup_steps: 2}}
-training: {{global_batch_size: 8, steps: {STEPS}, threads: 1}}
-logging: {{progress: false}}
-"""
-    )
+    tiny_run(folder, pairs=32, reference=None, optimizer={"warmup_steps": 2}, precision=None, training={"steps": STEPS})
     for dtype in ("fp32", "bf16"):
         assert run(folder, "reference", dtype) == 0
     return folder

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.cli import main
 from tests.data.test_edit_distance import plain
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 COUNT = 24
 
@@ -18,20 +18,8 @@ COUNT = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ches")
-    tiny_model(folder / "model", "qwen3", tie_word_embeddings=True)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(COUNT))
+    tiny_run(folder, family="qwen3", shape={"tie_word_embeddings": True}, pairs=COUNT, training={"steps": 1})
     write_jsonl(folder / "sft.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 3)
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/run
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, max_length: 64}}
-reference: {{cache: {folder}/cache}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 1, threads: 1}}
-logging: {{progress: false}}
-"""
-    )
     return folder
 
 

@@ -10,27 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_spo.cli import main
 from tests.support.processes import TIMES, largest_difference, read_metrics
-from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_tokenizer, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     """A model, data and a configuration `config.yaml` for dpo with the penalty, 4 steps of 4 pairs."""
-    tiny_model(tmp_path / "model")
-    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(10))
-    write_jsonl(tmp_path / "held-out.jsonl", arithmetic_pairs(5, seed=1))
-    (tmp_path / "config.yaml").write_text(
-        f"""
-output: {tmp_path}/run
-model: {{path: {tmp_path}/model}}
-data: {{train: {tmp_path}/pairs.jsonl, eval: {tmp_path}/held-out.jsonl, max_length: 64}}
-reference: {{cache: {tmp_path}/cache}}
-optimizer: {{lr: 1e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 4, steps: 4, threads: 1, eval_every: 2}}
-logging: {{progress: false}}
-"""
-    )
+    tiny_run(tmp_path, pairs=10, held_out=5, training={"global_batch_size": 4, "eval_every": 2})
     return tmp_path
 
 

@@ -14,29 +14,23 @@ from safetensors.torch import load_file
 from megatron_spo.cli import main
 from megatron_spo.model import checkpoint_files
 from tests.support.processes import read_metrics
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_model, tiny_run
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps with a checkpoint after each of the last three, and what its model is."""
     folder = tmp_path_factory.mktemp("damage")
-    tiny_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(10))
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/run
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, max_length: 64}}
-loss: {{name: simpo}}
-optimizer: {{lr: 1e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 4, steps: 4, threads: 1}}
-checkpoint: {{every: 1, keep: 3}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        shape={"num_hidden_layers": 2},
+        pairs=10,
+        reference=None,
+        loss={"name": "simpo"},
+        training={"global_batch_size": 4},
+        checkpoint={"every": 1, "keep": 3},
     )
-    assert main(["train", str(folder / "config.yaml")]) == 0
+    assert main(["train", str(config)]) == 0
     assert main(["convert", str(folder / "run"), str(folder / "hf"), "--to", "hf"]) == 0
     return folder
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_spo.cli import main
 from tests.support.processes import Ranks, cli, largest_difference, steps_done
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
 STEPS, TRAIN_KILLS, REFERENCE_KILLS = 100, 11, 4
@@ -19,23 +19,17 @@ STEPS, TRAIN_KILLS, REFERENCE_KILLS = 100, 11, 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kill")
-    tiny_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(6000))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(6, seed=1))
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64, row_length: 128}}
-reference: {{cache: {folder}/cache}}
-loss: {{name: alpha_dpo}}
-spo: {{schedule: dual}}
-optimizer: {{lr: 1e-3}}
-precision: {{dtype: bf16}}
-training: {{global_batch_size: 8, steps: {STEPS}, threads: 1, eval_every: 10}}
-checkpoint: {{every: 2}}
-logging: {{progress: false}}
-"""
+    tiny_run(
+        folder,
+        shape={"num_hidden_layers": 2},
+        pairs=6000,
+        held_out=6,
+        data={"row_length": 128},
+        loss={"name": "alpha_dpo"},
+        spo={"schedule": "dual"},
+        precision={"dtype": "bf16"},
+        training={"steps": STEPS, "eval_every": 10},
+        checkpoint={"every": 2},
     )
     return folder
 

@@ -20,7 +20,7 @@ from megatron_spo.model.wrap import Trainable
 from tests.oracles.reference_loop import TokenisedPair, reference_trajectory, response_logprob
 from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
 STEPS, BATCH = 5, 6
 LAYOUTS = {
@@ -68,34 +68,27 @@ EXPORTED = ["one/penalty", "tp2-sp/penalty", "tp2/penalty-pair-tied", "pp2/penal
 """Runs whose exports are compared."""
 
 
-def write_config(folder: Path, *, model: str = "model") -> Path:
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(STEPS * BATCH))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(7, seed=1))
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/run
-model: {{path: {folder}/{model}}}
-lora: {{rank: 4}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64, row_length: 100, shuffle: false}}
-optimizer: {{lr: 1e-2}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: {BATCH}, steps: {STEPS}, threads: 1, eval_every: 3}}
-logging: {{progress: false}}
-"""
+def prepare(folder: Path) -> Path:
+    return tiny_run(
+        folder,
+        pairs=STEPS * BATCH,
+        held_out=7,
+        lora={"rank": 4},
+        data={"row_length": 100, "shuffle": False},
+        reference=None,
+        optimizer={"lr": 1e-2},
+        training={"global_batch_size": BATCH, "steps": STEPS, "eval_every": 3},
     )
-    return config
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("lora")
-    tiny_model(folder / "model")
     tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
     tiny_model(folder / "biased", "qwen2")
     sft = [{"prompt": f"Add {r['prompt']}", "completion": f"the sum is {r['chosen']}"} for r in arithmetic_pairs(12)]
     write_jsonl(folder / "sft.jsonl", sft)
-    config = write_config(folder)
+    config = prepare(folder)
 
     def job(command: str, output: str, *settings: str) -> Job:
         return command, str(config), [f"output={folder}/{output}", *(s.format(folder=folder) for s in settings)]
@@ -212,8 +205,7 @@ def test_exports_are_the_model_that_was_evaluated(runs: Path, source: str, tmp_p
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    tiny_model(tmp_path / "model")
-    write_config(tmp_path)
+    prepare(tmp_path)
     return tmp_path
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from tests.oracles.lower_level_loop import DUAL_LR, EPSILON, SMOOTHING, lower_level_trajectory
 from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 STEPS, BATCH, SFT_ROWS, SFT_BATCH = 5, 6, 12, 5  # batches of 5, 5, 2, 5, 5 SFT rows
 DUAL = ["spo.schedule=dual", f"spo.epsilon={EPSILON}", f"spo.dual_lr={DUAL_LR}", f"spo.gap_ema={SMOOTHING}"]
@@ -60,23 +60,15 @@ def sft_rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lower-level")
-    tiny_model(folder / "model")
     pairs = arithmetic_pairs(STEPS * BATCH)
-    write_jsonl(folder / "pairs.jsonl", pairs)
     write_jsonl(folder / "sft.jsonl", sft_rows())
     write_jsonl(folder / "chosen.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, max_length: 64, row_length: 100, shuffle: false}}
-reference: {{cache: {folder}/cache}}
-optimizer: {{lr: 1e-3, clip_grad: 0}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: {BATCH}, steps: {STEPS}}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        pairs=pairs,
+        data={"row_length": 100, "shuffle": False},
+        optimizer={"clip_grad": 0},
+        training={"global_batch_size": BATCH, "steps": STEPS},
     )
 
     def job(command: str, output: str, settings: list[str]) -> Job:

@@ -10,7 +10,7 @@ import pytest
 from megatron_spo.cli import main
 from megatron_spo.config.monitoring import MonitorConfig
 from megatron_spo.train.monitor import TRAIN, MonitorState, watch, watch_answers
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
 BOUNDS = MonitorConfig(chosen_fall=0.1, both_down=0.5, entropy_factor=2.0)
 
@@ -107,25 +107,17 @@ def test_right_answers_that_are_lost() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run whose held-out chosen answers fall: a large step on few pairs, alarms at the least fall."""
-    tiny_model(tmp_path / "model")
-    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(24))
-    write_jsonl(tmp_path / "held-out.jsonl", arithmetic_pairs(7, seed=1))
-    (tmp_path / "config.yaml").write_text(
-        f"""
-output: {tmp_path}/run
-model: {{path: {tmp_path}/model}}
-data: {{train: {tmp_path}/pairs.jsonl, eval: {tmp_path}/held-out.jsonl, max_length: 64}}
-reference: {{cache: {tmp_path}/cache}}
-loss: {{name: dpo, beta: 0.5}}
-spo: {{schedule: penalty, lambda: 0.001}}
-optimizer: {{lr: 3e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 8, eval_every: 2, threads: 1}}
-monitor: {{chosen_fall: 0.001}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        tmp_path,
+        pairs=24,
+        held_out=7,
+        loss={"name": "dpo", "beta": 0.5},
+        spo={"schedule": "penalty", "lambda": 0.001},
+        optimizer={"lr": 3e-3},
+        training={"steps": 8, "eval_every": 2},
+        monitor={"chosen_fall": 0.001},
     )
-    assert main(["reference", str(tmp_path / "config.yaml")]) == 0
+    assert main(["reference", str(config)]) == 0
     return tmp_path
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.convert.export import to_hf
 from tests.support.processes import Job, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run
 
 STEPS, BATCH, LR, BETA, WEIGHT, EXPERTS, TOP = 3, 4, 1e-3, 0.1, 0.5, 4, 2
 
@@ -17,22 +17,17 @@ STEPS, BATCH, LR, BETA, WEIGHT, EXPERTS, TOP = 3, 4, 1e-3, 0.1, 0.5, 4, 2
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("balance")
-    tiny_model(folder / "model", "mixtral", num_local_experts=EXPERTS, num_experts_per_tok=TOP)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(STEPS * BATCH))
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model, freeze_router: false}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/pairs.jsonl, max_length: 64, row_length: 64, shuffle: false}}
-reference: {{cache: {folder}/cache}}
-loss: {{beta: {BETA}}}
-spo: {{schedule: none}}
-optimizer: {{lr: {LR}, clip_grad: 0}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: {BATCH}, steps: {STEPS}}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        folder,
+        family="mixtral",
+        shape={"num_local_experts": EXPERTS, "num_experts_per_tok": TOP},
+        pairs=STEPS * BATCH,
+        model={"freeze_router": False},
+        data={"eval": f"{folder}/pairs.jsonl", "row_length": 64, "shuffle": False},
+        loss={"beta": BETA},
+        spo={"schedule": "none"},
+        optimizer={"lr": LR, "clip_grad": 0},
+        training={"global_batch_size": BATCH, "steps": STEPS},
     )
     balanced = f"model.router_aux_loss={WEIGHT}"
     jobs: list[Job] = [("reference", str(config), [])]

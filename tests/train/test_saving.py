@@ -18,28 +18,22 @@ from megatron_spo.cli import main
 from megatron_spo.train import checkpoint, loop
 from megatron_spo.train.stop import StopRequest
 from tests.support.processes import TIMES, Ranks, largest_difference, read_metrics, steps_done
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, data and a configuration; the run `whole` of 6 steps is what the others equal."""
     folder = tmp_path_factory.mktemp("saving")
-    tiny_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(12))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(6, seed=1))
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-loss: {{name: simpo}}
-optimizer: {{lr: 1e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 4, steps: 6, threads: 1}}
-checkpoint: {{every: 1}}
-logging: {{progress: false}}
-"""
+    tiny_run(
+        folder,
+        shape={"num_hidden_layers": 2},
+        pairs=12,
+        held_out=6,
+        reference=None,
+        loss={"name": "simpo"},
+        training={"global_batch_size": 4, "steps": 6},
+        checkpoint={"every": 1},
     )
     assert train(folder, folder / "whole") == 0
     return folder

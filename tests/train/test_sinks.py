@@ -11,7 +11,7 @@ import pytest
 from megatron_spo.cli import main
 from megatron_spo.errors import Anomaly, Stopped
 from megatron_spo.train.sinks import Sinks, WeightsAndBiases
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
 
 def test_a_sink_that_fails_is_left_out_with_one_warning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -48,25 +48,17 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(capsys: pytest.CaptureFi
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in two parts, the second of which does steps 3 and 4 again."""
     folder = tmp_path_factory.mktemp("sinks")
-    tiny_model(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(24))
-    write_jsonl(folder / "held-out.jsonl", [{**row, "answer": row["chosen"]} for row in arithmetic_pairs(5, seed=1)])
-    config = folder / "config.yaml"
-    config.write_text(
-        f"""
-output: {folder}/run
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-reference: {{cache: {folder}/cache}}
-loss: {{name: dpo, beta: 0.5}}
-spo: {{schedule: penalty, lambda: 0.001}}
-optimizer: {{lr: 3e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 8, steps: 4, eval_every: 2, threads: 1}}
-monitor: {{chosen_fall: 1e-3, generate_every: 4, generate_prompts: 3}}
-checkpoint: {{every: 2, keep: 9}}
-logging: {{progress: false, wandb: offline, tensorboard: true}}
-"""
+    config = tiny_run(
+        folder,
+        pairs=24,
+        held_out=[{**row, "answer": row["chosen"]} for row in arithmetic_pairs(5, seed=1)],
+        loss={"name": "dpo", "beta": 0.5},
+        spo={"schedule": "penalty", "lambda": 0.001},
+        optimizer={"lr": 3e-3},
+        training={"eval_every": 2},
+        monitor={"chosen_fall": 1e-3, "generate_every": 4, "generate_prompts": 3},
+        checkpoint={"every": 2, "keep": 9},
+        logging={"wandb": "offline", "tensorboard": True},
     )
     assert main(["reference", str(config)]) == 0
     assert main(["train", str(config)]) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import Ranks, cli, largest_difference, read_metrics, steps_done
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 pytestmark = pytest.mark.slow
 LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
@@ -19,20 +19,14 @@ LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopping")
-    tiny_model(folder / "model")
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(12))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(5, seed=1))
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-loss: {{name: simpo}}
-optimizer: {{lr: 1e-4}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 4, steps: 100000, threads: 1, eval_every: 1}}
-logging: {{progress: false}}
-"""
+    tiny_run(
+        folder,
+        pairs=12,
+        held_out=5,
+        reference=None,
+        loss={"name": "simpo"},
+        optimizer={"lr": 1e-4},
+        training={"global_batch_size": 4, "steps": 100000, "eval_every": 1},
     )
     return folder
 

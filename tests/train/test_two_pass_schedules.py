@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.oracles.reference_loop import response_logprob
 from tests.support.processes import largest_difference, read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run
 
 STEPS, BATCH, LR, ALPHA, LAMBDA, RATE = 3, 4, 1e-3, 0.05, 0.5, 40.0
 SETTINGS = {
@@ -27,21 +27,15 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two-pass")
-    tiny_model(folder / "model", tie_word_embeddings=True)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(STEPS * BATCH))
-    (folder / "config.yaml").write_text(
-        f"""
-output: {folder}/unset
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, max_length: 64, row_length: 64, shuffle: false}}
-reference: {{cache: {folder}/cache}}
-optimizer: {{lr: {LR}}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: {BATCH}, steps: {STEPS}}}
-logging: {{progress: false}}
-"""
+    made = tiny_run(
+        folder,
+        shape={"tie_word_embeddings": True},
+        pairs=STEPS * BATCH,
+        data={"row_length": 64, "shuffle": False},
+        optimizer={"lr": LR},
+        training={"global_batch_size": BATCH, "steps": STEPS},
     )
-    config = str(folder / "config.yaml")
+    config = str(made)
 
     def jobs(name: str, layout: list[str]) -> list[tuple[str, str, list[str]]]:
         return [("train", config, [f"output={folder}/{name}/{s}", *SETTINGS[s], *layout]) for s in SETTINGS]
