@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_spo import cli
 from megatron_spo.evaluate.generate import generate_file
 from tests.support.processes import read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_tokenizer, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, tiny_tokenizer, write_jsonl
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -170,28 +170,22 @@ def test_wrong_pairs_and_options(models: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("chat", [False, True])
 def test_pairs_equal_the_trainers_held_out_metrics(tmp_path: Path, chat: bool) -> None:
     """A trained run's last held-out lines, from its exported model by transformers."""
-    tiny_model(tmp_path / "model")
     rows = arithmetic_pairs(30)
     if chat:
-        tiny_tokenizer(tmp_path / "model", chat=True)
         for row in rows:
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
             row |= {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
-    write_jsonl(tmp_path / "pairs.jsonl", rows[:20])
-    held_out = write_jsonl(tmp_path / "held-out.jsonl", rows[20:])
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-output: {tmp_path}/unset
-model: {{path: {tmp_path}/model}}
-data: {{train: {tmp_path}/pairs.jsonl, eval: {held_out}, max_length: 128}}
-reference: {{cache: {tmp_path}/cache}}
-optimizer: {{lr: 3e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 10, steps: 4, eval_every: 4}}
-logging: {{progress: false}}
-"""
+    config = tiny_run(
+        tmp_path,
+        pairs=rows[:20],
+        held_out=rows[20:],
+        data={"max_length": 128},
+        optimizer={"lr": 3e-3},
+        training={"global_batch_size": 10, "eval_every": 4},
     )
+    held_out = tmp_path / "held-out.jsonl"
+    if chat:
+        tiny_tokenizer(tmp_path / "model", chat=True)
     losses = ("dpo",) if chat else ("dpo", "simpo")
     trains = [("train", str(config), [f"output={tmp_path}/{loss}", f"loss.name={loss}"]) for loss in losses]
     run_jobs([("reference", str(config), []), *trains], 1)

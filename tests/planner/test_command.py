@@ -15,7 +15,7 @@ from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.memory import Memory
 from megatron_spo.planner.presets import PRESETS
 from tests.support.processes import ROOT
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 EXAMPLE = ROOT / "examples" / "llama3_70b" / "config.yaml"
 
@@ -29,16 +29,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A configuration whose model and data are here."""
-    tiny_model(tmp_path / "model", hidden_size=64)
-    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(40))
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"output: {tmp_path}/run\nmodel: {{path: {tmp_path}/model}}\n"
-        f"data: {{train: {tmp_path}/pairs.jsonl, max_length: 64}}\n"
-        f"reference: {{cache: {tmp_path}/cache}}\nprecision: {{dtype: fp32}}\n"
-        "training: {global_batch_size: 8, steps: 2}\nlogging: {progress: false}\n"
-    )
-    return path
+    return tiny_run(tmp_path, shape={"hidden_size": 64}, pairs=40, training={"steps": 2})
 
 
 def test_the_70b_on_32_h100(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_spo.report.results import group_runs, summary
 from megatron_spo.report.runs import read_runs
 from tests.report.full_run import make_full_run, write
 from tests.support.processes import cli, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 SECTIONS = (
     "Results", "Alarms", "Curves", "Generated answers", "Held-out pairs", "Pairs whose chosen answer fell most",
@@ -242,20 +242,7 @@ def test_contrast() -> None:
 
 @pytest.mark.slow
 def test_report_of_a_real_run(tmp_path: Path) -> None:
-    tiny_model(tmp_path / "model")
-    pairs = [write_jsonl(tmp_path / f"{name}.jsonl", arithmetic_pairs(n)) for name, n in (("train", 16), ("held", 8))]
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-output: {tmp_path}/unset
-model: {{path: {tmp_path}/model}}
-data: {{train: {pairs[0]}, eval: {pairs[1]}, max_length: 64}}
-reference: {{cache: {tmp_path}/cache}}
-training: {{global_batch_size: 8, steps: 4, eval_every: 2}}
-precision: {{dtype: fp32}}
-logging: {{progress: false}}
-"""
-    )
+    config = tiny_run(tmp_path, pairs=16, held_out=8, training={"eval_every": 2})
     trains = [("train", str(config), [f"output={tmp_path}/s{seed}", f"training.seed={seed}"]) for seed in (1, 2)]
     run_jobs([("reference", str(config), []), *trains], 1)
     done = cli("report", str(tmp_path / "s1"), str(tmp_path / "s2"), "--out", str(tmp_path / "out.html"))

@@ -21,26 +21,22 @@ from megatron_spo.report.runs import Run
 from megatron_spo.scaling.steps import steps_of
 from megatron_spo.scaling.study import read_study
 from megatron_spo.scaling.table import _cost, parameters
-from tests.support.tiny import FAMILIES, arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import FAMILIES, tiny_model, tiny_run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    tiny_model(folder / "model", num_hidden_layers=1)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(32))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(8, seed=1))
-    (folder / "base.yaml").write_text(
-        f"""
-output: {folder}/unused
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-loss: {{name: simpo}}
-precision: {{dtype: fp32}}
-optimizer: {{lr: 1e-3}}
-training: {{global_batch_size: 4, steps: 4, eval_every: 2}}
-"""
-    )
+    tiny_run(
+        folder,
+        shape={"num_hidden_layers": 1},
+        pairs=32,
+        held_out=8,
+        reference=None,
+        loss={"name": "simpo"},
+        training={"global_batch_size": 4, "eval_every": 2},
+        logging=None,
+    ).rename(folder / "base.yaml")
     return folder
 
 

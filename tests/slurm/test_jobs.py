@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.processes import largest_difference, steps_done
 from tests.support.slurm import Cluster, missing
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 STEPS = 240
@@ -26,21 +26,19 @@ ONE_NODE = ["--ntasks-per-node=2", "--cpus-per-task=1"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    tiny_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(64))
-    write_jsonl(folder / "held-out.jsonl", arithmetic_pairs(6, seed=1))
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "1+1="}, {"prompt": "20+30="}])
-    (folder / "config.yaml").write_text(
-        f"""
-model: {{path: {folder}/model}}
-data: {{train: {folder}/pairs.jsonl, eval: {folder}/held-out.jsonl, max_length: 64}}
-loss: {{name: alpha_dpo}}
-spo: {{schedule: dual}}
-optimizer: {{lr: 1e-3}}
-precision: {{dtype: fp32}}
-training: {{global_batch_size: 4, steps: {STEPS}, threads: 1, eval_every: 50}}
-checkpoint: {{every: 20}}
-"""
+    tiny_run(
+        folder,
+        shape={"num_hidden_layers": 2},
+        pairs=64,
+        held_out=6,
+        output=None,
+        reference=None,
+        loss={"name": "alpha_dpo"},
+        spo={"schedule": "dual"},
+        training={"global_batch_size": 4, "steps": STEPS, "eval_every": 50},
+        checkpoint={"every": 20},
+        logging=None,
     )
     return folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import ROOT, cli, largest_difference
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import tiny_run
 
 
 def documented() -> list[str]:
@@ -21,13 +21,8 @@ def documented() -> list[str]:
 
 @pytest.mark.slow
 def test_the_documented_torchrun_command(tmp_path: Path) -> None:
-    tiny_model(tmp_path / "model")
-    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(12))
-    config = tmp_path / "my.yaml"
-    config.write_text(
-        f"output: {tmp_path}/run\nmodel: {{path: {tmp_path}/model}}\n"
-        f"data: {{train: {tmp_path}/pairs.jsonl, max_length: 64}}\nloss: {{name: simpo}}\n"
-        "precision: {dtype: fp32}\ntraining: {global_batch_size: 4, steps: 2}\nlogging: {progress: false}\n"
+    config = tiny_run(
+        tmp_path, pairs=12, reference=None, loss={"name": "simpo"}, training={"global_batch_size": 4, "steps": 2}
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
