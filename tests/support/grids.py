@@ -3,11 +3,11 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-Cell = tuple[str, ...]
+Cell = TypeVar("Cell", bound=tuple[str, ...])
 _MODEL_PARALLEL = ("parallel.tensor=", "parallel.pipeline=", "parallel.context=")
 
 
@@ -18,7 +18,7 @@ def pairwise(cells: Mapping[Cell, Iterable[str]]) -> set[Cell]:
         cells: the settings of each cell, such as "parallel.tensor=2" or "spo.schedule=dual".
     """
     pairs = {cell: set(itertools.combinations(sorted(set(settings)), 2)) for cell, settings in cells.items()}
-    missing, chosen = set[tuple[str, str]]().union(*pairs.values()), set[Cell]()
+    missing, chosen = set[tuple[str, str]]().union(*pairs.values()), set()
     while missing:
         best = max(pairs, key=lambda cell: (len(pairs[cell] & missing), cell))  # the same ones in every session
         chosen.add(best)
@@ -33,7 +33,7 @@ def grid(names: str, cells: Mapping[Cell, Iterable[str]]) -> pytest.MarkDecorato
     return pytest.mark.parametrize(names.split(","), marked)
 
 
-def selected(request: pytest.FixtureRequest, *names: str) -> set[Cell]:
+def selected(request: pytest.FixtureRequest, *names: str) -> set[tuple[str, ...]]:
     """Values of these parameters in those tests of the fixture's module that this session runs: what the fixture need
     not compute for others."""
     here = [item for item in request.session.items if getattr(item, "module", None) is request.module]

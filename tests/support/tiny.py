@@ -154,7 +154,7 @@ def tiny_run(
         "optimizer": {"lr": 1e-3},
         "precision": {"dtype": "fp32"},
         "training": {"global_batch_size": 8, "steps": 4, "threads": 1},
-        "logging": {"progress": False},
+        "logging": {"progress": False, "report": False},  # the report costs more than the run
     }
     write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(pairs) if isinstance(pairs, int) else pairs)
     if held_out:

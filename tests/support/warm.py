@@ -61,8 +61,9 @@ def serve(path: str) -> dict[str, Any]:
                     os.dup2(stream, number)
                 for descriptor in (*streams, *children):
                     os.close(descriptor)
-                for open_file in (listening, waiting, connection, *(other for _, other in children.values())):
-                    open_file.close()
+                waiting.close()
+                for open_socket in (listening, connection, *(other for _, other in children.values())):
+                    open_socket.close()
                 return request
             for stream in streams:
                 os.close(stream)

@@ -39,7 +39,7 @@ def test_reference_then_train(job, capsys):
     assert command(job, "reference") == 0
     assert "complete before this call" in capsys.readouterr().out
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
-    assert command(job, "train") == 0
+    assert command(job, "train", "logging.report=true") == 0
     metrics = read_metrics(job / "run")
     assert [key for key in metrics if key[0] == "eval"] == [("eval", "held-out", 2), ("eval", "held-out", 4)]
     first = metrics["train", "", 1]
@@ -56,6 +56,11 @@ def test_reference_then_train(job, capsys):
     status = json.loads((job / "run/status.json").read_text())
     assert (status["state"], status["step"], status["checkpoint"]) == ("done", 4, "step_00000004")
     assert {"config.yaml", "metrics.jsonl", "report.html", "checkpoints"} <= {p.name for p in (job / "run").iterdir()}
+
+
+def test_a_run_without_its_page(job):
+    assert command(job, "train", "loss.name=simpo", "reference.cache=null", "logging.report=false") == 0
+    assert not (job / "run/report.html").exists()
 
 
 def test_share_of_the_peak_where_the_gpu_is_known(job, monkeypatch):

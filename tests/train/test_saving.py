@@ -184,7 +184,7 @@ def test_a_vanished_run_directory_comes_back(folder: Path, tmp_path: Path, monke
         return step(job, state)
 
     monkeypatch.setattr(loop, "_step", removing)
-    assert train(folder, run, "checkpoint.async=false") == 0
+    assert train(folder, run, "checkpoint.async=false", "logging.report=true") == 0
     assert {"config.yaml", "provenance.json", "status.json", "metrics.jsonl", "report.html"} <= set(os.listdir(run))
     assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert train(folder, run, "training.steps=7") == 0

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training={"eval_every": 2},
         monitor={"chosen_fall": 1e-3, "generate_every": 4, "generate_prompts": 3},
         checkpoint={"every": 2, "keep": 9},
-        logging={"wandb": "offline", "tensorboard": True},
+        logging={"wandb": "offline", "tensorboard": True, "report": True},
     )
     assert main(["reference", str(config)]) == 0
     assert main(["train", str(config)]) == 0

@@ -65,7 +65,7 @@ reference: {{cache: {folder}/cache}}
 optimizer: {{lr: 1e-3, clip_grad: 1.0}}
 precision: {{dtype: fp32}}
 training: {{global_batch_size: {BATCH}, steps: {STEPS}}}
-logging: {{progress: false}}
+logging: {{progress: false, report: false}}
 """
         )
         jobs.append(("reference", str(config), []))
