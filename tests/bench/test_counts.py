@@ -88,7 +88,6 @@ def test_nothing_is_fetched_for_each_row(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(counts[0].values()) <= 2 * parameters + 4, counts[0]
 
 
-@pytest.mark.slow
 def test_collectives_of_a_step(tmp_path: Path) -> None:
     """As many as the layout needs: by the row and layer, or once a step, and no others."""
     folder_with(tmp_path, training={"steps": 2})

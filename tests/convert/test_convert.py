@@ -313,6 +313,6 @@ def test_memory_does_not_follow_the_size(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", vocab_size=600_000, hidden_size=128, num_hidden_layers=1)
     (tmp_path / "measure.py").write_text(MEASURE)
     for source, to in (("model", "megatron"), ("megatron", "hf"), ("hf", "nemo")):
-        done = launch([str(tmp_path / "measure.py"), str(tmp_path / source), str(tmp_path / to), to], 1)
+        done = launch([str(tmp_path / "measure.py"), str(tmp_path / source), str(tmp_path / to), to], 1, cold=True)
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) < 200, f"{source} -> {to}: {done.stdout} MiB"

@@ -166,7 +166,6 @@ def test_wrong_pairs_and_options(models: Path, tmp_path: Path, capsys: pytest.Ca
     assert "1 rows dropped" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 def test_pairs_equal_the_trainers_held_out_metrics(tmp_path: Path, chat: bool) -> None:
     """A trained run's last held-out lines, from its exported model by transformers."""
@@ -208,7 +207,6 @@ def test_pairs_equal_the_trainers_held_out_metrics(tmp_path: Path, chat: bool) -
             assert scores[name] == pytest.approx(trained[name], rel=1e-4, abs=1e-4), name
 
 
-@pytest.mark.slow
 def test_harness_on_a_local_task(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The harness's accuracy on our pairs as a multiple-choice task equals our own ranking."""
     pytest.importorskip("lm_eval")

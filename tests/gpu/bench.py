@@ -103,7 +103,7 @@ class Bench:
                 for key, (command, overrides) in group.runs.items()
             ]
             variables: dict[str, Any] = group.environment
-            done = launch([str(WORKER), str(self.folder), json.dumps(jobs)], group.processes, **variables)
+            done = launch([str(WORKER), str(self.folder), json.dumps(jobs)], group.processes, cold=True, **variables)
             self.launched[name] = "" if done.returncode == 0 else f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         if self.launched[name]:
             pytest.fail(f"the launch of {name} broke:\n{self.launched[name]}", pytrace=False)

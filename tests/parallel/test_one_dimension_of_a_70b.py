@@ -67,7 +67,7 @@ def test_it_trains_in_the_memory_that_was_planned(name: str, tmp_path: Path) -> 
         training={"global_batch_size": 4, "steps": STEPS},
     )
     worker = ROOT / "tests" / "parallel" / "measured_run.py"
-    done = launch([str(worker), str(tmp_path), str(path)], dimension.processes)
+    done = launch([str(worker), str(tmp_path), str(path)], dimension.processes, cold=True)
     assert done.returncode == 0, done.stderr[-4000:]
     losses = [line["loss"] for (kind, _, _), line in read_metrics(tmp_path / "run").items() if kind == "train"]
     assert len(losses) == STEPS and all(0 < loss < 100 for loss in losses)

@@ -69,7 +69,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(target / "model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_layout_goes_on_bit_for_bit(runs: Path, name: str) -> None:
     assert largest_difference(runs / f"{name}-resumed", runs / f"{name}-whole")[0] == 0.0
@@ -77,7 +76,6 @@ def test_the_same_layout_goes_on_bit_for_bit(runs: Path, name: str) -> None:
     assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_three_other_layouts_in_the_middle_change_nothing(runs: Path, objective: str) -> None:
     difference, where = largest_difference(runs / "moved" / objective, runs / "whole" / objective)

@@ -45,7 +45,6 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_is_read_once_and_no_rank_holds_more_than_planned(rehearsed: dict[str, Any], name: str) -> None:
     model, ranks, _ = CASES[name]
@@ -61,7 +60,6 @@ def test_every_tensor_is_read_once_and_no_rank_holds_more_than_planned(rehearsed
     assert rehearsed[name]["numbers"] / 1e9 == pytest.approx(published[model], rel=0.005)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoilt", "told"),
     [

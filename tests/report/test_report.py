@@ -240,7 +240,6 @@ def test_contrast() -> None:
             assert contrast(colour, theme["back"]) >= 3, (colour, theme["back"])
 
 
-@pytest.mark.slow
 def test_report_of_a_real_run(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, pairs=16, held_out=8, training={"eval_every": 2})
     trains = [("train", str(config), [f"output={tmp_path}/s{seed}", f"training.seed={seed}"]) for seed in (1, 2)]

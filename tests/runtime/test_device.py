@@ -40,5 +40,5 @@ def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> Non
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('must not be imported')")
     script = "from megatron_spo.runtime import cpu_bridge; cpu_bridge.install(); import megatron.core.optimizer"
     (tmp_path / "script.py").write_text(script)
-    done = launch([str(tmp_path / "script.py")], 1)
+    done = launch([str(tmp_path / "script.py")], 1, cold=True)
     assert done.returncode == 0, done.stderr

@@ -122,7 +122,6 @@ def test_four_runs_killed_in_the_middle_give_the_table_of_four_runs(folder: Path
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
-@pytest.mark.slow
 def test_a_failed_run_loses_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def spec(name: str) -> dict[str, Any]:
         return {
@@ -151,7 +150,6 @@ def test_a_failed_run_loses_no_other(folder: Path, capsys: pytest.CaptureFixture
     assert [row["state"] for row in table(study)][2] == "done"
 
 
-@pytest.mark.slow
 def test_a_family_of_models_has_the_sizes_asked_for(folder: Path) -> None:
     sizes = {"small": {"hidden_size": 16, "intermediate_size": 32}, "deep": {"num_hidden_layers": 3}}
     spec: dict[str, Any] = {

@@ -17,7 +17,7 @@ from tests.support.processes import largest_difference, steps_done
 from tests.support.slurm import Cluster, missing
 from tests.support.tiny import tiny_run, write_jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 STEPS = 240
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--nodelist=n[1-2]", "--cpus-per-task=1"]
 ONE_NODE = ["--ntasks-per-node=2", "--cpus-per-task=1"]
@@ -89,6 +89,13 @@ def assert_same_training(out: Path, whole: Path) -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_job_ends_with_a_model(whole: Path) -> None:
+    status = json.loads((whole / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", STEPS)
+    assert AutoModelForCausalLM.from_pretrained(model_of(whole)).config.num_hidden_layers == 2
+
+
+@pytest.mark.slow
 def test_a_job_goes_on_by_itself_whatever_happens(cluster: Cluster, folder: Path, whole: Path) -> None:
     out, log = folder / "disturbed", folder / "disturbed.log"
     given = variables(folder, "disturbed", SPO_PROMPTS=str(folder / "prompts.jsonl"), SPO_GENERATE="--max-new-tokens 4")
@@ -134,6 +141,7 @@ def test_a_job_goes_on_by_itself_whatever_happens(cluster: Cluster, folder: Path
     assert "megatron-spo" not in said
 
 
+@pytest.mark.slow
 def test_a_study_is_an_array_with_a_table(cluster: Cluster, folder: Path, whole: Path) -> None:
     (folder / "study.txt").write_text(
         "# the first as in the configuration\nspo.schedule=dual\n\nloss.name=simpo 'training.steps=40'\n"
@@ -163,6 +171,7 @@ def test_a_study_is_an_array_with_a_table(cluster: Cluster, folder: Path, whole:
     assert_same_training(folder / "study/1", whole)
 
 
+@pytest.mark.slow
 def test_a_study_file_is_submitted_and_its_table_made(cluster: Cluster, folder: Path) -> None:
     """`scaling study --slurm submit`, with the script's own header: 8 processes a run."""
     out = folder / "submitted"
@@ -217,6 +226,7 @@ def test_what_is_wrong_is_said_before_anything_starts(cluster: Cluster, folder: 
         assert REFUSED[name][1] in said.partition("error: ")[2], said
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_share_the_folder_is_named(cluster: Cluster, folder: Path) -> None:
     if "n3" not in cluster.nodes_up():
         pytest.skip("the kernel permits no folder of a node's own here (unshare --mount)")
@@ -229,6 +239,7 @@ def test_a_node_that_does_not_share_the_folder_is_named(cluster: Cluster, folder
     assert "node n1:" not in said
 
 
+@pytest.mark.slow
 def test_a_warning_that_brings_nothing_new_is_not_repeated_for_ever(cluster: Cluster, folder: Path) -> None:
     log = folder / "attempts.log"
     job = cluster.submit("spo_8b_single_node.sh", log, *ONE_NODE, **variables(folder, "attempts", SPO_ATTEMPTS="0"))
@@ -238,6 +249,7 @@ def test_a_warning_that_brings_nothing_new_is_not_repeated_for_ever(cluster: Clu
     assert "0 attempts in a row (SPO_ATTEMPTS) have brought nothing new" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_job_ended_by_its_user_stays_ended(cluster: Cluster, folder: Path) -> None:
     log = folder / "cancelled.log"
     job = cluster.submit("spo_8b_single_node.sh", log, *ONE_NODE, **variables(folder, "cancelled"))
@@ -247,6 +259,7 @@ def test_a_job_ended_by_its_user_stays_ended(cluster: Cluster, folder: Path) -> 
     assert "JobState=CANCELLED" in cluster.run("scontrol", "-o", "show", "job", job).stdout
 
 
+@pytest.mark.slow
 def test_two_jobs_do_not_share_a_folder(cluster: Cluster, folder: Path) -> None:
     (folder / "taken/logs").mkdir(parents=True)
     holder = cluster.run(

@@ -151,11 +151,11 @@ def _code_of_all(ranks: Sequence[WarmProcess], timeout: float) -> int:
     return next((process.returncode for process in ranks if process.returncode), 0) or 0
 
 
-def run_jobs(jobs: Sequence[Job], processes: int) -> None:
+def run_jobs(jobs: Sequence[Job], processes: int, *, cold: bool = False) -> None:
     """Run train and reference commands one after another in one launch; fails with what they printed."""
     if not jobs:
         return
-    done = launch([str(WORKER), json.dumps(jobs)], processes)
+    done = launch([str(WORKER), json.dumps(jobs)], processes, cold=cold)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 

@@ -148,7 +148,6 @@ def test_a_taken_step_ends_the_row_of_skips() -> None:
             norms = norms.skipped()
 
 
-@pytest.mark.slow
 def test_all_ranks_skip_alike_in_every_layout(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
     layouts = {"dp2": [], "tp2": ["parallel.tensor=2"], "pp2": ["parallel.pipeline=2"]}

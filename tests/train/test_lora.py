@@ -122,7 +122,6 @@ def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> N
     assert difference < 1e-4, where
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_model_without_adapters_is_the_cached_reference(runs: Path, objective: str) -> None:
     assert "spo/gap" in read_metrics(runs / "one" / objective)["train", "", 1]
@@ -130,13 +129,11 @@ def test_the_model_without_adapters_is_the_cached_reference(runs: Path, objectiv
     assert difference < 1e-5, where  # fp32 sums of some 50 nats, over rows that were packed otherwise
 
 
-@pytest.mark.slow
 def test_recomputed_layers_have_gradients_behind_a_frozen_embedding(runs: Path) -> None:
     difference, where = largest_difference(runs / "one-recomputed/penalty", runs / "one/penalty")
     assert difference < 1e-5, where
 
 
-@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_other_layouts(runs: Path) -> None:
     """Two steps at TP2 with SP, two at PP2, the last in one process."""
     whole = read_metrics(runs / "one/penalty")
@@ -158,7 +155,6 @@ def export(source: Path, target: Path, form: str) -> Path:
     return target
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_steps_equal_a_loop_with_peft(runs: Path, name: str, tmp_path: Path) -> None:
     """From the same adapters; then the trained ones are compared as well."""
@@ -183,7 +179,6 @@ def test_steps_equal_a_loop_with_peft(runs: Path, name: str, tmp_path: Path) -> 
         torch.testing.assert_close(weight, theirs[key], rtol=1e-3, atol=2e-4, msg=key)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", EXPORTED)
 def test_exports_are_the_model_that_was_evaluated(runs: Path, source: str, tmp_path: Path) -> None:
     base = runs / ("tied" if "tied" in source else "model")

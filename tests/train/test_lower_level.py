@@ -89,7 +89,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLE)
 def test_steps_equal_a_plain_loop(runs: Path, name: str) -> None:
     settings, case = ORACLE[name]
@@ -120,7 +119,6 @@ def test_steps_equal_a_plain_loop(runs: Path, name: str) -> None:
         assert max(ours["train", "", step]["spo/gap"] for step in range(1, 6)) > 0.01
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_chosen_responses_as_separate_set_change_nothing(runs: Path, name: str) -> None:
     ours, theirs = read_metrics(runs / "with" / name), read_metrics(runs / "without" / name)
@@ -132,7 +130,6 @@ def test_the_chosen_responses_as_separate_set_change_nothing(runs: Path, name: s
     assert more_tokens and all(more_tokens)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(runs: Path, layout: str, name: str) -> None:

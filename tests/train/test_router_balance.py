@@ -89,7 +89,6 @@ def plain_loop(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]
     return lines, model.state_dict()
 
 
-@pytest.mark.slow
 def test_steps_equal_the_definition(runs: Path, tmp_path: Path) -> None:
     lines, weights = plain_loop(runs)
     ours = read_metrics(runs / "balanced")
@@ -102,7 +101,6 @@ def test_steps_equal_the_definition(runs: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
-@pytest.mark.slow
 def test_it_changes_the_gradient_from_the_second_batch_on(runs: Path) -> None:
     balanced, free = read_metrics(runs / "balanced"), read_metrics(runs / "free")
     assert balanced["train", "", 1]["grad_norm"] == free["train", "", 1]["grad_norm"]
@@ -110,14 +108,12 @@ def test_it_changes_the_gradient_from_the_second_batch_on(runs: Path) -> None:
     assert not any("loss/router_aux" in line for line in free.values())
 
 
-@pytest.mark.slow
 def test_evaluation_has_none_of_it(runs: Path) -> None:
     """One step, whose weights it does not touch yet: the same evaluation with and without."""
     balanced, free = (read_metrics(runs / name)["eval", "pairs", 1] for name in ("first", "first-free"))
     assert {**balanced, "seconds": 0} == {**free, "seconds": 0}
 
 
-@pytest.mark.slow
 def test_an_sft_step_has_it_too(runs: Path) -> None:
     lines = [line for (kind, _, _), line in read_metrics(runs / "sft").items() if kind == "train"]
     assert len(lines) == STEPS

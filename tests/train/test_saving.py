@@ -281,7 +281,6 @@ def test_no_random_number_is_drawn_by_the_training(folder: Path, tmp_path: Path,
     assert all(torch.equal(state, states[0]) for state in states)
 
 
-@pytest.mark.slow
 def test_a_writer_that_fails_on_one_rank_costs_its_checkpoint_only(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "program.py").write_text(

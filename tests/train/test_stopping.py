@@ -12,7 +12,6 @@ import pytest
 from tests.support.processes import Ranks, cli, largest_difference, read_metrics, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
-pytestmark = pytest.mark.slow
 LAYOUTS = {"tp2": ["parallel.tensor=2"], "dp2": []}
 
 

@@ -89,7 +89,6 @@ def tokenised(model: Path) -> list[list[tuple[list[int], list[int], list[int]]]]
     return [ids[i : i + BATCH] for i in range(0, len(ids), BATCH)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in ON_FAMILY.items() for name in names])
 def test_trajectory_equals_a_plain_loop(runs: Path, family: str, name: str, tmp_path: Path) -> None:
     final: dict[str, torch.Tensor] = {}

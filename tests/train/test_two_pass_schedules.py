@@ -97,7 +97,6 @@ def plain_loop(folder: Path, schedule: str) -> list[dict[str, float]]:
     return lines
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SETTINGS)
 def test_steps_equal_the_definition(runs: Path, schedule: str) -> None:
     ours = read_metrics(runs / "one" / schedule)
@@ -106,7 +105,6 @@ def test_steps_equal_the_definition(runs: Path, schedule: str) -> None:
             assert ours["train", "", step][name] == pytest.approx(value, rel=2e-4, abs=2e-4), f"{name} at {step}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SETTINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(runs: Path, layout: str, schedule: str) -> None:
