@@ -37,6 +37,7 @@ setup(
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "jinja2>=3.1",
+        "math-verify>=0.8,<1",
         "matplotlib>=3.8",
         "scipy>=1.11",
         "tqdm>=4.66",

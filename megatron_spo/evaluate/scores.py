@@ -8,18 +8,15 @@ Japanese characters.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_spo.evaluate.final_answers import final_answer, is_match, marked, number_at_end, number_of
+
 _SINGLE = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters: no spaces between words
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
-_NUMBER = r"(?:(?<![\w)])[-−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-_NUMBERS = re.compile(_NUMBER)
-_ENDS_IN_NUMBER = re.compile(rf"{_NUMBER}[\s.!%)*$]*\Z")
-_BOXED = "\\boxed{"
 DRAWS = 2000
 """Resamplings of a bootstrap interval."""
 
@@ -113,7 +110,7 @@ def score(
 def score_answer(text: str, finished: bool, expected: str | None, reference: str | None) -> AnswerScore:
     """Scores of one answer; see AnswerScore."""
     given = final_answer(text)
-    without = given is None if expected is not None and _number(expected) is not None else not text.strip()
+    without = given is None if expected is not None and number_of(expected) is not None else not text.strip()
     words = len(split_words(reference)) if reference else 0
     return AnswerScore(
         exact_match=None if expected is None else is_match(text, expected),
@@ -140,22 +137,6 @@ def distinct(texts: Iterable[str], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-def final_answer(text: str) -> str | None:
-    """What a text gives as its result: after the last `####`, in the last \\boxed{}, else its last number."""
-    if (marked := _marked(text)) is not None:
-        return marked
-    numbers = _NUMBERS.findall(text)
-    return numbers[-1] if numbers else None
-
-
-def is_match(text: str, expected: str) -> bool:
-    """Whether a text's final answer, or all of it, is the expected one: as numbers where both are, else as words."""
-    given = final_answer(text)
-    if (number := _number(expected)) is not None:
-        return given is not None and _number(given) == number
-    return _plain(expected) in {_plain(text), _plain(given or "")}
-
-
 def expected_answer(row: Mapping[str, Any]) -> str | None:
     """The right final answer: of `answer` (all of it unless it marks one), else the mark or the number that the row's
     reference answer ends in; None where there is neither."""
@@ -163,10 +144,9 @@ def expected_answer(row: Mapping[str, Any]) -> str | None:
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if isinstance(answer, str) and answer.strip():
-        return _marked(answer) or answer.strip()
+        return marked(answer) or answer.strip()
     text = reference_text(row) or ""
-    ending = _ENDS_IN_NUMBER.search(text)
-    return _marked(text) or (final_answer(ending[0]) if ending else None)
+    return marked(text) or number_at_end(text)
 
 
 def reference_text(row: Mapping[str, Any]) -> str | None:
@@ -175,7 +155,7 @@ def reference_text(row: Mapping[str, Any]) -> str | None:
         if text := message_text(row.get(key)):
             return text
     answer = row.get("answer")
-    return answer if isinstance(answer, str) and _marked(answer) is not None else None
+    return answer if isinstance(answer, str) and marked(answer) is not None else None
 
 
 def message_text(value: Any) -> str:
@@ -207,33 +187,6 @@ def estimate(values: NDArray[np.float64], *, seed: int = 0) -> Estimate | None:
 def difference(one: NDArray[np.float64], other: NDArray[np.float64], *, seed: int = 0) -> Estimate | None:
     """Mean of `one - other` of the same rows, [rows] each; rows that either lacks are left out."""
     return estimate(one - other, seed=seed)
-
-
-def _marked(text: str) -> str | None:
-    """The result that a text marks by the later of `####` and \\boxed{}."""
-    hashes, boxed = text.rfind("####"), text.rfind(_BOXED)
-    if max(hashes, boxed) < 0:
-        return None
-    if hashes > boxed:
-        return text[hashes + 4 :].strip().partition("\n")[0].strip() or None
-    depth, start = 1, boxed + len(_BOXED)
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start:place].strip() or None
-    return None
-
-
-def _number(text: str) -> Decimal | None:
-    """The value of a text that is a number and nothing else but a unit sign or a full stop."""
-    bare = text.strip().rstrip(".%").strip()
-    if not _NUMBERS.fullmatch(bare):
-        return None
-    return Decimal(re.sub(r"[$,\s]", "", bare).replace("−", "-"))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def _runs(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
