@@ -8,7 +8,8 @@ from megatron_spo.assemble import Sources
 from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.convert.export import to_hf
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.pairs import open_source, parse_line, read_lines
+from megatron_spo.data.json_lines import parse_line, read_lines
+from megatron_spo.data.pairs import open_source
 from megatron_spo.evaluate.apart import answer_apart
 from megatron_spo.evaluate.generate import Response, Sampling
 from megatron_spo.evaluate.scores import score

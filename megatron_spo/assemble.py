@@ -14,6 +14,7 @@ from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
 from megatron_spo.config.topology import make_topology
+from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
@@ -162,6 +163,7 @@ def reference_fingerprint(
         truncation=f"{config.data.truncation} at {config.data.max_length} tokens",
         precision=numerics(config.precision, experts=sources.shape.experts is not None),
         dataset=dataset.fingerprint,
+        date=template_date(sources.tokenizer),
     )
 
 

@@ -25,6 +25,7 @@ from megatron_spo.assemble import (
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
 from megatron_spo.data import plan
+from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.diagnostics import drop_highest
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
@@ -221,6 +222,7 @@ def _write_provenance(config: Config, directory: RunDirectory, sources: Sources,
         "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
         "model": str(sources.folder),
         "weights": weights,
+        "template_date": template_date(sources.tokenizer),
     }
     directory.write_kept("provenance.json", json.dumps(provenance, indent=1))
     dropped = [(name, row) for name, dataset in sources.named_sets().items() for row in dataset.dropped]

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own p
 
 import torch  # noqa: E402
 
-from examples.common import read_jsonl, write_text  # noqa: E402
+from examples.common import write_text  # noqa: E402
 from examples.studies.tasks import SCORED, Scored  # noqa: E402
 from megatron_spo.convert.export import convert  # noqa: E402
-from megatron_spo.evaluate.generate import Response, Sampling, encode, generate, load_model, load_tokenizer  # noqa: E402
+from megatron_spo.data.prompts import tokenize_prompts  # noqa: E402
+from megatron_spo.evaluate.generate import Response, Sampling, generate, load_model, load_tokenizer  # noqa: E402
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 
@@ -28,8 +29,7 @@ TEMPERATURES = (0.0, 0.5, 1.0)
 def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Scored) -> None:
     """Scores of a model in Hugging Face format."""
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    rows = read_jsonl(problems)
-    prompts = [encode(tokenizer, row["prompt"], str(problems)) for row in rows]
+    rows, prompts = map(list, zip(*tokenize_prompts(problems, tokenizer), strict=True))
     scores: dict[str, float] = {}
     for temperature in TEMPERATURES:
         sampling = Sampling(1, temperature, task.MAX_NEW_TOKENS, seed)

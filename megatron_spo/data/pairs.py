@@ -1,23 +1,22 @@
 """Sources of preference pairs, their formats, and what is wrong with a row.
 
-A source is a file of JSON lines, a Parquet file or a data set on the hub; it is read piece by piece.
-Formats are TRL's: `prompt`, `chosen`, `rejected` as strings or lists of messages, the prompt possibly
-implicit (the common start of both); for SFT `prompt`, `completion`, or `messages`, whose last assistant
-turns are the completion.
+A source is a file of JSON lines, a Parquet file, a folder that `datasets` saved or a data set on the hub; it is
+read piece by piece. Formats are TRL's: `prompt`, `chosen`, `rejected` as strings or lists of messages, the prompt
+possibly implicit (the common start of both); for SFT `prompt`, `completion`, or `messages`, whose last assistant
+turns are the completion; with messages also `tools` and `chat_template_kwargs`, for the chat template.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from megatron_spo.data.json_lines import BLOCK, RowProblem, check_text, find_lines, kind_of
 from megatron_spo.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,27 +26,20 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Text = str | list[Message]
-BLOCK = 1 << 20
-
-
-class RowProblem(Exception):
-    """A row is unusable: the field and the reason. Caught per row; never leaves this package."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)
 class Pair:
     """A validated row. prompt, chosen and rejected are all strings or all message lists; `prompt` None
     means a string pair whose prompt is the common start, still to be cut (tokens decide where); `rejected`
-    None means an SFT row. `answer_field` is what `chosen` is called in the file."""
+    None means an SFT row. `answer_field` is what `chosen` is called in the file. `template`: what the chat template is
+    given besides the messages, by keyword."""
 
     prompt: Text | None
     chosen: Text
     rejected: Text | None
     answer_field: str = "chosen"
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,11 +58,12 @@ class RawSource:
 
 
 def open_source(source: DataSource) -> RawSource:
-    """Open a JSON-lines path, a Parquet path or a hub id. UserError names what is missing or unreadable."""
+    """Open a JSON-lines path, a Parquet path, a folder of save_to_disk or a hub id. UserError names what is missing or
+    unreadable."""
     path = Path(source.path)
     kind = path.suffix.lower()
     if path.is_dir():
-        raise UserError(f"data: {source.path} is a folder; name a .jsonl or .parquet file in it")
+        return _open_folder(path, source.split)
     if not path.exists() and kind not in (".jsonl", ".json", ".parquet"):
         return _open_hub(source)
     if not path.exists():
@@ -88,36 +81,50 @@ def open_source(source: DataSource) -> RawSource:
 def _open_lines(path: Path) -> RawSource:
     import datasets
 
-    digest, pieces, position = xxhash.xxh3_128(), [], 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            pieces.append(position + np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1)
-            position += len(block)
-    ends = np.concatenate([*pieces, [position]]) if pieces else np.zeros(1, dtype=np.int64)
-    ends = ends[:-1] if len(ends) > 1 and ends[-2] == position else ends
-    if position == 0:
-        raise UserError(f"data: {path} is empty")
-    starts = np.concatenate([[0], ends[:-1]])
-    with path.open("rb") as file:
-        if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            raise UserError(f"data: {path} is a JSON array; write one JSON object a line instead (JSON lines)")
-    rows = datasets.Dataset.from_dict({"start": starts, "end": ends})
-    return RawSource(str(path), "line", digest.hexdigest(), rows, path)
+    starts, ends, digest = find_lines(path)
+    return RawSource(str(path), "line", digest, datasets.Dataset.from_dict({"start": starts, "end": ends}), path)
 
 
 def _open_parquet(path: Path) -> RawSource:
     import datasets
 
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
     try:
+        digest = _digest([path])
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:  # datasets wraps pyarrow's many errors in its own
         raise UserError(f"data: {path} is not a readable Parquet file: {_first_line(error)}") from error
-    return _refuse_empty(RawSource(str(path), "row", digest.hexdigest(), rows, None))
+    return _refuse_empty(RawSource(str(path), "row", digest, rows, None))
+
+
+def _open_folder(path: Path, split: str) -> RawSource:
+    """What save_to_disk of a Dataset, or of a DatasetDict, has written."""
+    import datasets
+
+    folder, label = path, str(path)
+    if (path / "dataset_dict.json").is_file():
+        folder, label = path / split, f"{path} ({split})"
+        if not folder.is_dir():
+            raise UserError(f"data: {path} has no split {split!r}; name one of its folders in the source's key split")
+    if not (folder / "state.json").is_file():
+        raise UserError(
+            f"data: {path} is a folder, and not one of datasets' save_to_disk; name a .jsonl or .parquet file in it"
+        )
+    try:
+        names = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        digest = _digest([folder / name for name in names])
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:  # json, pyarrow and datasets raise what they like on a torn folder
+        raise UserError(f"data: {folder} is not a readable data set folder: {_first_line(error)}") from error
+    return _refuse_empty(RawSource(label, "row", digest, rows, None))
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _open_hub(source: DataSource) -> RawSource:
@@ -144,30 +151,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def read_lines(file: Path, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[bytes]:
-    """The byte ranges of consecutive lines, read at once."""
-    with file.open("rb") as stream:
-        stream.seek(int(starts[0]))
-        block = stream.read(int(ends[-1] - starts[0]))
-    for start, end in zip(starts - starts[0], ends - starts[0], strict=True):
-        yield block[start:end]
-
-
-def parse_line(line: bytes) -> Mapping[str, Any] | None:
-    """The JSON object on a line, None for a blank line; RowProblem otherwise."""
-    try:
-        text = line.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise RowProblem("line", f"is not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    if not text:
-        return None
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowProblem("line", f"is not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise RowProblem("line", f"is {_name(row)}, must be a JSON object")
-    return row
+def without_nulls(value: Any) -> Any:
+    """A row of Arrow without the keys that are null, in objects inside it too: Arrow gives every row, message and tool
+    the union of all keys, so that null stands for a key that is not there."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
@@ -183,16 +172,11 @@ def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
             "spo.sft_data the SFT rows are the chosen responses of data.train)",
         )
     if kind == "preference" or (kind == "any" and ("chosen" in row or "rejected" in row)):
-        return _parse_preference(row)
+        return _with_template(_parse_preference(row), row)
     if "messages" in row and "completion" not in row:
-        messages = _text(row, "messages")
-        if isinstance(messages, str):
-            raise RowProblem("messages", "is a string, must be a list of messages")
-        turns = len(messages)
-        while turns and messages[turns - 1]["role"] == "assistant":
-            turns -= 1
-        _check_turns(messages[:turns], messages[turns:], "messages", "messages")
-        return Pair(messages[:turns], messages[turns:], None, "messages")
+        pair = Pair(*_split_messages(row), None, "messages")
+        _check_turns(pair.prompt or [], pair.chosen, "messages", "messages")
+        return _with_template(pair, row)
     if "completion" not in row:
         if kind == "sft":
             raise RowProblem("completion", "is missing (and there are no 'messages')")
@@ -201,7 +185,60 @@ def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
     prompt = _text(row, "prompt")
     _check_same_kind(prompt, completion, "completion")
     _check_turns(prompt, completion, "prompt", "completion")
-    return Pair(prompt, completion, None, "completion")
+    return _with_template(Pair(prompt, completion, None, "completion"), row)
+
+
+def parse_prompt(row: Mapping[str, Any]) -> Pair:
+    """The prompt of a row to be answered, which training would take it to have: `prompt`, or what `chosen` and
+    `rejected` have in common, or the `messages` before the last answer.
+
+    Beside a `prompt` of its own other keys are not looked at; the pair's `chosen` is empty then. RowProblem names the
+    field.
+    """
+    inside = isinstance(row.get("prompt"), str) and all(isinstance(row.get(f), list) for f in ("chosen", "rejected"))
+    if inside or ("prompt" not in row and ("chosen" in row or "rejected" in row)):
+        return _with_template(_parse_preference(row), row)
+    if "prompt" in row or "messages" not in row:
+        pair = Pair(_text(row, "prompt"), "", None)
+    else:
+        pair = Pair(*_split_messages(row), None, "messages")
+    if not isinstance(pair.prompt, str):
+        _check_prompt(pair.prompt or [], "prompt" if "prompt" in row else "messages")
+    return _with_template(pair, row)
+
+
+def _split_messages(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+    """What comes before the last assistant turns of `messages`, and these."""
+    messages = _text(row, "messages")
+    if isinstance(messages, str):
+        raise RowProblem("messages", "is a string, must be a list of messages")
+    turns = len(messages)
+    while turns and messages[turns - 1]["role"] == "assistant":
+        turns -= 1
+    return messages[:turns], messages[turns:]
+
+
+def _with_template(pair: Pair, row: Mapping[str, Any]) -> Pair:
+    """The pair with what its row has for the chat template: `tools` (a list, or JSON text of one) and
+    `chat_template_kwargs`."""
+    tools, more = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise RowProblem("tools", f"is a string and not valid JSON ({error})") from error
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise RowProblem("tools", f"is {kind_of(tools)}, must be a list of objects, or JSON text of one")
+    if more is not None and not isinstance(more, Mapping):
+        raise RowProblem("chat_template_kwargs", f"is {kind_of(more)}, must be an object")
+    given: dict[str, Any] = {**({"tools": tools} if tools else {}), **(more or {})}
+    if not given:
+        return pair
+    source = "tools" if tools else "chat_template_kwargs"
+    if isinstance(pair.prompt or pair.chosen, str):
+        raise RowProblem(source, "is for a chat template, and this row is of strings; give lists of messages")
+    check_text(given, source)
+    return replace(pair, template=given)
 
 
 def _parse_preference(row: Mapping[str, Any]) -> Pair:
@@ -212,7 +249,7 @@ def _parse_preference(row: Mapping[str, Any]) -> Pair:
         raise RowProblem("rejected", "equals 'chosen'")
     if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, list):
         start = _common_start(chosen, rejected)
-        if prompt is not None and prompt.strip() not in [message["content"].strip() for message in start]:
+        if prompt is not None and prompt.strip() not in [message.get("content", "").strip() for message in start]:
             raise RowProblem(
                 "prompt",
                 "is a string while 'chosen' is a list of messages; make it a list of messages as well",
@@ -251,10 +288,7 @@ def _check_turns(prompt: Text, answer: Text, prompt_field: str, field: str) -> N
         return
     if not answer:
         raise RowProblem(field, "holds no assistant answer after the prompt")
-    if not prompt:
-        raise RowProblem(prompt_field, "is empty: nothing comes before the assistant's answer")
-    if prompt[-1]["role"] == "assistant":
-        raise RowProblem(prompt_field, "ends with an assistant message; move it into the answer")
+    _check_prompt(prompt, prompt_field)
     if answer[: len(prompt)] == prompt:
         raise RowProblem(field, "repeats the prompt; give only the answer's messages, or leave 'prompt' out")
     for message in answer:
@@ -265,6 +299,13 @@ def _check_turns(prompt: Text, answer: Text, prompt_field: str, field: str) -> N
             )
 
 
+def _check_prompt(prompt: list[Message], field: str) -> None:
+    if not prompt:
+        raise RowProblem(field, "is empty: nothing comes before the assistant's answer")
+    if prompt[-1]["role"] == "assistant":
+        raise RowProblem(field, "ends with an assistant message; move it into the answer")
+
+
 def _text(row: Mapping[str, Any], field: str) -> Text:
     """The field as a clean string or message list."""
     if field not in row:
@@ -273,40 +314,31 @@ def _text(row: Mapping[str, Any], field: str) -> Text:
     if isinstance(value, str):
         if field != "prompt" and not value.strip():
             raise RowProblem(field, "is empty")
-        return _clean(value, field)
+        check_text(value, field)
+        return value
     if not isinstance(value, list):
-        raise RowProblem(field, f"is {_name(value)}, must be a string or a list of messages")
+        raise RowProblem(field, f"is {kind_of(value)}, must be a string or a list of messages")
     if not value:
         raise RowProblem(field, "is an empty list")
     return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message: Any, field: str) -> Message:
+    """A message as the chat template gets it: without the keys that are null, which transformers leaves out too."""
     if not isinstance(message, Mapping):
-        raise RowProblem(field, f"is {_name(message)}, must be a message with 'role' and 'content'")
+        raise RowProblem(field, f"is {kind_of(message)}, must be a message with 'role' and 'content'")
+    present = {key: value for key, value in message.items() if value is not None}
+    calls = present.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise RowProblem(f"{field}.tool_calls", f"is {kind_of(calls)}, must be a list")
+    says_nothing = message.get("role") == "assistant" and bool(calls)  # the calls are the answer
     for key in ("role", "content"):
+        if key == "content" and says_nothing and key not in present:
+            continue
         if not isinstance(message.get(key), str):
-            what = _name(message[key]) if key in message else "missing"
+            what = kind_of(message[key]) if key in message else "missing"
             raise RowProblem(f"{field}.{key}", f"is {what}" + (", must be a string" if key in message else ""))
-    if message["role"] == "assistant" and not message["content"].strip():
+    if message["role"] == "assistant" and not says_nothing and not message["content"].strip():
         raise RowProblem(f"{field}.content", "is empty")
-    # Arrow gives every message the union of all keys: those without a value were not in the file.
-    return {key: _clean(value, field) for key, value in message.items() if value is not None}
-
-
-def _clean(value: Any, field: str) -> Any:
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowProblem(field, f"holds half a surrogate pair at character {error.start + 1}") from error
-    return value
-
-
-def _name(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    names = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), f"of type {type(value).__name__}")
+    check_text(present, field)
+    return present

@@ -61,13 +61,15 @@ class ReferenceFingerprint:
     truncation: str
     precision: str
     dataset: str
+    date: str = ""
+    """told to the chat template, empty if it does not ask for it (as in caches that do not record it)"""
 
     def differences(self, found: dict[str, Any]) -> list[str]:
         """One line for each part in which a cache differs from what is wanted now."""
         return [
-            f"{_PARTS[part]}: the cache has {found.get(part)!r}, this run has {wanted!r}"
+            f"{_PARTS[part]}: the cache has {found.get(part, '')!r}, this run has {wanted!r}"
             for part, wanted in asdict(self).items()
-            if found.get(part) != wanted
+            if found.get(part, "") != wanted
         ]
 
 
@@ -77,6 +79,7 @@ _PARTS = {
     "truncation": "truncation",
     "precision": "precision",
     "dataset": "the data set's rows",
+    "date": "the date told to the chat template",
 }
 
 

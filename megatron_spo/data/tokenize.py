@@ -11,14 +11,18 @@ import copy
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_spo.data.pairs import Message, Pair, RowProblem, Text
+from megatron_spo.data.chat_template import ChatTemplate
+from megatron_spo.data.json_lines import RowProblem
+from megatron_spo.data.pairs import Message, Pair
 from megatron_spo.data.rows import Example
 from megatron_spo.errors import UserError
 
@@ -30,9 +34,8 @@ PROBE = "a"
 JOINERS = ("\n", ".", "a", "|")
 """After one of these a text is tokenised as the continuation of another."""
 
-
-DATE = "26 Jul 2024"
-"""What Llama 3's templates shall print instead of today, their own fallback: tokens may not depend on the day."""
+MARK = "\u2603"
+"""An answer of which only the end matters."""
 
 
 class Overlong(RowProblem):
@@ -77,20 +80,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """A row as text: what precedes the answers, and the answers with their end-of-turn token where it is
-    text."""
-
-    prompt: str
-    answers: tuple[str, ...]
-    fields: tuple[str, ...]
-    ends: tuple[int | None, ...]
-    """Token id that must end each answer; None: the answer's own last token is the template's end of turn."""
-    lead: tuple[int, ...]
-    """Token ids before the prompt (begin-of-sequence), which a chat template would have written itself."""
-
-
-@dataclass(frozen=True)
 class Limits:
     """How long a row may be (tokens of prompt + response, each side; tokens of the packed pair), and the
     side that is cut when it is longer: "left" (the prompt's start), "right" (the response's end) or None
@@ -101,10 +90,13 @@ class Limits:
     row_length: int
 
 
+NO_LIMITS = Limits(sys.maxsize, None, sys.maxsize)
+
+
 class RowTokenizer:
     """Tokenises validated rows. UserError when the tokenizer cannot serve at all; RowProblem for a row."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: Limits) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: Limits = NO_LIMITS) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a limit stored in tokenizer.json would cut rows silently
         self._backend.no_padding()
@@ -113,6 +105,7 @@ class RowTokenizer:
         self._adds_space = self._find_added_space()
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {token for token in (tokenizer.eos_token,) if token}
+        self._template = None if tokenizer.chat_template is None else ChatTemplate(tokenizer)
         self._specials = sorted(specials, key=lambda token: (-len(token), token))
         self._special = re.compile("|".join(re.escape(token) for token in self._specials) or r"(?!)")
 
@@ -120,19 +113,52 @@ class RowTokenizer:
         """Token ids of `text` alone: nothing added before or after."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def prompt_ids(self, pair: Pair) -> list[int]:
+        """Token ids of the prompt of a pair, as in the row that `tokenize` makes of it, before truncation."""
+        return self._prompt_ids(*self._start(self.with_prompt(pair)))
+
+    def with_prompt(self, pair: Pair) -> Pair:
+        """The same pair, its implicit prompt cut off its answers where it has one."""
+        if pair.prompt is not None:
+            return pair
+        assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
+        cut = self._common_text(pair.chosen, pair.rejected)
+        for answer, field in ((pair.chosen, pair.answer_field), (pair.rejected, "rejected")):
+            if not answer[cut:].strip():
+                raise RowProblem(field, "is empty after the start that 'chosen' and 'rejected' have in common")
+        return replace(pair, prompt=pair.chosen[:cut], chosen=pair.chosen[cut:], rejected=pair.rejected[cut:])
+
     def tokenize(self, pair: Pair) -> Example:
         """The token ids of one row within the length limits."""
-        texts = self._texts(pair)
-        bare = self.encode(texts.prompt)
-        prompt = _single_start([*texts.lead, *bare], self._tokenizer.bos_token_id)
-        if not prompt:
-            raise RowProblem("prompt", "is empty: there is no token from which the first response token is predicted")
-        sides = []
-        for answer, end, field in zip(texts.answers, texts.ends, texts.fields, strict=True):
-            joint = self.encode(texts.prompt + answer)
+        pair = self.with_prompt(pair)
+        start, lead = self._start(pair)
+        prompt, bare = self._prompt_ids(start, lead), self.encode(start)
+        sides, fields = [], []
+        for answer, end, field in self._answers(pair, start):
+            joint = self.encode(start + answer)
             response = joint[len(bare) :] if joint[: len(bare)] == bare else self._continuation(answer)
             sides.append(_end_once(response, end, field))
-        return self._fit(prompt, sides, texts.fields)
+            fields.append(field)
+        return self._fit(prompt, sides, fields)
+
+    def _start(self, pair: Pair) -> tuple[str, tuple[int, ...]]:
+        """The prompt as text, and the token ids before it (begin-of-sequence), which a chat template would have written
+        itself."""
+        if isinstance(pair.prompt, str):
+            return pair.prompt, self._lead
+        assert pair.prompt is not None
+        if self._template is None:
+            raise UserError(
+                "the rows are lists of messages and the tokenizer has no chat template; "
+                "name a template file in data.chat_template"
+            )
+        return self._template.render(pair.prompt, pair.template, "prompt", generation=True), ()
+
+    def _prompt_ids(self, start: str, lead: tuple[int, ...]) -> list[int]:
+        ids = _single_start([*lead, *self.encode(start)], self._tokenizer.bos_token_id)
+        if not ids:
+            raise RowProblem("prompt", "is empty: there is no token from which the first response token is predicted")
+        return ids
 
     def _find_lead(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text by itself (its end-of-sequence, if it adds one, is left
@@ -159,26 +185,24 @@ class RowTokenizer:
                 return both[len(head) :]
         return self.encode(text)
 
-    def _texts(self, pair: Pair) -> Texts:
+    def _answers(self, pair: Pair, start: str) -> Iterator[tuple[str, int | None, str]]:
+        """Of each answer its text, with the end-of-turn token where that is text, the token id that must end it (None:
+        its own last token is the template's end of turn), and its field."""
         fields = (pair.answer_field,) if pair.rejected is None else (pair.answer_field, "rejected")
-        answers: tuple[Text, ...] = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
-        strings = [answer for answer in answers if isinstance(answer, str)]
-        if len(strings) == len(answers):
-            return self._plain(pair.prompt, strings, fields)
-        return self._rendered(pair.prompt, answers, fields)
-
-    def _plain(self, prompt: Text | None, answers: list[str], fields: tuple[str, ...]) -> Texts:
-        end = self._tokenizer.eos_token_id
-        if end is None:
-            raise UserError("the tokenizer has no eos_token, which has to end the responses of string rows")
-        if prompt is None:
-            cut = self._common_text(answers[0], answers[1])
-            prompt, answers = answers[0][:cut], [answer[cut:] for answer in answers]
-            for answer, field in zip(answers, fields, strict=True):
-                if not answer.strip():
-                    raise RowProblem(field, "is empty after the start that 'chosen' and 'rejected' have in common")
-        assert isinstance(prompt, str)
-        return Texts(prompt, tuple(answers), fields, (end,) * len(answers), self._lead)
+        eos = self._tokenizer.eos_token_id
+        for answer, field in zip((pair.chosen, pair.rejected), fields, strict=False):
+            assert answer is not None
+            if isinstance(answer, str):
+                if eos is None:
+                    raise UserError("the tokenizer has no eos_token, which has to end the responses of string rows")
+                yield answer, eos, field
+                continue
+            text, ended = self._rendered(pair, answer, start, field)
+            if not ended and eos is None:
+                raise UserError(
+                    "the chat template ends a turn without a special token and the tokenizer has no eos_token"
+                )
+            yield text, None if ended else eos, field
 
     def _common_text(self, chosen: str, rejected: str) -> int:
         """Characters of the implicit prompt: the longest common start that ends at a token border of both
@@ -197,38 +221,43 @@ class RowTokenizer:
         inside = {position for start, end in spans for position in range(start + 1, end)}
         return {end for _, end in spans} - inside
 
-    def _rendered(self, prompt: Text | None, answers: tuple[Text, ...], fields: tuple[str, ...]) -> Texts:
-        if self._tokenizer.chat_template is None:
-            raise UserError(
-                "the rows are lists of messages and the tokenizer has no chat template; "
-                "name a template file in data.chat_template"
+    def _rendered(self, pair: Pair, answer: list[Message], start: str, field: str) -> tuple[str, bool]:
+        """The answer as the template writes it after the prompt `start`, up to its end-of-turn token, and whether the
+        template wrote one. What follows the token (a newline, an end-of-text) is not generated by the model and not
+        part of the response."""
+        assert isinstance(pair.prompt, list) and self._template is not None
+        full = self._template.render(pair.prompt + answer, pair.template, field, generation=False)
+        if not full.startswith(start):
+            at = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), len(full))
+            here, there = start[at : at + 20], full[at : at + 20]
+            raise RowProblem(
+                field,
+                "the chat template renders the prompt differently once an answer follows (from character "
+                f"{at + 1}: {here!r} against {there!r}); name one that does not in data.chat_template",
             )
-        assert isinstance(prompt, list)
-        start = self._render(prompt, "prompt", generation=True)
-        rest = []
-        for answer, field in zip(answers, fields, strict=True):
-            assert isinstance(answer, list)
-            full = self._render(prompt + answer, field, generation=False)
-            if not full.startswith(start):
-                at = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), len(full))
-                here, there = start[at : at + 20], full[at : at + 20]
-                raise RowProblem(
-                    field,
-                    "the chat template renders the prompt differently once an answer follows (from character "
-                    f"{at + 1}: {here!r} against {there!r}); name one that does not in data.chat_template",
-                )
-            rest.append(self._end_of_turn(full[len(start) :], answer[-1]))
-        eos = self._tokenizer.eos_token_id
-        if eos is None and not all(ended for _, ended in rest):
-            raise UserError("the chat template ends a turn without a special token and the tokenizer has no eos_token")
-        ends = tuple(None if ended else eos for _, ended in rest)
-        return Texts(start, tuple(text for text, _ in rest), fields, ends, ())
+        rendered = full[len(start) :]
+        if answer[-1].get("tool_calls"):
+            ended = rendered.removesuffix(self._after_turn(pair, answer, field))
+            if any(ended.endswith(token) for token in self._specials):
+                return ended, True
+        return self._end_of_turn(rendered, answer[-1].get("content", ""))
 
-    def _end_of_turn(self, rendered: str, last: Message) -> tuple[str, bool]:
-        """The rendered answer up to its end-of-turn token, and whether the template wrote one. What follows
-        the token (a newline, an end-of-text) is not generated by the model and not part of the response."""
+    def _after_turn(self, pair: Pair, answer: list[Message], field: str) -> str:
+        """What the template writes behind the token that ends an answer, seen where nothing in the answer itself can be
+        taken for that token."""
+        assert isinstance(pair.prompt, list) and self._template is not None
+        plain = [*pair.prompt, *answer[:-1], {"role": "assistant", "content": MARK}]
+        try:
+            text = self._template.render(plain, pair.template, field, generation=False)
+        except RowProblem:  # a template for tool calls alone
+            return ""
+        end = self._special.search(text, text.rfind(MARK) + len(MARK))
+        return text[end.end() :] if end else ""
+
+    def _end_of_turn(self, rendered: str, content: str) -> tuple[str, bool]:
+        """A rendered answer of `content` up to its end-of-turn token, and whether there is one."""
         start = self._ending(rendered)
-        content = last["content"].rstrip()
+        content = content.rstrip()
         own = content[self._ending(content) :]  # special tokens with which the content itself ends
         if own and rendered.startswith(own, start) and self._special.search(rendered, start + len(own)):
             start += len(own)
@@ -245,21 +274,13 @@ class RowTokenizer:
                 return end
             end = len(rest) - len(token)
 
-    def _render(self, messages: list[Message], field: str, *, generation: bool) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, date_string=DATE
-            )
-        except Exception as error:  # templates raise jinja2 errors and whatever their own code raises
-            raise RowProblem(field, f"is refused by the chat template: {error}") from error
-        return str(text)
-
-    def _fit(self, prompt: list[int], sides: list[list[int]], fields: tuple[str, ...]) -> Example:
+    def _fit(self, prompt: list[int], sides: list[list[int]], fields: list[str]) -> Example:
         """Apply `truncation` and check both length limits."""
         limit = self._limits.max_length
         if self._limits.truncation == "left":
-            excess = len(prompt) + max(len(side) for side in sides) - limit
-            prompt = prompt[min(max(excess, 0), len(prompt) - 1) :]
+            excess = max(len(prompt) + max(len(side) for side in sides) - limit, 0)
+            kept = self._kept_of(prompt)  # with the last token at least
+            prompt = prompt[:kept] + prompt[max(min(kept + excess, len(prompt) - 1), kept) :]
         elif self._limits.truncation == "right":
             sides = [side[: max(limit - len(prompt), 1)] for side in sides]
         for side, field in zip(sides, fields, strict=True):
@@ -273,7 +294,14 @@ class RowTokenizer:
             raise RowProblem("rejected", f"equals 'chosen' after tokenisation{cut}")
         return self._example(prompt, sides, fields)
 
-    def _example(self, prompt: list[int], sides: list[list[int]], fields: tuple[str, ...]) -> Example:
+    def _kept_of(self, prompt: list[int]) -> int:
+        """How many tokens at the start of a prompt are no text and are never cut: begin-of-sequence, or whatever the
+        tokenizer puts before a text."""
+        if self._lead and prompt[: len(self._lead)] == list(self._lead):
+            return len(self._lead)
+        return int(prompt[0] == self._tokenizer.bos_token_id)
+
+    def _example(self, prompt: list[int], sides: list[list[int]], fields: list[str]) -> Example:
         chosen = np.array(prompt + sides[0], dtype=np.int32)
         rejected = np.array(prompt + sides[1] if len(sides) == 2 else [], dtype=np.int32)
         shared = _common_length(chosen, rejected) if len(sides) == 2 else len(chosen)

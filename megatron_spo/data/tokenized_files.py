@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megatron_spo.data.pairs import RawSource, RowProblem, parse_line, parse_row, read_lines
+from megatron_spo.data.chat_template import template_date
+from megatron_spo.data.json_lines import RowProblem, parse_line, read_lines
+from megatron_spo.data.pairs import RawSource, parse_row, without_nulls
 from megatron_spo.data.rows import Example
 from megatron_spo.data.tokenize import Limits, Overlong, RowTokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from megatron_spo.config.schema import DataConfig
 
-VERSION = 1
+VERSION = 2
 """Raise when tokenisation or the files change: older folders are then left alone."""
 BATCH = 512
 IDS = pa.list_(pa.int32())
@@ -121,7 +123,7 @@ def tokenize_source(
         data.longest_row,
     )
     key = json.dumps(
-        [VERSION, raw.fingerprint, tokenizer_fingerprint(tokenizer), asdict(limits), kind],
+        [VERSION, raw.fingerprint, tokenizer_fingerprint(tokenizer), template_date(tokenizer), asdict(limits), kind],
         sort_keys=True,
     )
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -202,8 +204,7 @@ def _tokenize_batch(
 
 def _raw_rows(table: pa.Table, file: Path | None) -> Iterable[bytes | Mapping[str, Any]]:
     if file is None:
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
+        return (without_nulls(row) for row in table.to_pylist())
     return read_lines(file, table["start"].to_numpy(), table["end"].to_numpy())
 
 

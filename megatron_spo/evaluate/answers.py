@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.data.json_lines import read_rows
+from megatron_spo.data.prompts import check_prompt
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.generate import read_prompts
 from megatron_spo.evaluate.scores import AVERAGED, Estimate, Scores, difference, estimate, score
 
 LABELS = {
@@ -21,9 +22,10 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """A file of answers and its scores; `rows` as `generate` wrote them."""
+    """A file of answers and its scores; `rows` as `generate` wrote them, `lines` where each stands."""
 
     path: Path
+    lines: list[int]
     rows: list[dict[str, Any]]
     scores: Scores
 
@@ -43,12 +45,15 @@ class Answers:
 
 def read_answers(path: Path) -> Answers:
     """The answers in a file that `generate` wrote, scored. Raises UserError naming the line that is none of these."""
-    rows = read_prompts(path)
-    for number, row in enumerate(rows, 1):
+    lines, rows = [], []
+    for line, row in read_rows(path):
+        check_prompt(row, path, line)
         if problem := _problem(row.get("responses"), row.get("finished")):
-            raise UserError(f"{path} line {number}: {problem}; `megatron-spo generate` writes such files")
+            raise UserError(f"{path} line {line}: {problem}; `megatron-spo generate` writes such files")
+        lines.append(line)
+        rows.append(row)
     scores = score(rows, [row["responses"] for row in rows], [row["finished"] for row in rows])
-    return Answers(path, rows, scores)
+    return Answers(path, lines, rows, scores)
 
 
 def _problem(responses: Any, finished: Any) -> str | None:
@@ -67,9 +72,10 @@ def differences(one: Answers, other: Answers) -> dict[str, Estimate]:
             f"{one.path} has {len(prompts[0])} rows, {other.path} {len(prompts[1])}; a difference is taken row by row: "
             "answer the same prompts with both models"
         )
-    for number, (mine, theirs) in enumerate(zip(*prompts, strict=True), 1):
+    for i, (mine, theirs) in enumerate(zip(*prompts, strict=True)):
         if mine != theirs:
-            raise UserError(f"{other.path} line {number}: its prompt is not that of {one.path} line {number}")
+            raise UserError(f"{other.path} line {other.lines[i]}: its prompt is not that of {one.path} line "
+                            f"{one.lines[i]}")  # fmt: skip
     found = {name: difference(other.scores.of_rows(name), one.scores.of_rows(name)) for name in AVERAGED}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -77,8 +83,8 @@ def differences(one: Answers, other: Answers) -> dict[str, Estimate]:
 def alpaca_eval(answers: Answers, generator: str) -> list[dict[str, str]]:
     """The answers as AlpacaEval's judge reads them. Raises UserError for rows that it cannot hold."""
     outputs = []
-    for number, row in enumerate(answers.rows, 1):
-        where = f"{answers.path} line {number}"
+    for line, row in zip(answers.lines, answers.rows, strict=True):
+        where = f"{answers.path} line {line}"
         if len(row["responses"]) != 1:
             raise UserError(f"{where}: {len(row['responses'])} responses; AlpacaEval judges one (--samples 1)")
         prompt = row["prompt"]

@@ -17,14 +17,16 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
+from megatron_spo.data import tokenize
+from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
 from megatron_spo.output import write_whole
 
@@ -70,17 +72,16 @@ def generate_file(
     """Writes `out_file`: the rows of `prompts_file` with two fields more, `responses` (`samples` strings) and
     `finished` (as many booleans: ended by itself within `max_new_tokens`).
 
-    `prompt` is a string, tokenised as training does it, or a list of messages, for which the tokenizer's chat
-    template is used. `engine`: "transformers", or "vllm", which batches by itself. `sampled`: fields of Sampling. The
-    output appears complete or not at all. Raises UserError for wrong input.
+    Prompts are found and tokenised as in training rows; one that is implicit is written as a field `prompt`.
+    `engine`: "transformers", or "vllm", which batches by itself. `sampled`: fields of Sampling. The output appears
+    complete or not at all. Raises UserError for wrong input.
     """
     if batch_size < 1:
         raise UserError(f"generate: batch_size is {batch_size}, it must be at least 1")
     sampling = Sampling(**sampled)
-    rows = read_prompts(Path(prompts_file))
     folder = Path(model_dir)
     tokenizer = load_tokenizer(folder)
-    prompts = [encode(tokenizer, row["prompt"], f"{prompts_file} line {i}") for i, row in enumerate(rows, 1)]
+    rows, prompts = zip(*tokenize_prompts(Path(prompts_file), tokenizer), strict=True)
     responses = generate_by(engine, folder, tokenizer, prompts, sampling, batch_size)
     for row, answers in zip(rows, responses, strict=True):
         row["responses"] = [answer.text for answer in answers]
@@ -104,49 +105,10 @@ def generate_by(
     return generate(load_model(folder), tokenizer, prompts, sampling, batch_size)
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, each checked to have a `prompt`."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    rows = []
-    with path.open("rb") as file:  # bytes: text mode would also split lines at a lone carriage return
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number}: expected a JSON object with a field `prompt`")
-            if problem := prompt_problem(row.get("prompt")):
-                raise UserError(f"{path} line {number}: field `prompt` {problem}")
-            rows.append(row)
-    if not rows:
-        raise UserError(f"{path} is empty")
-    return rows
-
-
-def prompt_problem(prompt: object) -> str | None:
-    """What is wrong with a prompt, or None."""
-    if isinstance(prompt, str):
-        return None if prompt else "is empty"
-    if prompt is None:
-        return "is missing or null"
-    if not isinstance(prompt, list) or not prompt:
-        return f"must be a string or a list of messages, not {json.dumps(prompt)[:60]}"
-    for message in prompt:
-        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
-            return f"has a message without `role` and `content` strings: {json.dumps(message)[:60]}"
-    return None
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of an HF folder. Raises UserError where it is none."""
     _check_folder(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise _does_not_load(folder, error) from error
+    return tokenize.load_tokenizer(str(folder))
 
 
 def _check_folder(folder: Path) -> None:
@@ -197,31 +159,6 @@ def placement(weights: int, gpus: Sequence[int]) -> str | None:
 def _does_not_load(folder: Path, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0]
     return UserError(f"{folder} does not load as a Hugging Face model: {reason}")
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], where: str) -> list[int]:
-    """Token ids of a prompt; messages end with the template's start of an answer. `where` is for errors."""
-    if isinstance(prompt, str):
-        ids = encode_text(tokenizer, prompt)
-    elif tokenizer.chat_template is None:
-        raise UserError(f"{where}: `prompt` is a list of messages, but the tokenizer has no chat template")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError(f"{where}: field `prompt` has no tokens")
-    return ids
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids as in training: one begin-of-sequence token if the tokenizer puts one, never an end token."""
-    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer(text)["input_ids"]
-    starts = range(len(full) - len(plain) + 1)
-    before = next((start for start in starts if full[start : start + len(plain)] == plain), 0)
-    ids = full[: before + len(plain)]
-    twice = tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2
-    return ids[1:] if twice else ids
 
 
 def generate(

@@ -156,7 +156,7 @@ def assumed_lengths(prompt: int, response: int, pairs: int, max_length: int) -> 
 
 def is_at_hand(config: Config, sources: Sequence[DataSource], folder: str) -> bool:
     """Whether the data can be tokenised here without fetching anything."""
-    return Path(config.model.tokenizer or folder).is_dir() and all(Path(one.path).is_file() for one in sources)
+    return Path(config.model.tokenizer or folder).is_dir() and all(Path(one.path).exists() for one in sources)
 
 
 def measured_lengths(config: Config, sources: Sequence[DataSource], folder: str, kind: str) -> Lengths:

@@ -123,7 +123,7 @@ def test_unreadable_sources(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             build(tmp_path / name)
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder, and not one of datasets' save_to_disk; name a .jsonl"):
         open_source(DataSource(path=str(tmp_path)))
     lines(tmp_path / "latin.jsonl", []).write_bytes(b'{"prompt": "\xe9"}\n')
     with pytest.raises(UserError, match="line 1: field 'line' is not UTF-8"):
@@ -185,6 +185,50 @@ def test_message_formats_agree(tmp_path: Path, row: dict) -> None:
     assert responses(jsonl) == responses(parquet) == wanted
     assert jsonl.fingerprint == parquet.fingerprint
     assert parquet.describe(0).endswith("pairs.parquet row 1")
+
+
+def test_a_null_in_parquet_is_an_absent_key(tmp_path: Path) -> None:
+    """Arrow gives all rows, messages and tools the union of their keys; null as the value of a key in JSON stays."""
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tools += "{% for m in messages if m.name is defined %}{{ m.name }}{% endfor %}"
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>"], template=tools + QWEN_TEMPLATE)
+    named = [{**chat(USER)[0], "name": "ann"}]
+    rows = [
+        {"prompt": named, "chosen": chat(YES), "rejected": chat(NO), "tools": [{"name": "f", "city": {"type": "x"}}]},
+        {"prompt": chat(USER), "chosen": chat(YES), "rejected": chat(NO), "tools": [{"name": "g"}]},
+        {"chosen": chat(USER, YES), "rejected": chat(USER, NO)},
+    ]
+    jsonl = build(lines(tmp_path / "pairs.jsonl", rows), tokenizer)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    parquet = build(tmp_path / "pairs.parquet", tokenizer)
+    assert parquet.fingerprint == jsonl.fingerprint and "null" not in responses(parquet)[0]
+    assert responses(parquet, 1)[0].startswith('[{"name": "g"}]<|im_start|>user')
+    with pytest.raises(UserError, match="line 1: field 'prompt' is null"):
+        build(lines(tmp_path / "null.jsonl", [{**rows[2], "prompt": None}]), tokenizer)
+    kept = build(lines(tmp_path / "kept.jsonl", [{**rows[1], "tools": [{"name": None}]}]), tokenizer)
+    assert responses(kept)[0].startswith('[{"name": null}]')
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    jsonl = build(lines(tmp_path / "pairs.jsonl", GOOD))
+    table = datasets.Dataset.from_list(GOOD)
+    table.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "both")
+    one = build(tmp_path / "one")
+    assert one.fingerprint == jsonl.fingerprint and one.describe(1) == f"{tmp_path / 'one'} row 2"
+    test = build([DataSource(path=str(tmp_path / "both"), split="test")])
+    assert len(test) == 1 and test.describe(0) == f"{tmp_path / 'both'} (test) row 1"
+    with pytest.raises(UserError, match="both has no split 'dev'; name one of its folders"):
+        build([DataSource(path=str(tmp_path / "both"), split="dev")])
+    shard = next((tmp_path / "one").glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(UserError, match="one is not a readable data set folder"):
+        build(tmp_path / "one")
+    (tmp_path / "one/state.json").write_text("{")
+    with pytest.raises(UserError, match="one is not a readable data set folder"):
+        build(tmp_path / "one")
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

@@ -190,6 +190,7 @@ def test_missing(tmp_path: Path, data: TokenizedSet) -> None:
         ("tokenizer", "the tokenizer or its chat template"),
         ("truncation", "truncation"),
         ("precision", "precision"),
+        ("date", "the date told to the chat template"),
     ],
 )
 def test_stale_names_the_part_that_differs(tmp_path: Path, data: TokenizedSet, part: str, name: str) -> None:
@@ -200,6 +201,18 @@ def test_stale_names_the_part_that_differs(tmp_path: Path, data: TokenizedSet, p
     assert message.count("the cache has") == 1
     fill(tmp_path, data)  # the command that is named does mend it
     opened(tmp_path, data)
+
+
+def test_a_cache_that_records_no_date_serves_templates_that_ask_for_none(tmp_path: Path, data: TokenizedSet) -> None:
+    index = fill(tmp_path, data) / "index.json"
+    content = json.loads(index.read_text())
+    assert content["fingerprint"].pop("date") == ""
+    index.write_text(json.dumps(content))
+    assert len(opened(tmp_path, data)) == COUNT
+    with pytest.raises(
+        UserError, match="the date told to the chat template: the cache has '', this run has '2024-07-26'"
+    ):
+        open_reference(tmp_path, "train", replace(fingerprint(data), date="2024-07-26"), data)
 
 
 def test_stale_cache_stays_until_its_successor_is_whole(tmp_path: Path, data: TokenizedSet) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate import generate
-from megatron_spo.evaluate.generate import encode_text, generate_file, placement
+from megatron_spo.evaluate.generate import generate_file, placement
 from tests.support.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 PROMPTS = ["a", "what is 12+30?", "", "second", "a rather longer prompt than the others have", "x y"]
@@ -118,32 +118,24 @@ def test_messages_go_through_the_chat_template(model_dir: Path, tmp_path: Path) 
     generate_file(chat, write_jsonl(tmp_path / "p", rows), tmp_path / "out", max_new_tokens=5)
     from_messages, from_text = rows_of(tmp_path / "out")
     assert from_messages["responses"] == from_text["responses"]
-    with pytest.raises(UserError, match="p line 1.*no chat template"):
+    with pytest.raises(UserError, match="no chat template; name a template file"):
         generate_file(model_dir, tmp_path / "p", tmp_path / "out")
-
-
-def test_prompts_are_tokenised_as_in_training() -> None:
-    class Wrapping:
-        bos_token_id = 1
-
-        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-            ids = [ord(c) for c in text.replace("^", chr(1))]
-            return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
-
-    assert encode_text(Wrapping(), "ab") == [1, 97, 98]  # type: ignore[arg-type]
-    assert encode_text(Wrapping(), "^ab") == [1, 97, 98]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"', "line 2: not JSON"),
-        ("[1]", "line 2: expected a JSON object"),
-        ('{"text": "a"}', "line 2: field `prompt` is missing"),
-        ('{"prompt": null}', "line 2: field `prompt` is missing or null"),
-        ('{"prompt": ""}', "line 2: field `prompt` is empty"),
-        ('{"prompt": 3}', "line 2: field `prompt` must be a string or a list of messages"),
-        ('{"prompt": [{"role": "user"}]}', "line 2: field `prompt` has a message without"),
+        ('{"prompt": "a"', "line 2: field 'line' is not valid JSON"),
+        ("[1]", "line 2: field 'line' is a list, must be a JSON object"),
+        ('{"text": "a"}', "line 2: field 'prompt' is missing"),
+        ('{"prompt": null}', "line 2: field 'prompt' is null, must be a string or a list of messages"),
+        ('{"prompt": ""}', "line 2: field 'prompt' is empty"),
+        ('{"prompt": 3}', "line 2: field 'prompt' is a number, must be a string or a list of messages"),
+        ('{"prompt": [{"role": "user"}]}', r"line 2: field 'prompt\[0\].content' is missing"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}', "line 2: field 'prompt' ends with an assistant"),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', "line 2: field 'tools' is for a chat template"),
+        ('{"prompt": "a", "id": {"\\ud800": 1}}', "line 2: field 'id' holds half a surrogate pair"),
+        ('{"prompt": "a", "id": ' + "[" * 101 + "]" * 101 + "}", "line 2: field 'id' is nested more than 100 deep"),
     ],
 )
 def test_malformed_prompts(model_dir: Path, tmp_path: Path, line: str, message: str) -> None:

@@ -1,0 +1,52 @@
+"""Files of prompts, tokenised by the code that tokenises training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_spo.data.json_lines import RowProblem, read_rows
+from megatron_spo.data.pairs import Pair, parse_prompt
+from megatron_spo.data.tokenize import RowTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Row = dict[str, Any]
+
+
+def tokenize_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Row, list[int]]]:
+    """Of each row in a file of JSON lines the row and the token ids of its prompt, those of the training row.
+
+    A row whose prompt is implicit gets it as a key of its own, and loses it from `chosen` and `rejected`.
+
+    Raises:
+        UserError: names the file, the line, the field and the reason.
+    """
+    rows = RowTokenizer(tokenizer)
+    for line, row in read_rows(path):
+        try:
+            pair = rows.with_prompt(parse_prompt(row))
+            ids = rows.prompt_ids(pair)
+        except RowProblem as problem:
+            raise problem.at(path, line) from problem
+        yield explicit(row, pair), ids
+
+
+def explicit(row: Row, pair: Pair) -> Row:
+    """A row with the prompt that `pair` found in it."""
+    if row.get("prompt") == pair.prompt or (isinstance(pair.prompt, list) and isinstance(row.get("prompt"), list)):
+        return row
+    answers = {} if pair.rejected is None else {"chosen": pair.chosen, "rejected": pair.rejected}
+    return {**row, "prompt": pair.prompt, **answers}
+
+
+def check_prompt(row: Row, path: Path, line: int) -> None:
+    """UserError unless a row has a `prompt` that could have been answered."""
+    try:
+        if "prompt" not in row:
+            raise RowProblem("prompt", "is missing")
+        parse_prompt(row)
+    except RowProblem as problem:
+        raise problem.at(path, line) from problem
