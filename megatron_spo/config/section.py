@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 T = TypeVar("T")
 FORMS = ("one", "each", "word")
@@ -21,6 +21,19 @@ class Section(BaseModel):
         validate_by_alias=True,
         use_attribute_docstrings=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        """Texts are names of files, or are written to them."""
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError("holds a NUL character")
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError("holds text that cannot be encoded in UTF-8") from None
+        return value
 
 
 def as_tuple(value: Any) -> Any:

@@ -256,7 +256,7 @@ def test_truncation_keeps_what_the_tokenizer_puts_first() -> None:
     messages = {"prompt": chat("user: 0123456789"), "completion": chat("assistant: xyz")}
     assert tokenizer.decode(prompt_of(tokenize(messages, tokenizer, limits))) == "<s>789"
     with pytest.raises(RowProblem, match="chosen: has 9 tokens"):  # at least one token of the prompt itself stays
-        tokenize({"prompt": "01", "chosen": "12345", "rejected": "x"}, byte_tokenizer(bos="<s>"), limits)
+        tokenize({"prompt": "01", "chosen": "123456", "rejected": "x"}, byte_tokenizer(bos="<s>"), limits)
     assert tokenizer.decode(prompt_of(tokenize({**row, "prompt": ""}, tokenizer, limits))) == "<s>"
 
 
