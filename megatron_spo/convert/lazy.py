@@ -1,5 +1,6 @@
 """Tensors on disk, of which any rows can be read without the rest, whatever they are laid out like."""
 
+import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -47,14 +48,14 @@ class Lazy(ABC):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """A part of the tensor, in memory."""
-        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        out = empty((stop - start, *self.shape[1:]), self.dtype)
         self.fill(start, out)
         return out
 
     def blocks(self) -> Iterator[Tensor]:
         """The whole tensor, a few rows after another; a block is overwritten by the next one."""
         height = min(self.shape[0], max(1, BLOCK_BYTES // max(1, self.row_bytes)))
-        memory = torch.empty(height, *self.shape[1:], dtype=self.dtype)
+        memory = empty((height, *self.shape[1:]), self.dtype)
         for start in range(0, self.shape[0], height):
             block = memory[: min(height, self.shape[0] - start)]
             self.fill(start, block)
@@ -127,6 +128,16 @@ class Joined(Lazy):
                 if first < last:
                     source.fill(done + first - run.start, out[first - start : last - start])
                 done += run.stop - run.start
+
+
+def empty(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """A tensor in memory of its own, which goes back to the system with it.
+
+    malloc may keep blocks of up to 32 MiB in its heap, where the aligned memory that torch asks for does not fit into
+    the hole that a block of the same size has left: what a conversion holds would grow with the number of tensors.
+    """
+    size = prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(dtype).view(shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
