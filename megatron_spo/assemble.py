@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
+from megatron_spo.config.model_folder import shard_files
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
@@ -21,7 +22,7 @@ from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.experts import freeze_routers
-from megatron_spo.model.hf_files import file_digest, locate_model, shard_files, weights_digest
+from megatron_spo.model.hf_files import check_weights, file_digest, locate_model, weights_digest
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
 from megatron_spo.planner.at_start import memory_at_start, memory_line, shortage
@@ -83,16 +84,18 @@ def read_sources(config: Config, runtime: Runtime) -> Sources:
     for turn in (True, False):  # the main process downloads and tokenises, the others find it on disk
         if runtime.is_main == turn:
             try:
-                sources = _read_sources(config, progress=runtime.is_main and config.logging.progress)
+                sources = _read_sources(config, is_main=turn)
             except UserError as raised:
                 error = raised
         agree(error)
     return sources
 
 
-def _read_sources(config: Config, *, progress: bool) -> Sources:
+def _read_sources(config: Config, *, is_main: bool) -> Sources:
     folder = locate_model(config.model.path)
-    shape = read_model_shape(folder)
+    shape, progress = read_model_shape(folder), is_main and config.logging.progress
+    if is_main and config.model.init != "random":
+        check_weights(folder, shape)
     if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
         raise UserError("\n".join(broken))
     tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)

@@ -27,6 +27,7 @@ from megatron_spo.config.schema import Config
 from megatron_spo.data import plan
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.diagnostics import drop_highest
+from megatron_spo.data.end_of_turn import end_tokens
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
@@ -192,11 +193,13 @@ def _at_peak(config: Config, sources: Sources, runtime: Runtime) -> loop.AtPeak 
 
 
 def _record(config: Config, sources: Sources) -> dict[str, Any]:
-    """What decides how the training goes on, for its checkpoints."""
+    """What decides how the training goes on, and what an export needs to know of the data, for its checkpoints."""
     data = {TRAIN: sources.train, **({} if sources.sft is None else {SFT: sources.sft})}
     return {
         "config": plain(config),
         "data": {name: dataset.fingerprint for name, dataset in data.items()},
+        "chat_template": sources.tokenizer.chat_template if config.data.chat_template else None,
+        "ends": end_tokens(data.values(), config.data, sources.tokenizer),
     }
 
 

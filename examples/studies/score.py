@@ -29,7 +29,7 @@ TEMPERATURES = (0.0, 0.5, 1.0)
 def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Scored) -> None:
     """Scores of a model in Hugging Face format."""
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    rows, prompts = map(list, zip(*tokenize_prompts(problems, tokenizer), strict=True))
+    _, rows, prompts = map(list, zip(*tokenize_prompts(problems, tokenizer), strict=True))
     scores: dict[str, float] = {}
     for temperature in TEMPERATURES:
         sampling = Sampling(1, temperature, task.MAX_NEW_TOKENS, seed)

@@ -1,19 +1,25 @@
 """A model's shape, read from its Hugging Face config.json; what is not built is refused here, by name."""
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.config.model_folder import CONFIG, GEMMA, is_tied, read_config
 from megatron_spo.errors import UserError
 
 # what transformers assumes where max_position_embeddings is absent
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768,
                      "mixtral": 131072, "qwen3_moe": 32768, "gemma2": 8192, "gemma3_text": 131072}  # fmt: skip
 FAMILIES = tuple(DEFAULT_POSITIONS)
-GEMMA = ("gemma2", "gemma3_text")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What is built -> the numbers that it needs."""
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers within a layer, under Hugging Face's names."""
 
@@ -115,18 +121,8 @@ def read_model_shape(folder: str | Path) -> ModelShape:
 
     Raises UserError where config.json is missing, torn or asks for more than is built.
     """
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; model.path must be a folder in Hugging Face format, with config.json"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    family = str(raw.get("model_type"))
+    path, raw = Path(folder) / CONFIG, read_config(Path(folder))
+    family = raw["model_type"]
     _refuse_unbuilt(path, raw, family)
     hidden, heads = _count(path, raw, "hidden_size"), _count(path, raw, "num_attention_heads")
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
@@ -134,7 +130,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     theta, scaling, local_theta = _rope(path, raw, family)
     layers = _count(path, raw, "num_hidden_layers")
-    window = _sliding_window(raw, family)
+    window = _sliding_window(path, raw, family)
     return ModelShape(
         family=family,
         layers=layers,
@@ -144,19 +140,19 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=_head_dim(path, raw, hidden, heads, family),
         vocab=_count(path, raw, "vocab_size"),
-        tied=bool(raw.get("tie_word_embeddings", family in GEMMA)),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6)),
+        tied=is_tied(raw),
+        norm_eps=_number(path, raw, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
         max_positions=_count(path, raw, "max_position_embeddings", DEFAULT_POSITIONS[family]),
         sliding_window=window,
-        initializer_range=float(raw.get("initializer_range", 0.02)),
+        initializer_range=_number(path, raw, "initializer_range", 0.02),
         raw=raw,
         experts=_experts(path, raw, family),
-        gemma=_gemma(raw, family, local_theta),
-        sliding_layers=_sliding_layers(raw, family, layers) if window else (),
+        gemma=_gemma(path, raw, family, local_theta),
+        sliding_layers=_sliding_layers(path, raw, family, layers) if window else (),
     )
 
 
@@ -213,6 +209,23 @@ def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = N
     return value
 
 
+def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
+    """A positive number; null counts as absent."""
+    value = raw.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {key} = {value!r}; must be a positive number")
+    return float(value)
+
+
+def _mapping(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A copy of a JSON object; null counts as an empty one."""
+    value = raw.get(key)
+    if not isinstance(value, dict | None):
+        raise UserError(f"{path}: {key} = {value!r}; must be a JSON object")
+    return dict(value or {})
+
+
 def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, family: str) -> int:
     if raw.get("head_dim") is not None:
         return _count(path, raw, "head_dim")
@@ -223,12 +236,15 @@ def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, famil
     return hidden // heads
 
 
-def _gemma(raw: Mapping[str, Any], family: str, local_theta: float | None) -> Gemma | None:
+def _gemma(path: Path, raw: Mapping[str, Any], family: str, local_theta: float | None) -> Gemma | None:
     if family not in GEMMA:
         return None
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if family == "gemma2" else {}
-    attention, logits = (raw.get(key, caps.get(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping"))
-    return Gemma(raw.get("query_pre_attn_scalar", 256) ** -0.5, attention, logits, local_theta)
+    attention, logits = (
+        None if raw.get(key, caps.get(key)) is None else _number(path, raw, key, caps.get(key, 0))
+        for key in ("attn_logit_softcapping", "final_logit_softcapping")
+    )
+    return Gemma(_number(path, raw, "query_pre_attn_scalar", 256) ** -0.5, attention, logits, local_theta)
 
 
 def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[str, Any] | None, float | None]:
@@ -237,45 +253,69 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
     transformers 5 keeps them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
     `rope_local_base_freq`.
     """
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    scaling = _mapping(path, raw, "rope_parameters") or _mapping(path, raw, "rope_scaling")
     local = None
     if family == "gemma3_text":
-        within = scaling.get("sliding_attention") or {}
+        within = _mapping(path, scaling, "sliding_attention")
         if (kind := within.get("rope_type", "default")) != "default":
             raise UserError(f"{path}: RoPE type {kind!r} in layers with a sliding window is not built; only 'default'")
-        local = float(within.get("rope_theta") or raw.get("rope_local_base_freq") or 1e4)
-        scaling = dict(scaling.get("full_attention") or {}) if "full_attention" in scaling else scaling
+        local = _number(path, within, "rope_theta", _number(path, raw, "rope_local_base_freq", 1e4))
+        scaling = _mapping(path, scaling, "full_attention") if "full_attention" in scaling else scaling
     default = 1e6 if family in ("mixtral", "gemma3_text") else 1e4
-    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or default
+    theta = _number(
+        path, {"rope_theta": scaling.pop("rope_theta", None)}, "rope_theta", _number(path, raw, "rope_theta", default)
+    )
     kind = scaling.setdefault("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
-    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in scaling.values()):
+    if (
+        not isinstance(kind, str)
+        or kind not in ROPE_TYPES
+        or any(isinstance(value, dict) for value in scaling.values())
+    ):
         raise UserError(f"{path}: RoPE type {kind!r} is not built; built are {', '.join(ROPE_TYPES)}")
     partial = scaling.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise UserError(f"{path}: partial_rotary_factor = {partial} is not built; only 1.0")
-    return float(theta), None if kind == "default" else scaling, local
+    for key in ROPE_TYPES[kind]:
+        _number(path, scaling, key, 0)
+    return theta, None if kind == "default" else scaling, local
 
 
-def _sliding_window(raw: Mapping[str, Any], family: str) -> int | None:
+def _sliding_window(path: Path, raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that a query sees at most, or None; qwen models carry a window that is mostly switched off."""
     if family == "llama":
         return None
+    default = None
     if family in ("mistral", "mixtral", *GEMMA):
-        return raw.get("sliding_window", None if family == "mixtral" else 4096)
-    layers = raw.get("layer_types")
-    used = "sliding_attention" in layers if layers else bool(raw.get("use_sliding_window"))
-    return raw.get("sliding_window") if used else None
+        default = None if family == "mixtral" else 4096
+    else:
+        types = _layer_types(path, raw)
+        if not ("sliding_attention" in types if types else raw.get("use_sliding_window")):
+            return None
+    return None if raw.get("sliding_window", default) is None else _count(path, raw, "sliding_window", default)
 
 
-def _sliding_layers(raw: Mapping[str, Any], family: str, count: int) -> tuple[int, ...]:
+def _sliding_layers(path: Path, raw: Mapping[str, Any], family: str, count: int) -> tuple[int, ...]:
     """The layers with a sliding window, in a model that has one, as transformers lays them."""
     every = range(count)
     if family in ("mistral", "mixtral", "qwen3_moe"):
         return tuple(every)
-    if types := raw.get("layer_types"):
+    if types := _layer_types(path, raw):
+        if len(types) != count:
+            raise UserError(f"{path}: layer_types has {len(types)} entries for {count} layers")
         return tuple(layer for layer in every if types[layer] == "sliding_attention")
     if family in GEMMA:  # the last of so many has none
-        pattern = 2 if family == "gemma2" else raw.get("sliding_window_pattern", 6)
+        pattern = 2 if family == "gemma2" else _count(path, raw, "sliding_window_pattern", 6)
         return tuple(layer for layer in every if (layer + 1) % pattern)
-    return tuple(range(raw.get("max_window_layers", 28), count))
+    first = raw.get("max_window_layers")
+    if not isinstance(first, int | None) or isinstance(first, bool) or (first or 0) < 0:
+        raise UserError(f"{path}: max_window_layers = {first!r}; must be an integer of at least 0")
+    return tuple(range(28 if first is None else first, count))
+
+
+def _layer_types(path: Path, raw: Mapping[str, Any]) -> list[str]:
+    """The kinds of attention by layer; empty where config.json does not list them."""
+    types = raw.get("layer_types")
+    if not isinstance(types, list | None) or not all(one in ATTENTION_TYPES for one in types or ()):
+        raise UserError(f"{path}: layer_types = {types!r}; must be a list of {' and '.join(ATTENTION_TYPES)}")
+    return types or []

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_spo.config.model_folder import shard_files
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert.lazy import Lazy
+from megatron_spo.convert.lazy import Lazy, empty
 from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
 from megatron_spo.model.checkpoint_files import Checkpoint
-from megatron_spo.model.hf_files import file_digest, shard_files, weights_digest
+from megatron_spo.model.hf_files import file_digest, weights_digest
 from megatron_spo.model.lora import check_base, sites
 from megatron_spo.model.tensors import Shape
 
@@ -40,7 +41,8 @@ class _Merged(Lazy):
     def fill(self, start: int, out: Tensor) -> None:
         self.weight.fill(start, out)
         a, b = self.a.rows(0, self.a.shape[0]), self.b.rows(start, start + len(out))
-        out.copy_(out.float() + self.scale * (b.float() @ a.float()))
+        total = torch.matmul(b.float(), a.float(), out=empty(tuple(out.shape), torch.float32))
+        out.copy_(total.mul_(self.scale).add_(out))
 
 
 def merged_tensors(

@@ -8,12 +8,12 @@ from pathlib import Path
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
 from megatron_spo.convert.forms import FORMS
-from megatron_spo.convert.source import Model, check_sums, open_model, same
+from megatron_spo.convert.source import Model, check_sums, open_model, same, sides_of
 from megatron_spo.convert.work import Job, write_shards
 from megatron_spo.errors import UserError
 from megatron_spo.model import hf_files
 from megatron_spo.model.checkpoint_files import Damaged, locate, open_checkpoint
-from megatron_spo.model.hf_files import copy_side_files, locate_model
+from megatron_spo.model.hf_files import locate_model
 
 
 def convert(source: Path, target: Path, to: str, *, verify: bool = False, workers: int = 1) -> list[str]:
@@ -40,8 +40,7 @@ def convert(source: Path, target: Path, to: str, *, verify: bool = False, worker
         raise UserError(f"--workers {workers}: at least one process must write")
     _check_free(target)
     if to == "peft":
-        to_peft(source, target)
-        return []
+        return to_peft(source, target)
     model = open_model(source)
     if verify and model.kind == "hf":
         check_sums(source)
@@ -70,8 +69,9 @@ def to_hf(source: Path, target: Path) -> None:
     convert(source, target, "hf")
 
 
-def to_peft(source: Path, target: Path) -> None:
-    """Write the adapters of a run directory or of one checkpoint as PEFT keeps them, with the tokenizer.
+def to_peft(source: Path, target: Path) -> list[str]:
+    """Write the adapters of a run directory or of one checkpoint as PEFT keeps them, with tokenizer and model card;
+    returns what the user should know.
 
     Raises:
         UserError: no checkpoint there, damaged, without adapters, or `target` exists and is not empty.
@@ -89,10 +89,9 @@ def to_peft(source: Path, target: Path) -> None:
         raise UserError(f"{source} was trained with all weights and has no adapters (lora.rank: 0); use --to hf")
     origin = locate_model(config["model"]["path"])
     with _new_folder(target) as folder:
-        copy_side_files(origin, folder)
-        if config["model"]["tokenizer"]:
-            copy_side_files(locate_model(config["model"]["tokenizer"]), folder)
+        notes = sides_of(checkpoint, origin, adapters=True).write(folder)
         write_peft(folder, checkpoint.path, read_model_shape(origin), lora, config["model"]["path"])
+    return [f"{target}: adapters of rank {lora.rank}", *notes]
 
 
 def _check_free(target: Path) -> None:

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-from megatron_spo.convert.card import model_card
+from megatron_spo.config.model_folder import CONFIG, INDEX
 from megatron_spo.convert.form import Record, Shard, filled
 from megatron_spo.convert.lazy import Lazy
 from megatron_spo.convert.safetensors_files import write_tensors
-from megatron_spo.convert.source import CONFIG, Model
-from megatron_spo.model.hf_files import INDEX, copy_side_files
+from megatron_spo.convert.source import Model
 
 
 class HuggingFace:
@@ -33,9 +32,5 @@ class HuggingFace:
             "weight_map": {name: file for file, record in records.items() for name in record["names"]},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        for side in model.sides:
-            copy_side_files(side, folder)
         (folder / CONFIG).write_text(model.config, encoding="utf-8")
-        if model.trained is not None:
-            (folder / "README.md").write_text(model_card(model.trained), encoding="utf-8")
-        return list(model.notes)
+        return [*model.notes, *model.sides.write(folder)]

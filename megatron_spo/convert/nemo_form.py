@@ -19,7 +19,6 @@ from megatron_spo.convert.form import Shard
 from megatron_spo.convert.source import Model
 from megatron_spo.convert.torch_dist import TorchDist
 from megatron_spo.errors import UserError
-from megatron_spo.model.hf_files import copy_side_files
 
 _MODELS = "nemo.collections.llm.gpt.model."
 _CONFIGS = {"mistral": "MistralConfig7B", "qwen3_moe": "Qwen3MoEConfig"}
@@ -41,12 +40,11 @@ class Nemo(TorchDist):
                             f"{', '.join(nemo.CLASSES)}; use --to hf or --to megatron")  # fmt: skip
         return super().shards(model, limit)
 
-    def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> None:
+    def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> list[str]:
         context = folder / "context"
         for name in ("nemo_tokenizer", "artifacts"):
             (context / name).mkdir(parents=True, exist_ok=True)
-        for side in model.sides:
-            copy_side_files(side, context / "nemo_tokenizer")
+        notes = model.sides.write(context / "nemo_tokenizer")
         _for_transformers_4(context / "nemo_tokenizer" / "tokenizer_config.json")
         generation = context / "nemo_tokenizer" / "generation_config.json"
         if generation.exists():
@@ -55,6 +53,7 @@ class Nemo(TorchDist):
         built = _model(model.shape, model.tensors["model.norm.weight"].dtype)
         (context / "model.yaml").write_text(yaml.safe_dump(_readable(built)), encoding="utf-8")
         (context / "io.json").write_text(json.dumps(_Fiddle().document(_context(built))), encoding="utf-8")
+        return notes
 
 
 def _for_transformers_4(path: Path) -> None:

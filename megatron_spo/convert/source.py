@@ -6,18 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.config.model_folder import (
+    CONFIG,
+    INDEX,
+    check_tied,
+    read_generation_config,
+    shard_files,
+    stored_tensors,
+)
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.schema import LoraConfig
 from megatron_spo.convert import nemo
+from megatron_spo.convert.card import model_card
 from megatron_spo.convert.lazy import Lazy, Picked, as_bytes
-from megatron_spo.convert.safetensors_files import read_tensors
+from megatron_spo.convert.safetensors_files import lazy
+from megatron_spo.convert.sides import Sides
 from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
 from megatron_spo.model.checkpoint_files import SEAL, Checkpoint, Damaged, checksum, locate, open_checkpoint, unchecked
-from megatron_spo.model.families import full_shape, left_out, mappings
-from megatron_spo.model.hf_files import INDEX, locate_model, shard_files
-
-CONFIG = "config.json"
+from megatron_spo.model.families import full_shape, mappings
+from megatron_spo.model.hf_files import locate_model, model_tensors
 
 
 @dataclass(frozen=True)
@@ -29,20 +37,18 @@ class Model:
         shape: its numbers.
         tensors: all of its tensors, by their Hugging Face names, in the order of the model.
         config: text of its config.json.
-        sides: folders with its tokenizer, chat template and generation config; a later one counts more.
+        sides: its tokenizer, chat templates, generation config, and whatever else goes with the weights.
         files: all that the tensors are read from.
         notes: what a conversion leaves out or undoes, for the user.
-        trained: the checkpoint that it is, where `kind` is "run".
     """
 
     kind: str
     shape: ModelShape
     tensors: Mapping[str, Lazy]
     config: str
-    sides: tuple[Path, ...]
+    sides: Sides
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
-    trained: Checkpoint | None = None
 
 
 def open_model(source: Path, *, check: bool = True) -> Model:
@@ -74,29 +80,13 @@ def _open_sealed(folder: Path, check: bool) -> Checkpoint:
 
 
 def _open_hf(folder: Path) -> Model:
-    shape, every = read_model_shape(folder), read_tensors(folder)
-    needless = left_out(every, shape, folder)
-    if "lm_head.weight" in needless:
-        _check_tied(folder, every)
-    files = tuple(shard_files(folder))
-    tensors = {}
-    for row in mappings(shape):
-        expected = row.transform.shapes(full_shape(row, shape, shape.vocab))
-        for name, size in zip(row.sources, expected, strict=True):
-            if name not in every:
-                raise UserError(f"{folder} lacks the tensor {name}, which its config.json calls for")
-            if every[name].shape != size:
-                raise UserError(f"{folder}: {name} has shape {every[name].shape}, but its config.json calls for {size}")
-            tensors[name] = every[name]
+    shape = read_model_shape(folder)
+    tensors, needless = model_tensors(folder, shape)
+    check_tied(folder, shape.raw, stored_tensors(folder))
+    read_generation_config(folder)
     notes = tuple(f"left out {name}, which the model computes from others" for name in needless)
-    return Model("hf", shape, tensors, (folder / CONFIG).read_text(encoding="utf-8"), (folder,), files, notes)
-
-
-def _check_tied(folder: Path, tensors: Mapping[str, Lazy]) -> None:
-    head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
-    if not same(head, embedding):
-        raise UserError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them "
-                        "(tie_word_embeddings); set that to false, or remove the tensor")  # fmt: skip
+    text, files = (folder / CONFIG).read_text(encoding="utf-8"), tuple(shard_files(folder))
+    return Model("hf", shape, lazy(tensors), text, Sides((folder,)), files, notes)
 
 
 def check_sums(folder: Path) -> None:
@@ -151,7 +141,7 @@ def _open_megatron(checkpoint: Checkpoint) -> Model:
     shape = read_model_shape(folder)
     tensors, notes = _stored_tensors(StoredTensors(folder), shape)
     text = (folder / CONFIG).read_text(encoding="utf-8")
-    return Model("megatron", shape, tensors, text, (folder,), tuple(sorted(folder.glob("*.distcp"))), notes)
+    return Model("megatron", shape, tensors, text, Sides((folder,)), tuple(sorted(folder.glob("*.distcp"))), notes)
 
 
 def _open_nemo(folder: Path) -> Model:
@@ -164,7 +154,32 @@ def _open_nemo(folder: Path) -> Model:
     shape = nemo.shape_of(text)
     tensors, notes = _stored_tensors(stored, shape)
     files = tuple(sorted((folder / "weights").glob("*.distcp")))
-    return Model("nemo", shape, tensors, text, nemo.side_folders(folder), files, notes)
+    return Model("nemo", shape, tensors, text, Sides(nemo.side_folders(folder)), files, notes)
+
+
+def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) -> Sides:
+    """The side files of what a run has trained: those of the model that it began with, in the folder `origin`, with the
+    template and the end tokens of its data, and a model card; `adapters`: the card is one for adapters alone.
+
+    Raises:
+        UserError: a file is not there any more.
+    """
+    config, record = checkpoint.record["config"], checkpoint.record
+    tokenizer = config["model"]["tokenizer"]
+    template = record.get("chat_template")
+    if template is None and (file := config["data"].get("chat_template")):  # a checkpoint of version 0.1
+        try:
+            template = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{checkpoint.path} was trained with data.chat_template {file}, which cannot be read "
+                            f"({error}); restore the file") from None  # fmt: skip
+    return Sides(
+        (origin,),
+        tokenizer=locate_model(tokenizer) if tokenizer else None,
+        chat_template=template,
+        ends=tuple(record.get("ends", ())),
+        card=model_card(checkpoint, origin, adapters=adapters),
+    )
 
 
 def _open_run(checkpoint: Checkpoint, check: bool) -> Model:
@@ -172,9 +187,7 @@ def _open_run(checkpoint: Checkpoint, check: bool) -> Model:
     origin = locate_model(config["model"]["path"])
     shape, lora = read_model_shape(origin), LoraConfig.model_validate(config["lora"])
     stored = StoredTensors(checkpoint.path)
-    sides: tuple[Path, ...] = (origin,)
-    if config["model"]["tokenizer"]:
-        sides += (locate_model(config["model"]["tokenizer"]),)
+    sides = sides_of(checkpoint, origin)
     files = tuple(sorted(checkpoint.path.glob("*.distcp")))
     raw: dict[str, Any] = dict(shape.raw)
     if lora.rank:
@@ -189,4 +202,4 @@ def _open_run(checkpoint: Checkpoint, check: bool) -> Model:
         tensors, notes = _stored_tensors(stored, shape)
         raw.pop("torch_dtype", None)
         raw["dtype"] = str(stored.dtype("decoder.final_layernorm.weight")).removeprefix("torch.")
-    return Model("run", shape, tensors, json.dumps(raw, indent=2) + "\n", sides, files, notes, checkpoint)
+    return Model("run", shape, tensors, json.dumps(raw, indent=2) + "\n", sides, files, notes)

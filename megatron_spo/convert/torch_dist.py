@@ -20,15 +20,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_spo.config.model_folder import CONFIG
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.topology import padded_vocabulary
 from megatron_spo.convert.form import Record, Shard, filled
 from megatron_spo.convert.lazy import Joined, Lazy
-from megatron_spo.convert.source import CONFIG, Model
+from megatron_spo.convert.source import Model
 from megatron_spo.errors import UserError
 from megatron_spo.model import checkpoint_files
 from megatron_spo.model.families import Mapping, full_shape, mappings
-from megatron_spo.model.hf_files import copy_side_files
 
 CHUNK_BYTES = 2**26
 """A tensor is stored in boxes of about this size at most, since torch.save needs one whole."""
@@ -90,19 +90,19 @@ class TorchDist:
         backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
         versions = {f"{name}_version": 1 for name in backends}
         (weights / "metadata.json").write_text(json.dumps(backends | versions))
-        self.finish_folder(folder, model, {Path(name).name: record["sum"] for name, record in records.items()})
-        notes, rows = list(model.notes), self.vocabulary(model.shape)
+        sums = {Path(name).name: record["sum"] for name, record in records.items()}
+        notes, rows = [*model.notes, *self.finish_folder(folder, model, sums)], self.vocabulary(model.shape)
         if rows != model.shape.vocab:
             notes.append(f"padded the vocabulary from {model.shape.vocab} to {rows} rows, which --to hf undoes")
         return notes
 
-    def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> None:
-        """Write what stands beside the torch_dist files; `sums` are their checksums."""
-        for side in model.sides:
-            copy_side_files(side, folder)
+    def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> list[str]:
+        """Write what stands beside the torch_dist files, whose checksums are `sums`; returns what to know of it."""
+        notes = model.sides.write(folder)
         (folder / CONFIG).write_text(model.config, encoding="utf-8")
         torch.save({}, folder / "common.pt")
         checkpoint_files.seal(folder, {}, {"model": model.shape.family}, sums)
+        return notes
 
     def _boxes(self, row: Mapping, model: Model) -> Iterator[_Box]:
         sources = [model.tensors[name] for name in row.sources]

@@ -44,6 +44,7 @@ class TokenizedSet:
 
     tokens, chosen_tokens, rejected_tokens   int64 [n]: packed tokens (prefix counted once); scored tokens
     prompt_tokens, shared_tokens             int64 [n]: of the prompt, and of what both sequences begin with
+    last_tokens                              int32 [n]: id of the token that the chosen response ends with
     row_hashes                               uint64 [n]: of token ids and prompt length
     source                                   int32 [n]: index of the source
     source_sizes, weights                    of each source: usable rows, weight in an epoch
@@ -68,6 +69,9 @@ class TokenizedSet:
         self.prompt_tokens = self._column("prompt_length").astype(np.int64)
         self.shared_tokens = self._column("shared").astype(np.int64)
         self.row_hashes = self._column("row_hash")
+        self.last_tokens = np.concatenate(
+            [source.last_tokens()[rows] for source, rows in zip(self._sources, self._rows, strict=True)]
+        )
         self.has_rejected = self._one_kind()
         self.fingerprint = hashlib.sha256(self.row_hashes.tobytes()).hexdigest()[:32]
         self.dropped = [Dropped(source.label, *problem) for source in sources for problem in source.problems()]

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def tokenize_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Row, list[int]]]:
-    """Of each row in a file of JSON lines the row and the token ids of its prompt, those of the training row.
+def tokenize_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, Row, list[int]]]:
+    """For each row of a JSON lines file: where it is ("FILE line N"), the row, and the token ids of its prompt, which
+    are those of the training row.
 
     A row whose prompt is implicit gets it as a key of its own, and loses it from `chosen` and `rejected`.
 
@@ -31,7 +32,7 @@ def tokenize_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator
             ids = rows.prompt_ids(pair)
         except RowProblem as problem:
             raise problem.at(path, line) from problem
-        yield explicit(row, pair), ids
+        yield f"{path} line {line}", explicit(row, pair), ids
 
 
 def explicit(row: Row, pair: Pair) -> Row:

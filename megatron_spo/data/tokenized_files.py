@@ -73,6 +73,10 @@ class TokenizedSource:
         """A scalar column [n] as a numpy array."""
         return np.asarray(self._table.column(name).to_numpy())
 
+    def last_tokens(self) -> NDArray[np.int32]:
+        """[n]: id of the token that the chosen response of each usable row ends with; 0 for the others."""
+        return self._chosen.last()
+
     def example(self, row: int) -> Example:
         """Token ids of a usable row (views of the mapped file)."""
         return Example(self._chosen[row], self._rejected[row], int(self._prompt[row]), int(self._shared[row]))
@@ -94,6 +98,16 @@ class _Lists:
         self._chunks = [
             (chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=True)) for chunk in column.chunks
         ]
+
+    def last(self) -> NDArray[np.int32]:
+        """The last number of each list, 0 where it is empty."""
+        parts = []
+        for offsets, values in self._chunks:
+            filled = offsets[1:] > offsets[:-1]
+            part = np.zeros(len(filled), dtype=np.int32)
+            part[filled] = values[offsets[1:][filled] - 1]
+            parts.append(part)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def __getitem__(self, row: int) -> NDArray[np.int32]:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -1,12 +1,18 @@
 """`megatron-spo evaluate`: its options, and what they start. `--help` imports nothing that it computes with."""
 
+from __future__ import annotations
+
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_spo.errors import UserError
 from megatron_spo.output import write_whole
+
+if TYPE_CHECKING:
+    from megatron_spo.evaluate.limits import Limits
 
 MODES = {
     "ANSWERS": {"answers", "alpaca_eval", "generator"},
@@ -80,21 +86,17 @@ def _answers(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
-    from megatron_spo.config.model_shape import read_model_shape
     from megatron_spo.config.schema import DataConfig, DataSource
     from megatron_spo.data.dataset import build_dataset
     from megatron_spo.data.tokenize import load_tokenizer
     from megatron_spo.evaluate.generate import load_model
+    from megatron_spo.evaluate.limits import limits_of
     from megatron_spo.evaluate.pairs import score_pairs
 
-    model = load_model(options.model)
-    reference = load_model(options.reference) if options.reference else None
+    folders = [options.model, *([options.reference] if options.reference else [])]
+    limits = [limits_of(folder) for folder in folders]
     source = DataSource(path=options.pairs)
-    limit = options.max_length
-    if limit is None:
-        limit = min(2048, read_model_shape(str(options.model)).max_positions)
-    if limit < 2:
-        raise UserError(f"evaluate: --max-length is {limit}, it must be at least 2")
+    limit = _pairs_limit(options.max_length, limits)
     data = DataConfig(
         train=[source],
         max_length=limit,
@@ -102,11 +104,27 @@ def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
         bad_rows=options.bad_rows or "error",
     )
     dataset = build_dataset([source], data, load_tokenizer(str(options.model)))
-    scores = score_pairs(model, reference, dataset, options.batch_size or BATCH_SIZE)
+    for one in limits:
+        one.check_pairs(dataset)
+    models = [load_model(folder) for folder in folders]
+    scores = score_pairs(models[0], models[1] if options.reference else None, dataset, options.batch_size or BATCH_SIZE)
     dropped = [vars(row) for row in dataset.dropped]
     found = {"model": str(options.model), "reference": options.reference and str(options.reference),
              "pairs": options.pairs, "dropped": dropped, **scores.as_json()}  # fmt: skip
     return scores.table() + (f"\n{len(dropped)} rows dropped" if dropped else ""), found
+
+
+def _pairs_limit(asked: int | None, limits: Sequence[Limits]) -> int:
+    """Tokens of a pair's longer side: what was asked for, or what all models have positions for."""
+    shortest = min(limits, key=lambda one: one.positions)
+    if asked is None:
+        return min(2048, shortest.positions)
+    if asked < 2:
+        raise UserError(f"evaluate: --max-length is {asked}, it must be at least 2")
+    if asked > shortest.positions:
+        raise UserError(f"evaluate: --max-length {asked} exceeds the context of {shortest.positions} tokens of the "
+                        f"model in {shortest.folder}; set --max-length to {shortest.positions} at most")  # fmt: skip
+    return asked
 
 
 def _tasks(options: argparse.Namespace) -> tuple[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -25,9 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from megatron_spo.config.model_folder import check_folder, is_needless, shard_files
 from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
+from megatron_spo.evaluate.limits import limits_of
 from megatron_spo.output import write_whole
 
 ROOM_FOR_WEIGHTS = 0.7
@@ -81,7 +82,8 @@ def generate_file(
     sampling = Sampling(**sampled)
     folder = Path(model_dir)
     tokenizer = load_tokenizer(folder)
-    rows, prompts = zip(*tokenize_prompts(Path(prompts_file), tokenizer), strict=True)
+    places, rows, prompts = zip(*tokenize_prompts(Path(prompts_file), tokenizer), strict=True)
+    limits_of(folder).check_prompts(prompts, sampling.max_new_tokens, places)
     responses = generate_by(engine, folder, tokenizer, prompts, sampling, batch_size)
     for row, answers in zip(rows, responses, strict=True):
         row["responses"] = [answer.text for answer in answers]
@@ -124,21 +126,29 @@ def _check_folder(folder: Path) -> None:
 def load_model(folder: Path) -> Any:
     """The transformers model of an HF folder: on the GPU, over all of them where one is too small, or on the CPU.
 
-    Raises UserError where it is none.
+    Raises UserError where it is none, or holds other weights than its config.json calls for.
     """
     _check_folder(folder)
+    check_folder(folder)
     transformers_logging.disable_progress_bar()
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    place = placement(sum(file.stat().st_size for file in folder.glob("*.safetensors")), gpus)
+    place = placement(sum(file.stat().st_size for file in shard_files(folder)), gpus)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, device_map=place
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers raises for a folder that it cannot read
         raise _does_not_load(folder, error) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+        raise UserError(
+            f"{folder} lacks the tensor {missing[0]}, which its config.json calls for ({len(missing)} such)"
+        )
+    if stray := sorted(name for name in info["unexpected_keys"] if not is_needless(name, tied=False)):
+        raise UserError(f"{folder} holds {stray[0]}, which a model of its config.json does not have ({len(stray)} such "
+                        "tensors); take the model as it is on the hub")  # fmt: skip
+    if wrong := sorted(str(one) for one in info["mismatched_keys"]):
+        raise UserError(f"{folder}: {wrong[0]} has another shape than its config.json calls for ({len(wrong)} such)")
     return (model if place else model.to("cuda" if gpus else "cpu")).eval()
 
 
@@ -157,7 +167,7 @@ def placement(weights: int, gpus: Sequence[int]) -> str | None:
 
 
 def _does_not_load(folder: Path, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(f"{folder} does not load as a Hugging Face model: {reason}")
 
 

@@ -91,7 +91,8 @@ def seal(folder: Path, state: dict[str, Any], record: dict[str, Any], sums: dict
         state, record: as in `Checkpoint`.
         sums: checksums that are known already, by file name; those of other files are computed.
     """
-    files = {path.name: sums.get(path.name) or checksum(path) for path in sorted(folder.iterdir())}
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: sums.get(name) or checksum(path) for name, path in paths.items()}
     body = {"format": FORMAT, "state": state, "record": record, "files": files}
     write_durably(folder / SEAL, json.dumps({**body, "checksum": _digest(body)}, indent=1))
 
@@ -140,7 +141,7 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool
         Damaged
     """
     content = _read_seal(folder)
-    if stray := sorted(name for name in content["files"] if Path(name).name != name):
+    if stray := sorted(name for name in content["files"] if Path(name).is_absolute() or ".." in Path(name).parts):
         raise Damaged(f"{folder / SEAL} names {stray[0]!r}, which lies outside of the folder")
     for name, expected in content["files"].items():
         if not (folder / name).is_file():

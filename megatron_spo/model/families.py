@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_spo.config.model_folder import is_needless
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.errors import UserError
 from megatron_spo.model.tensors import Concatenate, Copy, GroupedQKV, PaddedVocabulary, Transform
@@ -135,7 +136,7 @@ def left_out(names: Iterable[str], shape: ModelShape, folder: Path) -> list[str]
     """
     known = {name for row in mappings(shape) for name in row.sources}
     others = sorted(set(names) - known)
-    needless = {n for n in others if n.endswith("rotary_emb.inv_freq") or (shape.tied and n == "lm_head.weight")}
+    needless = {name for name in others if is_needless(name, tied=shape.tied)}
     if stray := [name for name in others if name not in needless]:
         raise UserError(f"{folder} holds {stray[0]}, which a {shape.family} model of its config.json does "
                         f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "

@@ -1,22 +1,32 @@
-"""Hugging Face model folders: find them, read slices of their tensors, fingerprint and write them."""
+"""Hugging Face model folders: find them, read slices of their tensors, and fingerprint them."""
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_spo.config.model_folder import (
+    FLOATS,
+    StoredTensor,
+    check_numbers,
+    check_tied,
+    read_generation_config,
+    stored_tensors,
+)
+from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.errors import UserError
+from megatron_spo.model.families import full_shape, left_out, mappings
 from megatron_spo.model.tensors import LazyTensor
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30
-_SIDE_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
-               "chat_template*", "added_tokens.json")  # fmt: skip
+DTYPES = dict(zip(FLOATS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
+"""What a model folder needs of a repository of the hub."""
 
 
 def locate_model(path: str) -> Path:
@@ -32,7 +42,7 @@ def locate_model(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(path, allow_patterns=_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.path {path!r} is neither a folder nor a model that could be fetched from the hub "
@@ -40,66 +50,73 @@ def locate_model(path: str) -> Path:
         ) from error
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, sorted.
+def model_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of a model folder, in the model's order, and the names of those that it does not need.
 
     Raises:
-        UserError: none there, or one that the index names is missing.
+        UserError: a file is damaged, or a tensor is missing, belongs to no part of the model, or has another shape or
+            type of numbers than config.json calls for.
     """
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if stray := [name for name in names if Path(name).name != name]:
-            raise UserError(
-                f"{index} names {stray[0]!r}, which lies outside of the folder; copy the model folder again"
-            )
-        if absent := [name for name in names if not (folder / name).exists()]:
-            raise UserError(f"{index} names {absent[0]}, which is not there; copy the whole model folder")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if (folder / ".metadata").exists():
-        raise UserError(f"{folder} is a Megatron model folder; model.path must be a Hugging Face one, of which each "
-                        f"rank reads its part: megatron-spo convert {folder} DST --to hf")  # fmt: skip
-    raise UserError(f"{folder} holds no safetensors weights (model.safetensors or {INDEX}); set model.init=random "
-                    "to start from random weights, or save the model with transformers' save_pretrained")  # fmt: skip
+    every = stored_tensors(folder)
+    needless = left_out(every, shape, folder)
+    tensors = {}
+    for row in mappings(shape):
+        expected = row.transform.shapes(full_shape(row, shape, shape.vocab))
+        for name, size in zip(row.sources, expected, strict=True):
+            if name not in every:
+                raise UserError(f"{folder} lacks the tensor {name}, which its config.json calls for")
+            found = every[name]
+            if found.shape != size:
+                raise UserError(f"{folder}: {name} has shape {found.shape}, but its config.json calls for {size}")
+            check_numbers(name, found)
+            tensors[name] = found
+    return tensors, needless
+
+
+def check_weights(folder: Path, shape: ModelShape) -> None:
+    """Make sure, before anything is computed, that a folder holds this model and that transformers would load the same.
+
+    Raises:
+        UserError: as `model_tensors`; or the head is another one than config.json says; or transformers refuses
+            config.json.
+    """
+    model_tensors(folder, shape)
+    check_tied(folder, shape.raw, stored_tensors(folder))
+    read_generation_config(folder)
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever its validation raises
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}/config.json is refused by transformers: {reason}") from error
 
 
 class HFWeights:
-    """The tensors of a model folder, opened lazily: only the slices asked for are read."""
+    """The tensors of a model folder, opened lazily: only the slices asked for are read.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._handles: list[Any] = []
-        self._where: dict[str, Any] = {}
-        for path in shard_files(folder):
+    Raises:
+        UserError: as `model_tensors`.
+    """
+
+    def __init__(self, folder: Path, shape: ModelShape) -> None:
+        self._handles: dict[Path, Any] = {}
+        self._where, _ = model_tensors(folder, shape)
+        for path in {tensor.file for tensor in self._where.values()}:
             try:
-                handle = safe_open(path, framework="pt")
-            except SafetensorError as error:
+                self._handles[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
-            self._handles.append(handle)
-            self._where.update(dict.fromkeys(handle.keys(), handle))
 
     def __enter__(self) -> "HFWeights":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._handles.clear()
-        self._where.clear()
-
-    def names(self) -> set[str]:
-        """Names of all tensors in the folder."""
-        return set(self._where)
 
     def slice(self, name: str) -> LazyTensor:
-        """One tensor, unread.
-
-        Raises:
-            UserError: the folder does not hold it.
-        """
-        if name not in self._where:
-            raise UserError(f"{self.folder} lacks the tensor {name}, which its config.json calls for")
-        return self._where[name].get_slice(name)
+        """One tensor, unread."""
+        return self._handles[self._where[name].file].get_slice(name)
 
 
 def file_digest(path: Path) -> str:
@@ -114,10 +131,3 @@ def weights_digest(raw: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     for name, content in sorted(digests.items()):
         digest.update(f"{name} {content}".encode())
     return digest.hexdigest()
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what comes along with the weights: tokenizer, chat template and generation config."""
-    for pattern in _SIDE_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, target / path.name)

@@ -13,9 +13,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_spo.config.model_shape import ModelShape
-from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
-from megatron_spo.model.families import Mapping, left_out, mappings
+from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.model.hf_files import HFWeights
 from megatron_spo.model.tensors import PaddedVocabulary
 
@@ -42,17 +41,11 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
     """Fill the model from a Hugging Face folder; only this rank's slices are read.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or belongs to no part of the model.
+        UserError: as `hf_files.model_tensors`.
     """
-    with HFWeights(folder) as weights:
-        left_out(weights.names(), shape, folder)
+    with HFWeights(folder, shape) as weights:
         for row, tensor, index in local_tensors(model, shape):
             sources = [weights.slice(name) for name in row.sources]
-            expected = row.transform.shapes(tuple(tensor.global_shape[tensor.prepend_axis_num :]))
-            for name, source, shape_expected in zip(row.sources, sources, expected, strict=True):
-                if tuple(source.get_shape()) != shape_expected:
-                    raise UserError(f"{folder}: {name} has shape {tuple(source.get_shape())}, but its config.json "
-                                    f"calls for {shape_expected}")  # fmt: skip
             tensor.data.copy_(row.transform.read(sources, index).view(tensor.data.shape))
 
 

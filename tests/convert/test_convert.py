@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.cli import main
+from megatron_spo.config.model_folder import shard_files
 from megatron_spo.convert import lazy, torch_dist, work
 from megatron_spo.convert.export import convert
 from megatron_spo.convert.hf_form import HuggingFace
@@ -214,7 +215,11 @@ QUERY, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
         ({QUERY: torch.ones(32, 31)}, {}, r"q_proj.weight has shape \(32, 31\)"),
         ({QUERY: torch.ones(32, 32).bfloat16()}, {}, "q_proj.weight is in torch.bfloat16 and .*v_proj"),
         ({"model.layers.1.self_attn.o_proj.weight": torch.ones(32, 32).bfloat16()}, {}, "linear_proj.weight"),
-        ({QUERY: torch.ones(32, 32).to(torch.float8_e4m3fn)}, {}, "q_proj.weight is in F8_E4M3, which is not built"),
+        (
+            {QUERY: torch.ones(32, 32).to(torch.float8_e4m3fn)},
+            {},
+            "q_proj.weight is in F8_E4M3, which is not supported",
+        ),
         ({}, {"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
         ({}, {"model_type": "gpt2"}, "'gpt2' is not built"),
     ],
@@ -289,7 +294,7 @@ def test_megatron_loads_it(tmp_path: Path) -> None:
 def test_training_names_the_remedy(tmp_path: Path, model: Path) -> None:
     convert(model, tmp_path / "megatron", "megatron")
     with pytest.raises(UserError, match="is a Megatron model folder; .* --to hf"):
-        hf_files.shard_files(tmp_path / "megatron")
+        shard_files(tmp_path / "megatron")
 
 
 MEASURE = """

@@ -144,7 +144,7 @@ def test_generate_feeds_the_prompts_of_the_training_rows(tmp_path: Path, monkeyp
     assert again.fingerprint == trained.fingerprint
     assert main(["evaluate", str(tmp_path / "out.jsonl"), str(tmp_path / "out.jsonl")]) == 0
     sft = [{"messages": [*talk, *chat("assistant: b")]}, {"messages": talk}]
-    prompts = [ids for _, ids in tokenize_prompts(lines(tmp_path / "sft.jsonl", sft), tokenizer)]
+    prompts = [ids for _, _, ids in tokenize_prompts(lines(tmp_path / "sft.jsonl", sft), tokenizer)]
     assert prompts == [prompt_of(tokenize(sft[0], tokenizer))] * 2
 
 

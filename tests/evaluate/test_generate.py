@@ -155,7 +155,7 @@ def test_wrong_folders_and_options(model_dir: Path, prompts: Path, tmp_path: Pat
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path, "not a Hugging Face model folder"),
         (run, "convert it first"),
-        (damaged, "does not load"),
+        (damaged, "is damaged"),
     ):
         with pytest.raises(UserError, match=message):
             generate_file(folder, prompts, out)

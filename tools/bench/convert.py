@@ -2,7 +2,7 @@
 
 A random Llama in several files is made first. Each way runs in a process of its own, which reports its seconds without
 the start of Python and the largest memory that it (and any worker of it) ever held. The ways take turns; the figure is
-the median over the rounds:
+the median over the rounds, of the memory the least and the most:
 
     copy         every file read and written in blocks, one after another, and fsync
     import       Hugging Face -> Megatron
@@ -31,6 +31,7 @@ from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.convert.export import convert
 from megatron_spo.convert.hf_form import HuggingFace
 from megatron_spo.convert.lazy import Lazy
+from megatron_spo.convert.sides import Sides
 from megatron_spo.convert.source import Model
 from megatron_spo.model import hf_files
 from megatron_spo.model.families import full_shape, mappings
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way [%(default)s]")
     parser.add_argument("--layers", type=int, default=14, help="of width 2048; 14 make 2.4 GB in all [%(default)s]")
     parser.add_argument("--workers", type=int, default=2, help="processes in the last two ways [%(default)s]")
+    parser.add_argument("--ways", nargs="+", default=[], help="only those whose names begin so [all]")
     parser.add_argument("--folder", type=Path, default=None, help="where to write [the system's temporary folder]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -72,17 +74,19 @@ def main() -> None:
             f"import, {several}": (convert_with, (folder / "hf", folder / "out", "megatron", options.workers)),
             f"export, {several}": (convert_with, (folder / "megatron", folder / "out", "hf", options.workers)),
         }
-        results: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
+        chosen = [way for way in ways if way == "copy" or not options.ways or way.startswith(tuple(options.ways))]
+        results: dict[str, list[tuple[float, int]]] = {way: [] for way in chosen}
         for _ in range(options.rounds):
-            for way, (function, arguments) in ways.items():
+            for way in chosen:
+                function, arguments = ways[way]
                 results[way].append(measured(function, *arguments))
                 shutil.rmtree(folder / "out")
     plain = statistics.median(seconds for seconds, _ in results["copy"])
-    print(f"{size / 2**30:.2f} GiB{'seconds':>21s}{'MiB/s':>10s}{'of copy':>10s}{'peak MiB':>10s}")
+    print(f"{size / 2**30:.2f} GiB{'seconds':>21s}{'MiB/s':>10s}{'of copy':>10s}{'peak MiB':>12s}")
     for way, figures in results.items():
         seconds = statistics.median(seconds for seconds, _ in figures)
-        peak = max(peak for _, peak in figures) / 2**20
-        print(f"{way:20s}{seconds:10.2f}{size / seconds / 2**20:10.0f}{plain / seconds:10.0%}{peak:10.0f}")
+        low, high = (pick(peak for _, peak in figures) / 2**20 for pick in (min, max))
+        print(f"{way:20s}{seconds:10.2f}{size / seconds / 2**20:10.0f}{plain / seconds:10.0%}{low:6.0f}-{high:.0f}")
 
 
 def make_model(folder: Path, layers: int) -> int:
@@ -98,7 +102,7 @@ def make_model(folder: Path, layers: int) -> int:
         for row in mappings(shape)
         for name, size in zip(row.sources, row.transform.shapes(full_shape(row, shape, shape.vocab)), strict=True)
     }
-    model = Model("hf", shape, tensors, (folder / "config.json").read_text(), (), ())
+    model = Model("hf", shape, tensors, (folder / "config.json").read_text(), Sides(()), ())
     shards = form.shards(model, 2**29)
     form.finish(folder, model, {shard.name: form.write(folder / shard.name, shard.items) for shard in shards})
     return sum(tensor.nbytes for tensor in tensors.values())

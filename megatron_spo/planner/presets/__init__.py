@@ -8,6 +8,7 @@ google/gemma-3-12b-it and google/gemma-3-27b-it with what transformers assumes f
 
 from pathlib import Path
 
+from megatron_spo.config.model_folder import check_folder, has_weights
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.errors import UserError
 
@@ -19,9 +20,11 @@ def shape_of(model: str) -> ModelShape:
     """The shape of a model folder, of a preset, or of a hub id whose name begins with that of a preset.
 
     Raises:
-        UserError: none of these.
+        UserError: none of these, or the folder's files are not as they must be.
     """
     if Path(model).is_dir():
+        if has_weights(Path(model)):
+            check_folder(Path(model))
         return read_model_shape(model)
     name = model.rpartition("/")[2].lower().removeprefix("meta-")
     for preset in PRESETS:

@@ -1,0 +1,282 @@
+"""The one reader of Hugging Face model folders: which files hold the weights, and where each tensor stands in them.
+
+A folder is read as transformers reads it. Where transformers would fail, or two programs would take different weights
+from the same folder, it is refused, and the message names the file and the remedy. Weights are not loaded: only the
+headers of the safetensors files are read, and two tensors are compared where `tie_word_embeddings` says they are one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_spo.errors import UserError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+GEMMA = ("gemma2", "gemma3_text")
+"""Families whose embeddings are tied unless config.json says otherwise."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of numbers that weights may be in, by safetensors' names."""
+_MAX_HEADER = 100_000_000  # bytes; the format's own bound
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+         "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64, "F4": 4}  # fmt: skip
+_BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Bytes `start` to `stop` of a file; `dtype` has safetensors' name ("BF16")."""
+
+    file: Path
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that must hold an object.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or holds something else. FileNotFoundError is left to the caller.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: missing, torn, without a model type, or it names other weight files than the usual ones.
+    """
+    path = folder / CONFIG
+    try:
+        raw = read_json_object(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; model.path must be a folder in Hugging Face format, with config.json"
+        ) from None
+    if not isinstance(raw.get("model_type"), str):
+        raise UserError(
+            f"{path}: model_type = {raw.get('model_type')!r}; must name the model's family, as 'llama' does"
+        )
+    if raw.get("transformers_weights") is not None:
+        raise UserError(f"{path}: transformers_weights = {raw['transformers_weights']!r} is not supported; name the "
+                        f"file {WEIGHTS} or list it in {INDEX}, and remove the key")  # fmt: skip
+    if not isinstance(raw.get("tie_word_embeddings", False), bool | None):
+        raise UserError(f"{path}: tie_word_embeddings = {raw['tie_word_embeddings']!r}; must be true or false")
+    return raw
+
+
+def is_tied(raw: Mapping[str, Any]) -> bool:
+    """Whether the head of a model with this config.json is its embedding."""
+    return bool(raw.get("tie_word_embeddings", raw["model_type"] in GEMMA))
+
+
+def check_folder(folder: Path) -> None:
+    """Everything that can be checked of a folder of any family without loading it.
+
+    Raises:
+        UserError: config.json, generation_config.json, or the files of the weights are not as they must be.
+    """
+    raw = read_config(folder)
+    read_generation_config(folder)
+    tensors = stored_tensors(folder)
+    check_tied(folder, raw, tensors)
+    if not raw.get("quantization_config"):
+        for name, tensor in tensors.items():
+            if name.endswith(".weight"):
+                check_numbers(name, tensor)
+
+
+def check_numbers(name: str, tensor: StoredTensor) -> None:
+    """Refuse a tensor of other numbers than floating-point ones of at least 16 bits.
+
+    Raises:
+        UserError
+    """
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{tensor.file}: {name} is in {tensor.dtype}, which is not supported; supported are "
+                        f"{', '.join(FLOATS)}")  # fmt: skip
+
+
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """generation_config.json, or None where there is none.
+
+    Raises:
+        UserError: it is torn, or its eos_token_id is neither a token id nor a list of them.
+    """
+    path = folder / GENERATION_CONFIG
+    try:
+        content = read_json_object(path)
+    except FileNotFoundError:
+        return None
+    token_ids(content.get("eos_token_id"), f"{path}: eos_token_id")
+    return content
+
+
+def token_ids(value: Any, what: str) -> list[int]:
+    """The token ids of an `eos_token_id`: None, one, or a list.
+
+    Raises:
+        UserError: it is something else; `what` names it.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise UserError(f"{what} = {value!r}; must be a token id or a list of token ids")
+    return list(ids)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, or the index of some, and not config.json alone."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted.
+
+    Raises:
+        UserError: there are none, the index cannot be read or names absent files, or there are two sets of weights.
+    """
+    whole, index = folder / WEIGHTS, folder / INDEX
+    if index.exists():
+        names = sorted(set(_weight_map(index).values()))
+        if whole.exists() and names != [WEIGHTS]:
+            raise UserError(
+                f"{folder} holds two sets of weights: {WEIGHTS}, which transformers would read, and those that {INDEX} "
+                f"names ({names[0]}, ...), which other programs read; remove the set that is not the model"
+            )
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(f"{index} names {absent[0]}, which is not there; copy the whole model folder")
+        return [folder / name for name in names]
+    if whole.exists():
+        return [whole]
+    if (folder / ".metadata").exists():
+        raise UserError(f"{folder} is a Megatron model folder; model.path must be a Hugging Face one, of which each "
+                        f"rank reads its part: megatron-spo convert {folder} DST --to hf")  # fmt: skip
+    raise UserError(f"{folder} holds no safetensors weights ({WEIGHTS} or {INDEX}); set model.init=random "
+                    "to start from random weights, or save the model with transformers' save_pretrained")  # fmt: skip
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Names of the tensors -> names of their files, by the index."""
+    content = read_json_object(index)
+    for key in ("metadata", "weight_map"):
+        if not isinstance(content.get(key), dict):
+            raise UserError(f"{index}: {key!r} must be a JSON object, without which transformers does not read the "
+                            "index; copy or download it again")  # fmt: skip
+    names = content["weight_map"]
+    if not names:
+        raise UserError(f"{index} names no tensor; copy or download it again")
+    for tensor, file in names.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(
+                f"{index} places {tensor} in {file!r}, which is no file of the folder; copy the model folder again"
+            )
+    return names
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a model folder stands, by name.
+
+    Raises:
+        UserError: a file is damaged, a tensor is in two files, or the index promises one that is not in its file.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in shard_files(folder):
+        for name, tensor in _header(file).items():
+            if name in found:
+                raise UserError(f"{folder}: {name} is in both {found[name].file.name} and {file.name}, and programs "
+                                "differ in which one they take; copy or save the model again")  # fmt: skip
+            found[name] = tensor
+    if (folder / INDEX).exists():
+        for name, where in _weight_map(folder / INDEX).items():
+            if (name not in found or found[name].file.name != where) and not is_needless(name, tied=True):
+                raise UserError(f"{folder / INDEX} places {name} in {where}, which does not hold it; copy or download "
+                                "the model folder again")  # fmt: skip
+    return found
+
+
+def is_needless(name: str, *, tied: bool) -> bool:
+    """Whether a tensor of a folder is one that models compute from others, so that it does not matter."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == HEAD)
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, which must be whole."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header would take {length} of its {size} bytes")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(file, 8 + length, entry) for name, entry in header.items()}
+        end = _end(tensors.values(), 8 + length)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); copy or download it again") from None
+    if size != end:
+        raise UserError(f"{file} has {size} bytes instead of {end}; copy or download it again")
+    return tensors
+
+
+def _stored(file: Path, begin: int, entry: dict[str, Any]) -> StoredTensor:
+    (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+    if not all(isinstance(one, int) and one > 0 for one in shape):
+        raise ValueError(f"its header has {entry}")
+    if entry["dtype"] in _BITS and (stop - start) * 8 != prod(shape) * _BITS[entry["dtype"]]:
+        raise ValueError(f"its header has {entry}, whose bytes are not those of its shape")
+    return StoredTensor(file, begin + start, begin + stop, entry["dtype"], shape)
+
+
+def _end(tensors: Iterable[StoredTensor], begin: int) -> int:
+    """Where the last tensor ends; they follow each other without a gap."""
+    at = begin
+    for tensor in sorted(tensors, key=lambda one: (one.start, one.stop)):
+        if tensor.start != at or tensor.stop < at:
+            raise ValueError("its tensors overlap or leave a gap")
+        at = tensor.stop
+    return at
+
+
+def check_tied(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a folder whose config.json ties the head to the embedding, and which has another head.
+
+    transformers (5.24) does not tie then, other programs do.
+
+    Raises:
+        UserError
+    """
+    if is_tied(raw) and HEAD in tensors and EMBEDDING in tensors and not _same(tensors[HEAD], tensors[EMBEDDING]):
+        raise UserError(f"{folder}: {HEAD} differs from {EMBEDDING}, but config.json ties them (tie_word_embeddings); "
+                        "set that to false, or remove the tensor")  # fmt: skip
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.stop - one.start
+        while left:
+            block = first.read(min(left, _BLOCK))
+            if not block or block != second.read(len(block)):
+                return False
+            left -= len(block)
+    return True
