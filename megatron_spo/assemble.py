@@ -20,6 +20,7 @@ from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.reference_store import ReferenceFingerprint
 from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
+from megatron_spo.evaluate.limits import Limits, config_of
 from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.experts import freeze_routers
 from megatron_spo.model.hf_files import check_weights, file_digest, locate_model, weights_digest
@@ -96,6 +97,7 @@ def _read_sources(config: Config, *, is_main: bool) -> Sources:
     shape, progress = read_model_shape(folder), is_main and config.logging.progress
     if is_main and config.model.init != "random":
         check_weights(folder, shape)
+        config_of(folder)
     if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
         raise UserError("\n".join(broken))
     tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)
@@ -110,17 +112,8 @@ def _read_sources(config: Config, *, is_main: bool) -> Sources:
     sources = Sources(folder, shape, tokenizer, build(config.data.train), sft, evals)
     if len(tokenizer) > shape.vocab:  # common and harmless, unless the data has the tokens beyond
         for dataset in sources.named_sets().values():
-            _check_token_ids(dataset, shape.vocab)
+            Limits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)
     return sources
-
-
-def _check_token_ids(dataset: TokenizedSet, vocab: int) -> None:
-    for index in range(len(dataset)):
-        example = dataset.get(index)
-        highest = max(example.chosen_ids.max(), example.rejected_ids.max(initial=0))
-        if highest >= vocab:
-            raise UserError(f"{dataset.describe(index)}: token {highest} is beyond the model's vocabulary of {vocab}; "
-                            "the tokenizer belongs to another model (model.tokenizer)")  # fmt: skip
 
 
 def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list[str]:

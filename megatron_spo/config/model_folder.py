@@ -61,15 +61,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        UserError: missing, torn, without a model type, or it names other weight files than the usual ones.
+        UserError: the folder or the file is missing, or it is torn, without a model type, or names other weight files
+            than the usual ones.
     """
     path = folder / CONFIG
     try:
         raw = read_json_object(path)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; model.path must be a folder in Hugging Face format, with config.json"
-        ) from None
+        if not folder.is_dir():
+            raise UserError(f"model folder {folder} does not exist") from None
+        is_run = (folder / "checkpoints").is_dir()
+        hint = f"; convert it first: megatron-spo convert {folder} DST --to hf" if is_run else ""
+        raise UserError(f"{path}: no such file; {folder} is not a Hugging Face model folder{hint}") from None
     if not isinstance(raw.get("model_type"), str):
         raise UserError(
             f"{path}: model_type = {raw.get('model_type')!r}; must name the model's family, as 'llama' does"

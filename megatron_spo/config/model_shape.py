@@ -19,6 +19,8 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """What is built -> the numbers that it needs."""
+MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000
+"""More than any model has: a number beyond is a mistake, and the table of tensors would fill the memory."""
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers within a layer, under Hugging Face's names."""
@@ -129,7 +131,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     theta, scaling, local_theta = _rope(path, raw, family)
-    layers = _count(path, raw, "num_hidden_layers")
+    layers = _count(path, raw, "num_hidden_layers", most=MOST_LAYERS)
     window = _sliding_window(path, raw, family)
     return ModelShape(
         family=family,
@@ -189,7 +191,7 @@ def _experts(path: Path, raw: Mapping[str, Any], family: str) -> Experts | None:
         raise UserError(f"{path}: decoder_sparse_step = {raw['decoder_sparse_step']!r} is not built; only 1, experts "
                         "in every layer")  # fmt: skip
     # transformers 5 writes num_local_experts for both families, hub models of qwen3_moe have num_experts
-    count = _count(path, raw, "num_local_experts", raw.get("num_experts"))
+    count = _count(path, raw, "num_local_experts", raw.get("num_experts"), most=MOST_EXPERTS)
     per_token = _count(path, raw, "num_experts_per_tok")
     renormalised = family == "mixtral" or bool(raw.get("norm_topk_prob", False))
     if per_token > count:
@@ -201,15 +203,17 @@ def _experts(path: Path, raw: Mapping[str, Any], family: str) -> Experts | None:
     return Experts(count, per_token, _count(path, raw, width), renormalised)
 
 
-def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None, most: int = 2**31) -> int:
     value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{path}: {key} = {value!r}; must be a positive integer")
+    if value > most:
+        raise UserError(f"{path}: {key} = {value!r}; must be at most {most}")
     return value
 
 
-def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
+def _number(path: Path, raw: Mapping[str, Any], key: str, default: float | None) -> float:
     """A positive number; null counts as absent."""
     value = raw.get(key)
     value = default if value is None else value
@@ -241,7 +245,7 @@ def _gemma(path: Path, raw: Mapping[str, Any], family: str, local_theta: float |
         return None
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if family == "gemma2" else {}
     attention, logits = (
-        None if raw.get(key, caps.get(key)) is None else _number(path, raw, key, caps.get(key, 0))
+        None if raw.get(key, caps.get(key)) is None else _number(path, raw, key, caps.get(key))
         for key in ("attn_logit_softcapping", "final_logit_softcapping")
     )
     return Gemma(_number(path, raw, "query_pre_attn_scalar", 256) ** -0.5, attention, logits, local_theta)
@@ -277,7 +281,7 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
     if partial != 1.0:
         raise UserError(f"{path}: partial_rotary_factor = {partial} is not built; only 1.0")
     for key in ROPE_TYPES[kind]:
-        _number(path, scaling, key, 0)
+        _number(path, scaling, key, None)
     return theta, None if kind == "default" else scaling, local
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from megatron_spo.config.model_folder import check_folder, is_needless, shard_files
+from megatron_spo.config.model_folder import check_folder, is_needless, read_config, shard_files
 from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
@@ -109,18 +109,8 @@ def generate_by(
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of an HF folder. Raises UserError where it is none."""
-    _check_folder(folder)
+    read_config(folder)
     return tokenize.load_tokenizer(str(folder))
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        reason = "it has no config.json"
-        if (folder / "checkpoints").is_dir():
-            reason = f"convert it first: megatron-spo convert {folder} DST --to hf"
-        raise UserError(f"{folder} is not a Hugging Face model folder; {reason}")
 
 
 def load_model(folder: Path) -> Any:
@@ -128,7 +118,6 @@ def load_model(folder: Path) -> Any:
 
     Raises UserError where it is none, or holds other weights than its config.json calls for.
     """
-    _check_folder(folder)
     check_folder(folder)
     transformers_logging.disable_progress_bar()
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]

@@ -52,7 +52,7 @@ class Limits:
     def _check_ids(self, highest: int, where: str) -> None:
         if highest >= self.vocab:
             raise UserError(f"{where}: token {highest} is beyond the vocabulary of {self.vocab} of the model in "
-                            f"{self.folder}; its tokenizer belongs to another model")  # fmt: skip
+                            f"{self.folder}; the tokenizer belongs to another model")  # fmt: skip
 
 
 def limits_of(folder: Path) -> Limits:

@@ -166,6 +166,26 @@ def test_gemma3_of_both_generations(write_model: Write) -> None:
         ({"vocab_size": "many"}, "vocab_size = 'many'"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads = 3"),
         ({"hidden_size": 33}, "hidden_size = 33 is not a multiple"),
+        ({"num_hidden_layers": 10**30}, "must be at most 10000"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'; must be a positive number"),
+        ({"initializer_range": float("nan")}, "initializer_range = nan; must be a positive number"),
+        ({"rope_theta": [1]}, "rope_theta = [1]; must be a positive number"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear'; must be a JSON object"),
+        ({"rope_scaling": {"type": "linear"}}, "factor = None; must be a positive number"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor = None; must be a positive number"),
+        ({"rope_scaling": {"rope_type": []}}, "RoPE type [] is not built"),
+        ({"model_type": "mistral", "sliding_window": "4k"}, "sliding_window = '4k'; must be a positive integer"),
+        ({"model_type": "qwen3", "layer_types": ["full"]}, "layer_types = ['full']; must be a list of"),
+        (
+            {"model_type": "qwen3", "sliding_window": 8, "layer_types": ["sliding_attention"]},
+            "layer_types has 1 entries for 4 layers",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": -1},
+            "max_window_layers = -1",
+        ),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": "x"}, "query_pre_attn_scalar = 'x'"),
+        ({"model_type": "gemma2", "final_logit_softcapping": 0}, "final_logit_softcapping = 0; must be a positive"),
     ],
 )
 def test_refused(write_model: Write, changes: dict[str, object], part: str) -> None:

@@ -20,7 +20,6 @@ from megatron_spo.convert.torch_dist import TorchDist
 from megatron_spo.errors import UserError
 from megatron_spo.model import hf_files
 from tests.support.megatron import load_model
-from tests.support.processes import launch
 from tests.support.tiny import tiny_model
 
 VARIANTS = [
@@ -295,29 +294,3 @@ def test_training_names_the_remedy(tmp_path: Path, model: Path) -> None:
     convert(model, tmp_path / "megatron", "megatron")
     with pytest.raises(UserError, match="is a Megatron model folder; .* --to hf"):
         shard_files(tmp_path / "megatron")
-
-
-MEASURE = """
-import sys
-from pathlib import Path
-from megatron_spo.convert.export import convert
-
-def peak():
-    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-before = peak()
-convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-def test_memory_does_not_follow_the_size(tmp_path: Path) -> None:
-    """Embedding and head of 300 MB each are converted within 200 MB, the modules that reading needs included."""
-    tiny_model(tmp_path / "model", vocab_size=600_000, hidden_size=128, num_hidden_layers=1)
-    (tmp_path / "measure.py").write_text(MEASURE)
-    for source, to in (("model", "megatron"), ("megatron", "hf"), ("hf", "nemo")):
-        done = launch([str(tmp_path / "measure.py"), str(tmp_path / source), str(tmp_path / to), to], 1, cold=True)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout) < 200, f"{source} -> {to}: {done.stdout} MiB"
