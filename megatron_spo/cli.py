@@ -109,7 +109,7 @@ def _add_file_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     generate = add("generate", _generate, "write a model's answers to the prompts of a file")
     generate.add_argument("model", metavar="MODEL", type=Path, help="folder in Hugging Face format")
-    generate.add_argument("--prompts", type=Path, required=True, help="JSONL with a field prompt: text or messages")
+    generate.add_argument("--prompts", type=Path, required=True, help="JSONL: rows with a prompt, as in data.train")
     generate.add_argument("--out", type=Path, required=True, help="JSONL to write: the rows with a field responses")
     generate.add_argument("--samples", type=int, default=1, help="answers per prompt [%(default)s]")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
