@@ -104,7 +104,7 @@ TEMPLATE_DAMAGE = [
     "{% set x = range(10 ** 9) %}",
     "",
 ]
-CONFIG_DAMAGE: list[tuple[str, Any]] = [
+CONFIG_DAMAGE: list[tuple[Any, Any]] = [
     *(
         (key, value)
         for key in ("model", "data", "output", "loss", "optimizer")

@@ -217,7 +217,7 @@ def assert_commands_refuse(
         f"reference: {{cache: {folder}/cache}}\nprecision: {{dtype: fp32}}\n"
         "training: {global_batch_size: 2, steps: 1, threads: 1}\nlogging: {progress: false}\n"
     )
-    arguments = {
+    arguments: dict[str, list[object]] = {
         "train": [config],
         "reference": [config],
         "generate": [model, "--prompts", pairs, "--out", folder / "answers"],

@@ -44,7 +44,7 @@ def held(folder: Path, source: str, to: str, *, seconds_per_mib: float = 0) -> f
     """MiB that a conversion in a process of its own held at most, the modules that reading needs included."""
     (folder / "measure.py").write_text(MEASURE)
     arguments = [str(folder / "measure.py"), str(folder / source), str(folder / to), to, str(seconds_per_mib)]
-    done = launch(arguments, 1)
+    done = launch(arguments, 1, cold=True)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_what_answers_end_with(tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "plain.jsonl", arithmetic_pairs(4))
     turns = write_jsonl(tmp_path / "turns.jsonl", chat(arithmetic_pairs(4)))
 
-    def ends(path: Path, **limits: object) -> list[int]:
+    def ends(path: Path, **limits: Any) -> list[int]:
         data = DataConfig(train=[DataSource(path=str(path))], **limits)
         return end_tokens([build_dataset(data.train, data, tokenizer, cache=tmp_path / "cache")], data, tokenizer)
 

@@ -53,8 +53,10 @@ TEMPLATES = {
     "the prompt opens a thought": QWEN_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
     "the day": "{{ strftime_now('%d %B %Y') }}{{ date_string }}" + QWEN_TEMPLATE,
 }  # fmt: skip
-TOKENIZERS = {name: byte_tokenizer(MARKS, bos="<s>", template=text) for name, text in TEMPLATES.items()}
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"enum": ["Oslo", None]}}}}]
+TOKENIZERS: dict[str, Any] = {name: byte_tokenizer(MARKS, bos="<s>", template=text) for name, text in TEMPLATES.items()}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"city": {"enum": ["Oslo", None]}}}}
+]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "unit": None}}}
 
 words = st.text(st.sampled_from("ab:x <>é😀"), min_size=1, max_size=6).filter(str.strip)
@@ -152,7 +154,12 @@ def test_generate_feeds_the_prompts_of_the_training_rows(tmp_path: Path, monkeyp
 def test_tool_calls_are_those_of_trl(said: dict) -> None:
     tokenizer = TOKENIZERS["tools"]
     calls = {"role": "assistant", **said, "tool_calls": [CALL]}
-    row = {"tools": TOOLS, "prompt": chat("user: q"), "chosen": [calls], "rejected": chat("assistant: no")}
+    row: dict[str, Any] = {
+        "tools": TOOLS,
+        "prompt": chat("user: q"),
+        "chosen": [calls],
+        "rejected": chat("assistant: no"),
+    }
     theirs = apply_chat_template(row, tokenizer, tools=TOOLS)
     example = tokenize(row, tokenizer)
     assert tokenizer.decode(prompt_of(example)) == theirs["prompt"]

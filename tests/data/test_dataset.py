@@ -193,7 +193,7 @@ def test_a_null_in_parquet_is_an_absent_key(tmp_path: Path) -> None:
     tools += "{% for m in messages if m.name is defined %}{{ m.name }}{% endfor %}"
     tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>"], template=tools + QWEN_TEMPLATE)
     named = [{**chat(USER)[0], "name": "ann"}]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": named, "chosen": chat(YES), "rejected": chat(NO), "tools": [{"name": "f", "city": {"type": "x"}}]},
         {"prompt": chat(USER), "chosen": chat(YES), "rejected": chat(NO), "tools": [{"name": "g"}]},
         {"chosen": chat(USER, YES), "rejected": chat(USER, NO)},
