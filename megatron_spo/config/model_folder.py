@@ -187,9 +187,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index} names no tensor; copy or download it again")
     for tensor, file in names.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(
-                f"{index} places {tensor} in {file!r}, which is no file of the folder; copy the model folder again"
-            )
+            wrong = "lies outside of the folder" if isinstance(file, str) else "is no name of a file"
+            raise UserError(f"{index} places {tensor} in {file!r}, which {wrong}; copy the model folder again")
     return names
 
 
