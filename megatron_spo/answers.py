@@ -2,16 +2,15 @@
 
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_spo.assemble import Sources
 from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.convert.export import to_hf
+from megatron_spo.data.arrow import to_numpy
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.json_lines import parse_line, read_lines
 from megatron_spo.data.pairs import open_source
-from megatron_spo.evaluate.apart import answer_apart
-from megatron_spo.evaluate.generate import Response, Sampling
 from megatron_spo.evaluate.scores import score
 from megatron_spo.model.checkpoint_files import step_name
 from megatron_spo.model.wrap import Trainable
@@ -19,6 +18,9 @@ from megatron_spo.runtime.processes import Runtime, on_main
 from megatron_spo.train.checkpoint import SaveFailed, Saver
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
+
+if TYPE_CHECKING:
+    from megatron_spo.evaluate.generate import Response
 
 ROOM = 2
 """Longest answer that is not cut off, relative to the longest chosen answer of the prompts."""
@@ -73,6 +75,9 @@ class Answers:
                   file=sys.stderr)  # fmt: skip
 
     def _answer_all(self, step: int) -> dict[str, float]:
+        from megatron_spo.evaluate.apart import answer_apart  # these import the models of transformers
+        from megatron_spo.evaluate.generate import Sampling
+
         sets, prompts, monitor = self._sources.evals, [], self._config.monitor
         counts = {name: min(monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
         longest = 0
@@ -95,11 +100,12 @@ class Answers:
         """The first rows as they are in the file, with what they were tokenised to as texts."""
         raw, rows = open_source(source), []
         for i in range(count):
-            at, row = dataset.line(i) - 1, raw.rows[dataset.line(i) - 1]
-            if raw.file is not None:
-                line = next(read_lines(raw.file, *(raw.rows.data.column(end).to_numpy()[at : at + 1]
-                                                   for end in ("start", "end"))))  # fmt: skip
-                row = parse_line(line) or {}
+            at = dataset.line(i) - 1
+            if raw.file is None:
+                row = raw.rows[at]
+            else:
+                starts, ends = (to_numpy(raw.rows.slice(at, 1)[name]) for name in ("start", "end"))
+                row = parse_line(next(read_lines(raw.file, starts, ends))) or {}
             example = dataset.get(i)
             prompt, chosen = example.chosen_ids[: example.prompt_length], example.chosen_ids[example.prompt_length :]
             rows.append({**row, "prompt": self._text(prompt), "reference": self._text(chosen)})
@@ -108,7 +114,7 @@ class Answers:
     def _text(self, ids: Any) -> str:
         return str(self._sources.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    def _log(self, step: int, name: str, rows: list[dict[str, Any]], answers: list[Response]) -> dict[str, float]:
+    def _log(self, step: int, name: str, rows: list[dict[str, Any]], answers: "list[Response]") -> dict[str, float]:
         """The means of the scores, now logged."""
         scores = score(rows, [[one.text] for one in answers], [[one.finished] for one in answers])
         means = {key: value for key, value in scores.metrics().items() if key in LOGGED}

@@ -6,10 +6,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerFast
 
+import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.config.model_folder import shard_files
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
@@ -33,6 +34,9 @@ from megatron_spo.runtime import env, processes
 from megatron_spo.runtime.device import check_device, memory_of, uses_transformer_engine
 from megatron_spo.runtime.processes import Runtime, agree
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 TRAIN, SFT = "train", "sft"
 """Names of the training sets; the held-out ones have those of their files."""
 
@@ -43,7 +47,7 @@ class Sources:
 
     folder: Path
     shape: ModelShape
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     train: TokenizedSet
     sft: TokenizedSet | None
     evals: dict[str, TokenizedSet]

@@ -4,7 +4,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_spo.assemble import (
@@ -109,6 +108,8 @@ def _score(
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:
     """How many rows a rank must run that has so many: ranks that share experts take every step together."""
+    from megatron.core import parallel_state  # not above: assemble.py imports Megatron first
+
     most = torch.tensor(rows, device=runtime.device)
     group = parallel_state.get_expert_model_parallel_group()
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)

@@ -38,7 +38,6 @@ from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.planner.rows import lengths_of
 from megatron_spo.planner.utilisation import Utilisation, peak_of
-from megatron_spo.report import write_report
 from megatron_spo.runtime.device import name_of
 from megatron_spo.runtime.processes import Runtime, agree, on_main
 from megatron_spo.runtime.signals import signals
@@ -140,6 +139,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     if runtime.is_main:
         if config.logging.report:
             with directory.tolerated(REPORT):
+                from megatron_spo.report import write_report  # imports matplotlib
+
                 write_report([directory.path], directory.path / REPORT)
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import xxhash
 
+from megatron_spo.data.arrow import number_array
 from megatron_spo.data.json_lines import BLOCK, RowProblem, check_text, find_lines, kind_of
 from megatron_spo.errors import UserError
 
@@ -53,7 +55,7 @@ class RawSource:
     label: str
     unit: str
     fingerprint: str
-    rows: datasets.Dataset
+    rows: datasets.Dataset | pa.Table
     file: Path | None
 
 
@@ -79,10 +81,9 @@ def open_source(source: DataSource) -> RawSource:
 
 
 def _open_lines(path: Path) -> RawSource:
-    import datasets
-
     starts, ends, digest = find_lines(path)
-    return RawSource(str(path), "line", digest, datasets.Dataset.from_dict({"start": starts, "end": ends}), path)
+    rows = pa.table([number_array(starts), number_array(ends)], names=["start", "end"])
+    return RawSource(str(path), "line", digest, rows, path)
 
 
 def _open_parquet(path: Path) -> RawSource:

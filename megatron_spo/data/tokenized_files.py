@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatron_spo.data.arrow import to_array, to_numpy
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.json_lines import RowProblem, parse_line, read_lines
 from megatron_spo.data.pairs import RawSource, parse_row, without_nulls
 from megatron_spo.data.rows import Example
 from megatron_spo.data.tokenize import Limits, Overlong, RowTokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
+from megatron_spo.runtime.env import datasets_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +73,7 @@ class TokenizedSource:
 
     def column(self, name: str) -> NDArray[Any]:
         """A scalar column [n] as a numpy array."""
-        return np.asarray(self._table.column(name).to_numpy())
+        return to_numpy(self._table.column(name))
 
     def last_tokens(self) -> NDArray[np.int32]:
         """[n]: id of the token that the chosen response of each usable row ends with; 0 for the others."""
@@ -95,9 +97,7 @@ class _Lists:
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-        self._chunks = [
-            (chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=True)) for chunk in column.chunks
-        ]
+        self._chunks = [(to_numpy(chunk.offsets), to_numpy(chunk.values)) for chunk in column.chunks]
 
     def last(self) -> NDArray[np.int32]:
         """The last number of each list, 0 where it is empty."""
@@ -127,10 +127,9 @@ def tokenize_source(
     cache: Path | None,
 ) -> TokenizedSource:
     """The tokenised rows of a source, from the cache where they are there already."""
-    import datasets
     from filelock import FileLock
 
-    root = cache if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "megatron_spo"
+    root = cache if cache is not None else datasets_cache() / "megatron_spo"
     limits = Limits(
         data.max_length,
         data.truncation if data.truncation in ("left", "right") else None,
@@ -158,31 +157,54 @@ def tokenize_source(
 
 def _build(folder: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bool) -> None:
     """Tokenise into a folder of a unique name, then rename it: a reader sees all or nothing."""
-    import datasets
-
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        with _progress(progress):
-            result = raw.rows.with_format("arrow").map(
-                worker,
-                batched=True,
-                batch_size=BATCH,
-                with_indices=True,
-                remove_columns=raw.rows.column_names,
-                features=datasets.Features.from_arrow_schema(SCHEMA),
-                num_proc=min(num_proc, len(raw.rows)) if num_proc > 1 else None,
-                cache_file_name=str(work / "rows.arrow"),
-                load_from_cache_file=False,
-                new_fingerprint=folder.name,
-                desc=f"tokenising {raw.label}",
-            )
-        files = [Path(file["filename"]).name for file in result.cache_files]
-        del result
+        if num_proc == 1 and isinstance(raw.rows, pa.Table):
+            files = [_write(work / "rows.arrow", raw.rows, worker, f"tokenising {raw.label}", progress=progress)]
+        else:
+            files = _map(work, raw, worker, num_proc=num_proc, progress=progress)
         (work / "index.json").write_text(json.dumps({"version": VERSION, "files": files}))
         if not folder.exists():
             os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(path: Path, rows: pa.Table, worker: Any, label: str, *, progress: bool) -> str:
+    """Tokenise in this process, without `datasets`, whose import takes a second; returns the file's name."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(rows), desc=label, unit=" examples", disable=not progress)
+    with bar, pa.ipc.new_stream(str(path), SCHEMA) as stream:
+        for start in range(0, len(rows), BATCH):
+            batch = rows.slice(start, BATCH)
+            stream.write_table(worker(batch, range(start, start + len(batch))))
+            bar.update(len(batch))
+    return path.name
+
+
+def _map(work: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bool) -> list[str]:
+    """Tokenise by `datasets`, in several processes if so configured; returns the names of the files."""
+    import datasets
+
+    rows = raw.rows
+    if isinstance(rows, pa.Table):
+        rows = datasets.Dataset.from_dict({name: to_numpy(rows[name]) for name in rows.column_names})
+    with _progress(progress):
+        result = rows.with_format("arrow").map(
+            worker,
+            batched=True,
+            batch_size=BATCH,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=datasets.Features.from_arrow_schema(SCHEMA),
+            num_proc=min(num_proc, len(rows)) if num_proc > 1 else None,
+            cache_file_name=str(work / "rows.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=work.name,
+            desc=f"tokenising {raw.label}",
+        )
+    return [Path(file["filename"]).name for file in result.cache_files]
 
 
 @contextlib.contextmanager
@@ -199,7 +221,7 @@ def _progress(show: bool) -> Iterator[None]:
 
 
 def _tokenize_batch(
-    table: pa.Table, indices: list[int], *, tokenizer: RowTokenizer, file: Path | None, kind: str
+    table: pa.Table, indices: Sequence[int], *, tokenizer: RowTokenizer, file: Path | None, kind: str
 ) -> pa.Table:
     """One batch of raw rows to SCHEMA; blank lines leave no row."""
     records = []
@@ -213,13 +235,14 @@ def _tokenize_batch(
         except RowProblem as problem:
             record.update(_EMPTY, field=problem.field, reason=problem.reason, overlong=isinstance(problem, Overlong))
         records.append(record)
-    return pa.Table.from_pylist(records, schema=SCHEMA)
+    columns = [to_array(field.type, [record.get(field.name) for record in records]) for field in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _raw_rows(table: pa.Table, file: Path | None) -> Iterable[bytes | Mapping[str, Any]]:
     if file is None:
         return (without_nulls(row) for row in table.to_pylist())
-    return read_lines(file, table["start"].to_numpy(), table["end"].to_numpy())
+    return read_lines(file, to_numpy(table["start"]), to_numpy(table["end"]))
 
 
 def _record(example: Example) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class _NoStream:
 
 @dataclass(frozen=True)
 class Bridged:
-    """One replaced name: where it is, what answers for it, and why (all seen in megatron-core 0.16.1)."""
+    """One replaced name, of a module or a class in it: what answers for it, and why (seen in megatron-core 0.16.1)."""
 
     module: str
     name: str
@@ -95,6 +95,15 @@ BRIDGED = (
         lambda *a, **k: torch.get_rng_state(),
         "random-number tracker",
     ),
+    *(
+        Bridged(
+            "torch.optim",
+            f"Optimizer.{name}",
+            getattr(torch.optim.Optimizer, name).__wrapped__,
+            "torch 2.13 keeps torch.compile out of it, and imports the compiler for that; no optimizer is compiled",
+        )
+        for name in ("add_param_group", "state_dict", "load_state_dict")
+    ),
 )
 
 HIDDEN = ("transformer_engine", "apex", "amp_C")
@@ -113,12 +122,15 @@ def install() -> bool:
         for package in HIDDEN:
             sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it is an ImportError now
         for entry in BRIDGED:
-            module = import_module(entry.module)
-            if not hasattr(module, entry.name):
+            owner, name = import_module(entry.module), entry.name
+            if "." in name:
+                of, name = name.split(".")
+                owner = getattr(owner, of)
+            if not hasattr(owner, name):
                 raise RuntimeError(
                     f"{entry.module}.{entry.name} is gone, so the CPU bridge must be revised ({entry.why})"
                 )
-            setattr(module, entry.name, entry.answer)
+            setattr(owner, name, entry.answer)
         _mode = _CudaMeansCpu()
         _mode.__enter__()
     return True

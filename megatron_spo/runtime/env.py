@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 STARTED = time.monotonic()
 """When this process began, near enough: the commands import this module first."""
@@ -53,3 +54,10 @@ def one_queue_per_gpu() -> None:
 def local_world_size() -> int:
     """Number of processes of the job on this node."""
     return _integer("LOCAL_WORLD_SIZE", 1)
+
+
+def datasets_cache() -> Path:
+    """Where Hugging Face `datasets` keeps its files (its config.HF_DATASETS_CACHE), without importing it."""
+    home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    home = os.path.expanduser(os.environ.get("HF_HOME", home))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets")))

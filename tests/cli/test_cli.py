@@ -32,15 +32,25 @@ def test_help_lists_the_commands() -> None:
     assert all(f"\n    {command}" in result.stdout for command in COMMANDS)
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from megatron_spo.cli import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules), file=sys.stderr)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.strip() == "set()"
+def test_help_and_doctor_import_nothing_heavy() -> None:
+    """The help of every command, and `doctor` where there is no NVIDIA driver, in one process."""
+    code = """
+import shutil, sys
+from megatron_spo.cli import main
+for command in sys.argv[1:]:
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0, command
+if shutil.which("nvidia-smi") is None:
+    main(["doctor"])
+heavy = {"torch", "megatron.core", "numpy", "scipy", "pyarrow", "transformers", "datasets", "matplotlib", "wandb"}
+print(heavy & set(sys.modules), file=sys.stderr)
+"""
+    arguments = [*COMMANDS, "scaling fit", "scaling study"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr.strip() == "set()", result.stderr
+    assert all(f"usage: megatron-spo {command} " in result.stdout for command in arguments)
 
 
 def test_train_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:

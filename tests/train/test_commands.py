@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,41 @@ def test_reference_then_train(job, capsys):
 def test_a_run_without_its_page(job):
     assert command(job, "train", "loss.name=simpo", "reference.cache=null", "logging.report=false") == 0
     assert not (job / "run/report.html").exists()
+
+
+def test_what_is_imported_until_the_first_step(job):
+    """Nothing that only other features need. What a run does import then works: wandb and TensorBoard are found."""
+    code = """
+import sys
+from megatron_spo.cli import main
+from megatron_spo.train.run_directory import RunDirectory
+
+log, given = RunDirectory.log, set(sys.modules)
+
+def note(*arguments):
+    log(*arguments)
+    heavy = ("wandb", "tensorboard", "torch._dynamo", "torch._inductor", "datasets", "pandas", "scipy", "sklearn",
+             "matplotlib", "transformers.models.llama.modeling_llama", "transformers.generation.utils",
+             "megatron.core.inference.engines")
+    print("imported", [name for name in heavy if name in sys.modules])
+
+RunDirectory.log = note
+code = main(sys.argv[1:])
+import torch, wandb
+from megatron.core.jit import jit_fuser
+from torch.utils.tensorboard import SummaryWriter
+from megatron_spo.runtime import megatron_import
+assert jit_fuser is megatron_import.compile_when_called and torch.compile is megatron_import._compile
+calls = []
+megatron_import._compile = lambda function, **options: calls.append(options) or torch.relu
+double = jit_fuser(lambda x: 2 * x)
+assert calls == [] and double(torch.tensor(-1.0)) == 0 and double(torch.tensor(3.0)) == 3 and calls == [{}]
+sys.exit(code)
+"""
+    arguments = ["train", job / "config.yaml", "loss.name=simpo", "reference.cache=null", "training.steps=1"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("imported")][0] == "imported []"
 
 
 def test_share_of_the_peak_where_the_gpu_is_known(job, monkeypatch):

@@ -144,13 +144,9 @@ def train(config: Path, output: Path, *overrides: str) -> Turn:
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
     """A folder for a while, which takes the tokenised rows of this process and its children as well."""
-    import datasets
-
     with tempfile.TemporaryDirectory() as name:
-        cache = f"{name}/tokenised"
-        with replaced(datasets.config, "HF_DATASETS_CACHE", Path(cache)):
-            os.environ["HF_DATASETS_CACHE"] = cache
-            yield Path(name)
+        os.environ["HF_DATASETS_CACHE"] = f"{name}/tokenised"
+        yield Path(name)
 
 
 @contextlib.contextmanager

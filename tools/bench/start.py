@@ -1,42 +1,89 @@
-"""`python tools/bench/start.py`: seconds from typing a command until it does what was asked, in new processes."""
+"""`python tools/bench/start.py`: what a command costs until it does what was asked, each in a process of its own.
+
+Processor seconds, which a busy machine stretches; compare the ratios. `everything` imports all that a training ever
+needs at once, as `train` itself once did.
+"""
 
 import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import measure
 from measure import Result
 
+COMMANDS = ("train", "reference", "convert", "generate", "evaluate", "plan", "scaling fit", "scaling study", "report",
+            "doctor")  # fmt: skip
+TORCH = "import torch"
+EVERYTHING = """
+import torch, megatron.core, datasets, matplotlib.figure, wandb, torch._inductor.compile_fx, torch.utils.tensorboard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import megatron_spo.run, megatron_spo.evaluate.generate, megatron_spo.report
+"""
+FIRST_STEP = """
+import os, sys
+from megatron_spo.cli import main
+from megatron_spo.train.run_directory import RunDirectory
+
+def stop(self, kind, step, metrics):
+    os._exit(0)
+
+RunDirectory.log = stop
+sys.exit(main(sys.argv[1:]) or 1)
+"""
+"""Runs a command until a step is to be logged."""
+
 
 def main() -> None:
     options = measure.parser(__doc__).parse_args()
-    results = [
-        _timed("start/--help", 1 if options.quick else 3, "--help"),
-        _timed("start/train --help", 1 if options.quick else 3, "train", "--help"),
-        _timed("start/doctor", 1, "doctor"),
-    ]
+    repeats = 1 if options.quick else 3
+    given = COMMANDS[:1] if options.quick else COMMANDS
+    helped = {name: _seconds([["-m", "megatron_spo", *name.split(), "--help"]], repeats)[0] for name in given}
     with measure.workplace() as folder:
-        measure.write_model(folder / "model", hidden=64)
-        measure.write_pairs(folder / "pairs.jsonl", 64, prompt=20, response=20)
-        config = measure.write_config(folder, training={"steps": 1, "global_batch_size": 8}, reference={"cache": None})
-        config.write_text(json.dumps({**json.loads(config.read_text()), "loss": {"name": "simpo"}}))
-        results.append(_timed("start/train to the end of step 1", 1, "train", str(config), f"output={folder}/run"))
-    measure.report(results, options.json)
+        torch, everything, first, doctor = _seconds(
+            [
+                ["-c", TORCH],
+                ["-c", EVERYTHING],
+                ["-c", FIRST_STEP, *_tiny_run(folder)],
+                ["-m", "megatron_spo", "doctor"],
+            ],
+            repeats,
+        )
+    slowest = max(helped, key=lambda name: helped[name])
+    measure.report(
+        [
+            Result("start/--help", helped[slowest], "s", f"of the processor, the slowest: {slowest}"),
+            Result("start/doctor", doctor, "s", "of the processor"),
+            Result("start/train to the end of step 1", first, "s", "of the processor"),
+            Result("start/step 1 over import torch", first / torch, "x", f"{torch:.2f} s"),
+            Result("start/step 1 over everything", first / everything, "x", f"{everything:.2f} s"),
+        ],
+        options.json,
+    )
 
 
-def _timed(name: str, repeats: int, *arguments: str) -> Result:
-    """The least of some runs: processor seconds, beside the seconds of the clock."""
-    taken = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "megatron_spo", *arguments], stdout=subprocess.DEVNULL)
-        _, code, usage = os.wait4(process.pid, 0)
-        assert code == 0, arguments
-        taken.append((usage.ru_utime + usage.ru_stime, time.perf_counter() - begin))
-    cpu, clock = min(taken)
-    return Result(name, cpu, "s", f"of the processor; {clock:.2f} s by the clock")
+def _tiny_run(folder: Path) -> list[str]:
+    """Arguments of a training of one step of a tiny model."""
+    measure.write_model(folder / "model", hidden=64)
+    measure.write_pairs(folder / "pairs.jsonl", 64, prompt=20, response=20)
+    config = measure.write_config(folder, training={"steps": 1, "global_batch_size": 8}, reference={"cache": None})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "loss": {"name": "simpo"}}))
+    return ["train", str(config), f"output={folder}/run"]
+
+
+def _seconds(ways: Sequence[Sequence[str]], repeats: int) -> list[float]:
+    """Processor seconds of each Python process, the least of `repeats`; they take turns."""
+    taken = [[_run(arguments) for arguments in ways] for _ in range(repeats)]
+    return [min(times) for times in zip(*taken, strict=True)]
+
+
+def _run(arguments: Sequence[str]) -> float:
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    _, code, usage = os.wait4(process.pid, 0)
+    assert code == 0, arguments
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":
