@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template
 
 from megatron_spo.cli import main
@@ -113,7 +113,7 @@ def test_generate_feeds_the_prompts_of_the_training_rows(tmp_path: Path, monkeyp
     """String rows with a begin-of-sequence token, messages with tools, and rows whose prompt is implicit."""
     tokenizer = TOKENIZERS["tools"]
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model/config.json").write_text("{}")
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     talk = chat("user: q", "assistant: a", "user: r")
     whole = {"chosen": [*talk, *chat("assistant: b")], "rejected": [*talk, *chat("assistant: c")]}
     rows = [
