@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template
 
 from megatron_spo.cli import main
@@ -112,8 +112,8 @@ def test_a_prompt_has_the_tokens_of_the_training_row(
 def test_generate_feeds_the_prompts_of_the_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """String rows with a begin-of-sequence token, messages with tools, and rows whose prompt is implicit."""
     tokenizer = TOKENIZERS["tools"]
+    tiny_model(tmp_path / "model", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path / "model")
-    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     talk = chat("user: q", "assistant: a", "user: r")
     whole = {"chosen": [*talk, *chat("assistant: b")], "rejected": [*talk, *chat("assistant: c")]}
     rows = [
