@@ -155,7 +155,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, *, cold: bool = False) -> None
     """Run train and reference commands one after another in one launch; fails with what they printed."""
     if not jobs:
         return
-    done = launch([str(WORKER), json.dumps(jobs)], processes, cold=cold)
+    done = launch([str(WORKER), json.dumps(jobs)], processes, timeout=3600, cold=cold)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 
