@@ -50,6 +50,18 @@ def test_commands_parse_and_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page}: {link}"
 
 
+def test_the_tests_that_the_table_of_reports_names_exist() -> None:
+    table = (ROOT / "docs/troubleshooting.md").read_text().partition("| report | here | test |\n|---|---|---|\n")[2]
+    rows = [line.split(" | ") for line in table.splitlines()]
+    assert len(rows) == 26
+    for *_, tests in rows:
+        assert (named := re.findall(r"`([^`]+)`", tests)), tests
+        for file, _, name in (one.partition("::") for one in named):
+            path = ROOT / "tests" / file
+            definition = f"def {name}(" if name else "def test_"
+            assert path.is_file() and definition in path.read_text(), f"{file}::{name}"
+
+
 RUN = ["README.md", *(f"docs/{name}.md" for name in ("train", "convert", "evaluate", "monitoring", "plan", "studies"))]
 FROM_NOTHING = ("README.md", "docs/train.md")
 """Pages that make the run and the model which the others find."""
