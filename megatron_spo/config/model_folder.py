@@ -99,11 +99,25 @@ def check_folder(folder: Path) -> None:
     raw = read_config(folder)
     read_generation_config(folder)
     tensors = stored_tensors(folder)
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(tensors):  # a program that builds them all may take forever
+        raise UserError(f"{folder / CONFIG}: num_hidden_layers = {layers}, but the weights are {len(tensors)} tensors; "
+                        "take both from the same model")  # fmt: skip
     check_tied(folder, raw, tensors)
     if not raw.get("quantization_config"):
         for name, tensor in tensors.items():
             if name.endswith(".weight"):
                 check_numbers(name, tensor)
+
+
+def count_numbers(folder: Path, *, tied: bool) -> int:
+    """The numbers in the weights of a folder, without what a model computes from others.
+
+    Raises:
+        UserError: as `stored_tensors`.
+    """
+    tensors = stored_tensors(folder).items()
+    return sum(prod(tensor.shape) for name, tensor in tensors if not is_needless(name, tied=tied))
 
 
 def check_numbers(name: str, tensor: StoredTensor) -> None:

@@ -110,6 +110,16 @@ class ModelShape:
         return (2 if self.gemma is None else 4) * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
+    def parameters(self) -> int:
+        """All numbers of the model, those of every expert among them."""
+        if self.experts is None:
+            feed_forward = 3 * self.hidden * self.ffn
+        else:
+            feed_forward = self.experts.count * (3 * self.hidden * self.experts.ffn + self.hidden)
+        layer = self.attention_weights + self.qkv_biases + feed_forward + self.norm_weights
+        return self.layers * layer + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+
+    @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of each of PROJECTIONS."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim

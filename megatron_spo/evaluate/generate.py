@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from megatron_spo.config.model_folder import check_folder, is_needless, read_config, shard_files
+from megatron_spo.config.model_folder import check_folder, count_numbers, is_needless, is_tied, read_config, shard_files
 from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.limits import limits_of
+from megatron_spo.evaluate.limits import config_of, limits_of
 from megatron_spo.output import write_whole
 
 ROOM_FOR_WEIGHTS = 0.7
@@ -119,6 +119,7 @@ def load_model(folder: Path) -> Any:
     Raises UserError where it is none, or holds other weights than its config.json calls for.
     """
     check_folder(folder)
+    _check_size(folder)
     transformers_logging.disable_progress_bar()
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     place = placement(sum(file.stat().st_size for file in shard_files(folder)), gpus)
@@ -139,6 +140,24 @@ def load_model(folder: Path) -> Any:
     if wrong := sorted(str(one) for one in info["mismatched_keys"]):
         raise UserError(f"{folder}: {wrong[0]} has another shape than its config.json calls for ({len(wrong)} such)")
     return (model if place else model.to("cuda" if gpus else "cpu")).eval()
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a folder whose config.json calls for more numbers than are stored, which transformers would make up."""
+    raw = read_config(folder)
+    if raw.get("quantization_config"):
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config_of(folder))
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers raises for a config.json that it cannot use
+        raise _does_not_load(folder, error) from error
+    expected = sum(weights.numel() for weights in model.parameters())
+    if expected > (stored := count_numbers(folder, tied=is_tied(raw))):
+        raise UserError(f"{folder}: its weights are {stored} numbers, but its config.json calls for {expected}; take "
+                        "both from the same model")  # fmt: skip
 
 
 def placement(weights: int, gpus: Sequence[int]) -> str | None:

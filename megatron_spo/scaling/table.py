@@ -9,7 +9,7 @@ import pyarrow as arrow
 import pyarrow.csv as arrow_csv
 import pyarrow.parquet as parquet
 
-from megatron_spo.config.model_shape import ModelShape, read_model_shape
+from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
 from megatron_spo.report.runs import Run, read_run
 from megatron_spo.scaling.steps import STOPPED, is_done, status, steps_of
@@ -46,16 +46,6 @@ def row(study: Study, run: StudyRun) -> Row:
         if step.columns is not None and step.columns.is_file():
             found |= {f"{step.name}/{name}": value for name, value in _object(step.columns).items()}
     return found
-
-
-def parameters(shape: ModelShape) -> int:
-    """All numbers of a model, those of every expert among them."""
-    if shape.experts is None:
-        feed_forward = 3 * shape.hidden * shape.ffn
-    else:
-        feed_forward = shape.experts.count * (3 * shape.hidden * shape.experts.ffn + shape.hidden)
-    layer = shape.attention_weights + shape.qkv_biases + feed_forward + shape.norm_weights
-    return shape.layers * layer + (1 if shape.tied else 2) * shape.vocab * shape.hidden + shape.hidden
 
 
 def shown(study: Study, rows: Sequence[Row]) -> str:
@@ -98,7 +88,7 @@ def _cost(run: Run) -> Row:
         "D": round(sum(line.get("tokens", 0) for line in lines) * per_line),
     }
     model = Path(json.loads(run.config.get("model.path", '""')))
-    return {"N": parameters(read_model_shape(model)), **found} if (model / "config.json").is_file() else found
+    return {"N": read_model_shape(model).parameters, **found} if (model / "config.json").is_file() else found
 
 
 def _metrics(run: Run) -> Row:

@@ -20,7 +20,7 @@ from megatron_spo.config.yaml_text import format_yaml
 from megatron_spo.report.runs import Run
 from megatron_spo.scaling.steps import steps_of
 from megatron_spo.scaling.study import read_study
-from megatron_spo.scaling.table import _cost, parameters
+from megatron_spo.scaling.table import _cost
 from tests.support.tiny import FAMILIES, tiny_model, tiny_run
 
 
@@ -175,7 +175,7 @@ def test_a_family_of_models_has_the_sizes_asked_for(folder: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_as_transformers_does(tmp_path: Path, family: str, tied: bool) -> None:
     model = tiny_model(tmp_path, family, tie_word_embeddings=tied)
-    assert parameters(read_model_shape(tmp_path)) == sum(weights.numel() for weights in model.parameters())
+    assert read_model_shape(tmp_path).parameters == sum(weights.numel() for weights in model.parameters())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

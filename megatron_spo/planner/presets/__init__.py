@@ -8,7 +8,7 @@ google/gemma-3-12b-it and google/gemma-3-27b-it with what transformers assumes f
 
 from pathlib import Path
 
-from megatron_spo.config.model_folder import check_folder, has_weights
+from megatron_spo.config.model_folder import check_folder, count_numbers, has_weights
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.errors import UserError
 
@@ -23,9 +23,7 @@ def shape_of(model: str) -> ModelShape:
         UserError: none of these, or the folder's files are not as they must be.
     """
     if Path(model).is_dir():
-        if has_weights(Path(model)):
-            check_folder(Path(model))
-        return read_model_shape(model)
+        return _shape_of_folder(Path(model))
     name = model.rpartition("/")[2].lower().removeprefix("meta-")
     for preset in PRESETS:
         if name == preset.lower() or name.startswith(f"{preset.lower()}-"):
@@ -34,3 +32,15 @@ def shape_of(model: str) -> ModelShape:
         f"model.path {model!r}: neither a folder with config.json nor a known model ({', '.join(PRESETS)}); fetch its "
         "config.json, or name a model of the same shape with --model"
     )
+
+
+def _shape_of_folder(folder: Path) -> ModelShape:
+    """The shape by config.json, which must be that of the weights if the folder has some."""
+    if not has_weights(folder):
+        return read_model_shape(folder)
+    check_folder(folder)
+    shape = read_model_shape(folder)
+    if (stored := count_numbers(folder, tied=shape.tied)) != shape.parameters:
+        raise UserError(f"{folder}: its weights are {stored} numbers, but its config.json calls for "
+                        f"{shape.parameters}; take both from the same model")  # fmt: skip
+    return shape
