@@ -39,15 +39,20 @@ def whole(original: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(whole: Path) -> Path:
     """A folder with two files of weights and their index."""
-    tensors = load_file(whole / "model.safetensors")
-    (whole / "model.safetensors").unlink()
+    shard(whole)
+    return whole
+
+
+def shard(folder: Path) -> None:
+    """Split the weights of a folder into two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     parts = {FIRST: names[::2], SECOND: names[1::2]}
     for file, part in parts.items():  # without the header's metadata, as some programs write them
-        save_file({name: tensors[name] for name in part}, whole / file)
+        save_file({name: tensors[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
-    (whole / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return whole
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
 def edit_json(name: str, **changes: Any) -> Change:
