@@ -1,5 +1,6 @@
 """What a whole test session shares: the server that forks the tests' processes, and the account of what they cost."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_server] = subprocess.Popen([sys.executable, str(script), os.environ[WARM_SOCKET]], env=environment)
     while not os.path.exists(os.environ[WARM_SOCKET]):  # it listens at once
         assert config.stash[_server].poll() is None
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a command collects garbage when it starts: it need not look at what was imported
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,6 +1,7 @@
 """Process groups, device and seeds of one job."""
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        gc.collect()  # the groups, some fifty threads, are part of reference cycles
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
     lay_groups(topology, distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60))

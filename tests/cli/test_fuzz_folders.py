@@ -174,7 +174,8 @@ class Folder:
         if command not in TRANSFORMERS:
             shapes = [replace(read_model_shape(folder), raw={}) for folder in (self.model, again)]
             assert shapes[0] == shapes[1], command
-        model, info = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", output_loading_info=True)
+        model, info = loaded
         assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), (command, info)
         state = model.state_dict()
         for file in {tensor.file for tensor in stored_tensors(self.model).values()}:
