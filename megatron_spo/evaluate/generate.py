@@ -143,8 +143,8 @@ def load_model(folder: Path) -> Any:
 
 
 def _check_size(folder: Path) -> None:
-    """Refuse a folder whose config.json calls for far more numbers than are stored: transformers would make them up, and
-    a wrong count may exceed the memory. Smaller differences are named tensor by tensor."""
+    """Refuse a folder whose config.json calls for far more numbers than are stored: transformers makes them up, and a
+    wrong count may exceed the memory. Smaller differences are named tensor by tensor."""
     raw = read_config(folder)
     if raw.get("quantization_config"):
         return
