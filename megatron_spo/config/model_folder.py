@@ -82,6 +82,9 @@ def read_config(folder: Path) -> dict[str, Any]:
                         f"file {WEIGHTS} or list it in {INDEX}, and remove the key")  # fmt: skip
     if not isinstance(raw.get("tie_word_embeddings", False), bool | None):
         raise UserError(f"{path}: tie_word_embeddings = {raw['tie_word_embeddings']!r}; must be true or false")
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(raw.get(key), str | None):
+            raise UserError(f"{path}: {key} = {raw[key]!r}; must be the name of a data type, as 'bfloat16' is")
     return raw
 
 

@@ -297,13 +297,13 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
 
 def _sliding_window(path: Path, raw: Mapping[str, Any], family: str) -> int | None:
     """Tokens that a query sees at most, or None; qwen models carry a window that is mostly switched off."""
+    types = _layer_types(path, raw)
     if family == "llama":
         return None
     default = None
     if family in ("mistral", "mixtral", *GEMMA):
         default = None if family == "mixtral" else 4096
     else:
-        types = _layer_types(path, raw)
         if not ("sliding_attention" in types if types else raw.get("use_sliding_window")):
             return None
     return None if raw.get("sliding_window", default) is None else _count(path, raw, "sliding_window", default)
