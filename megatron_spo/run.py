@@ -138,11 +138,16 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:
         if config.logging.report:
-            with directory.tolerated(REPORT):
-                from megatron_spo.report import write_report  # imports matplotlib
-
-                write_report([directory.path], directory.path / REPORT)
+            _report(directory)
         print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
+
+
+def _report(directory: RunDirectory) -> None:
+    """Write the run's page; a failure costs the page only."""
+    with directory.tolerated(REPORT):
+        from megatron_spo.report import write_report  # imports matplotlib
+
+        write_report([directory.path], directory.path / REPORT)
 
 
 def _open_references(config: Config, sources: Sources, weights: str | None) -> dict[str, ReferenceStore]:
