@@ -1,5 +1,5 @@
 # make quickstart   the main job on a laptop, from nothing to a table (about 5 minutes on 2 cores)
-# make test         the tests of every feature (15 minutes on 2 cores)      make lint   style, types, import arrows
+# make test         the tests of every feature      make lint   style, types, import arrows
 # make test-all     all tests: whole grids of settings, benchmarks, long jobs too    make bench   benchmarks
 # make docs         build/docs/index.html: the Python API from its docstrings
 #
