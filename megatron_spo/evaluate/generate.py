@@ -28,7 +28,7 @@ from megatron_spo.config.model_folder import check_folder, count_numbers, is_nee
 from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.limits import config_of, limits_of
+from megatron_spo.evaluate.limits import config_of, does_not_load, limits_of
 from megatron_spo.output import write_whole
 
 ROOM_FOR_WEIGHTS = 0.7
@@ -128,7 +128,7 @@ def load_model(folder: Path) -> Any:
             folder, dtype="auto", output_loading_info=True, device_map=place
         )
     except Exception as error:  # whatever transformers raises for a folder that it cannot read
-        raise _does_not_load(folder, error) from error
+        raise does_not_load(folder, error) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -148,13 +148,12 @@ def _check_size(folder: Path) -> None:
     raw = read_config(folder)
     if raw.get("quantization_config"):
         return
+    config = config_of(folder)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config_of(folder))
-    except UserError:
-        raise
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers raises for a config.json that it cannot use
-        raise _does_not_load(folder, error) from error
+        raise does_not_load(folder, error) from error
     expected = sum(weights.numel() for weights in model.parameters())
     if expected > 2 * (stored := count_numbers(folder, tied=is_tied(raw))):
         raise UserError(f"{folder}: its weights are {stored} numbers, but its config.json calls for {expected}; take "
@@ -173,11 +172,6 @@ def placement(weights: int, gpus: Sequence[int]) -> str | None:
         raise UserError(f"generate: {weights / 2**30:.0f} GiB of weights do not fit one GPU of {gpus[0] / 2**30:.0f} "
                         f"GiB; to split them over the {len(gpus)} here, pip install accelerate")  # fmt: skip
     return "auto"
-
-
-def _does_not_load(folder: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"{folder} does not load as a Hugging Face model: {reason}")
 
 
 def generate(

@@ -77,5 +77,10 @@ def config_of(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever its validation raises
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} does not load as a Hugging Face model: {reason}") from error
+        raise does_not_load(folder, error) from error
+
+
+def does_not_load(folder: Path, error: Exception) -> UserError:
+    """The error for a folder that transformers refuses, with its reason on one line."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return UserError(f"{folder} does not load as a Hugging Face model: {reason}")
