@@ -37,7 +37,8 @@ def test_commands_parse_and_links_lead_somewhere(page: Path) -> None:
     for command in commands(page):
         words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
         if found := OURS.match(shlex.join(words)):
-            options = cli._parser(with_keys=False).parse_args(shlex.split(found[1]))
+            given = shlex.split(found[1])
+            options = cli._parser(given[0]).parse_args(given)
             for override in getattr(options, "overrides", []):
                 assert override.split("=")[0] in keys | {"output"}, command
         elif words and words[0] in ("python", "bash", "sbatch"):

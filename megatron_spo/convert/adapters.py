@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_spo.checkpoint.folder import Checkpoint
+from megatron_spo.checkpoint.lazy import Lazy, empty
+from megatron_spo.checkpoint.stored import StoredTensors
 from megatron_spo.config.model_folder import shard_files
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert.lazy import Lazy, empty
-from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import Checkpoint
 from megatron_spo.model.hf_files import file_digest, weights_digest
 from megatron_spo.model.lora import check_base, sites
-from megatron_spo.model.tensors import Shape
+from megatron_spo.model.transforms import Shape
 
 
 @dataclass(frozen=True)

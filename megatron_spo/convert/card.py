@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_spo.model.checkpoint_files import Checkpoint
+from megatron_spo.checkpoint.folder import Checkpoint
 
 _SECTIONS = ("loss", "spo", "optimizer", "lora", "precision")
 _LICENCE = ("license", "license_name", "license_link")

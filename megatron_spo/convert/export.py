@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_spo.checkpoint.folder import Damaged, locate, open_checkpoint
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert.forms import FORMS
+from megatron_spo.convert.formats.table import FORMS
 from megatron_spo.convert.source import Model, check_sums, open_model, same, sides_of
 from megatron_spo.convert.work import Job, write_shards
 from megatron_spo.errors import UserError
 from megatron_spo.model import hf_files
-from megatron_spo.model.checkpoint_files import Damaged, locate, open_checkpoint
 from megatron_spo.model.hf_files import locate_model
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import xxhash
 
+from megatron_spo.checkpoint.lazy import InFile, Lazy, as_bytes
 from megatron_spo.config.model_folder import StoredTensor
-from megatron_spo.convert.lazy import InFile, Lazy, as_bytes
 from megatron_spo.model.hf_files import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.checkpoint.folder import SEAL
 from megatron_spo.config.model_folder import (
     CONFIG,
     GENERATION_CONFIG,
@@ -20,7 +21,6 @@ from megatron_spo.config.model_folder import (
     token_ids,
 )
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import SEAL
 
 CARD = "README.md"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.checkpoint.folder import SEAL, Checkpoint, Damaged, checksum, locate, open_checkpoint, unchecked
+from megatron_spo.checkpoint.lazy import Lazy, Picked, as_bytes
+from megatron_spo.checkpoint.stored import StoredTensors
 from megatron_spo.config.model_folder import (
     CONFIG,
     INDEX,
@@ -16,14 +19,11 @@ from megatron_spo.config.model_folder import (
 )
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert import nemo
+from megatron_spo.convert import nemo_names
 from megatron_spo.convert.card import model_card
-from megatron_spo.convert.lazy import Lazy, Picked, as_bytes
 from megatron_spo.convert.safetensors_files import lazy
 from megatron_spo.convert.sides import Sides
-from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import SEAL, Checkpoint, Damaged, checksum, locate, open_checkpoint, unchecked
 from megatron_spo.model.families import full_shape, mappings
 from megatron_spo.model.hf_files import locate_model, model_tensors
 
@@ -61,8 +61,8 @@ def open_model(source: Path, *, check: bool = True) -> Model:
     Raises:
         UserError: it is none of these, damaged, or not built.
     """
-    nemo.refuse_legacy(source)
-    if nemo.is_checkpoint(source):
+    nemo_names.refuse_legacy(source)
+    if nemo_names.is_checkpoint(source):
         return _open_nemo(source)
     if (source / CONFIG).is_file() and not (source / SEAL).exists():
         return _open_hf(source)
@@ -145,16 +145,16 @@ def _open_megatron(checkpoint: Checkpoint) -> Model:
 
 
 def _open_nemo(folder: Path) -> Model:
-    stored = StoredTensors(folder / "weights", nemo.PREFIX)
+    stored = StoredTensors(folder / "weights", nemo_names.PREFIX)
     embedding = "embedding.word_embeddings.weight"
     if embedding not in stored:
-        raise UserError(f"{folder / 'weights'} lacks {nemo.PREFIX}{embedding}; only language models are built")
-    raw = nemo.hf_config(folder, stored.size(embedding)[0], stored.dtype(embedding))
+        raise UserError(f"{folder / 'weights'} lacks {nemo_names.PREFIX}{embedding}; only language models are built")
+    raw = nemo_names.hf_config(folder, stored.size(embedding)[0], stored.dtype(embedding))
     text = json.dumps(raw, indent=2) + "\n"
-    shape = nemo.shape_of(text)
+    shape = nemo_names.shape_of(text)
     tensors, notes = _stored_tensors(stored, shape)
     files = tuple(sorted((folder / "weights").glob("*.distcp")))
-    return Model("nemo", shape, tensors, text, Sides(nemo.side_folders(folder)), files, notes)
+    return Model("nemo", shape, tensors, text, Sides(nemo_names.side_folders(folder)), files, notes)
 
 
 def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) -> Sides:

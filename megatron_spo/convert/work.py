@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_spo.convert.form import Record, Shard
-from megatron_spo.convert.forms import FORMS
+from megatron_spo.checkpoint.folder import write_durably
+from megatron_spo.convert.formats.base import Record, Shard
+from megatron_spo.convert.formats.table import FORMS
 from megatron_spo.convert.source import Model, open_model
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import write_durably
 
 
 @dataclass(frozen=True)

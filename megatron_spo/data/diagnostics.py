@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.edit_distance import edit_distance
-from megatron_spo.data.reference_store import DIAGNOSTICS, ReferenceStore
 from megatron_spo.errors import UserError
+from megatron_spo.reference.cache import DIAGNOSTICS, ReferenceStore
 
 FILE = "pairs.parquet"
 """Beside the records of a data set's cache."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.plan import PAIRS, Sampler, Stream, plan_rows
+from megatron_spo.data.packing import PAIRS, Sampler, Stream, plan_rows
 from megatron_spo.data.rows import PackedRow, build_row
 
 if TYPE_CHECKING:

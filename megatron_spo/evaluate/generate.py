@@ -29,7 +29,7 @@ from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import config_of, does_not_load, limits_of
-from megatron_spo.output import write_whole
+from megatron_spo.files import write_whole
 
 ROOM_FOR_WEIGHTS = 0.7
 """Share of a GPU's memory that weights may take, beside the keys and values of the answers."""

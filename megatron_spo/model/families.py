@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_spo.config.model_folder import is_needless
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.errors import UserError
-from megatron_spo.model.tensors import Concatenate, Copy, GroupedQKV, PaddedVocabulary, Transform
+from megatron_spo.model.transforms import Concatenate, Copy, GroupedQKV, PaddedVocabulary, Transform
 
 _LAYER = "model.layers.{layer}."
 _EXPERTS = {  # block of the layer; gate, up and down projection of an expert

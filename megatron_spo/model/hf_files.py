@@ -21,7 +21,7 @@ from megatron_spo.config.model_folder import (
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.errors import UserError
 from megatron_spo.model.families import full_shape, left_out, mappings
-from megatron_spo.model.tensors import LazyTensor
+from megatron_spo.model.transforms import LazyTensor
 
 SHARD_BYTES = 5 * 2**30
 DTYPES = dict(zip(FLOATS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))

@@ -31,11 +31,9 @@ from torch.nn import Module, Parameter
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
-from megatron_spo.model.checkpoint_files import Checkpoint
 from megatron_spo.model.families import mappings
-from megatron_spo.model.tensors import GroupedQKV
+from megatron_spo.model.transforms import GroupedQKV
 
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
 _LAYERS = "decoder.layers."
@@ -231,23 +229,6 @@ def adapters_off(chunks: Sequence[PairModel]) -> Iterator[None]:
     finally:
         for adapter in adapters:
             adapter.active = True
-
-
-def check_base(checkpoint: Checkpoint, weights: str | None) -> None:
-    """Refuse to use adapters with other weights than those they were trained on.
-
-    Args:
-        checkpoint: whose record names the weights.
-        weights: fingerprint of what model.path holds now.
-
-    Raises:
-        UserError
-    """
-    recorded = checkpoint.record.get("weights")
-    if recorded != weights:
-        raise UserError(f"the adapters in {checkpoint.path} belong to weights with the fingerprint {recorded}, but "
-                        f"those in model.path have {weights}; restore that model, or train anew in another output "
-                        "folder")  # fmt: skip
 
 
 def without_base(state: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.model.build import PairModel
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.model.hf_files import HFWeights
-from megatron_spo.model.tensors import PaddedVocabulary
+from megatron_spo.model.transforms import PaddedVocabulary
 
 
 def local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from megatron_spo.objective.plan import Add, Barrier, Pass, Shift, StepPlan
+from megatron_spo.objective.step_plan import Add, Barrier, Pass, Shift, StepPlan
 
 
 class SpoSettings(Protocol):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_spo.config.losses import LossTerm
 from megatron_spo.objective.losses import PairLogprobs, preference_losses
-from megatron_spo.objective.plan import Pass, Role
 from megatron_spo.objective.schedules import SpoSettings
 from megatron_spo.objective.statistics import LossStatistics
+from megatron_spo.objective.step_plan import Pass, Role
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.data.loader import row_multiples
-from megatron_spo.data.plan import plan_rows
+from megatron_spo.data.packing import plan_rows
 
 if TYPE_CHECKING:
     from megatron_spo.data.dataset import TokenizedSet

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_spo.output import write_whole
+from megatron_spo.files import write_whole
 
 LIGHT = {"back": "#ffffff", "text": "#1b1f24", "muted": "#59636e", "link": "#0b5cad"}
 DARK = {"back": "#14171a", "text": "#e6e8ea", "muted": "#a3adb8", "link": "#7cb8f5"}

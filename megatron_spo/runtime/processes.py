@@ -17,8 +17,8 @@ from megatron_spo.config.topology import Topology
 from megatron_spo.errors import LostRank, UserError
 from megatron_spo.runtime import cpu_bridge, env
 from megatron_spo.runtime.clock import Clock
-from megatron_spo.runtime.watch_thread import watch
-from megatron_spo.runtime.watchdog import DAY, Progress
+from megatron_spo.runtime.progress import DAY, Progress
+from megatron_spo.runtime.watchdog import watch
 
 T = TypeVar("T")
 COLLECTIVES = timedelta(seconds=DAY)

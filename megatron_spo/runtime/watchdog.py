@@ -1,138 +1,319 @@
-"""What each process of a job knows of the others, and who is to blame when they stand still.
+"""The threads behind the watchdog: rank 0 hears every other process once a second over TCP, and each hears rank 0.
 
-Every process counts what it does in a `Progress`: phases that all ranks go through alike, and ticks within them. A
-thread (watch_thread.py) tells rank 0, which judges; a verdict ends all processes.
+A killed process is noticed when the kernel closes its connection; a stopped one, or a machine that is gone, by its
+silence. This needs no launcher, and it works when rank 0 itself is the one that died.
 """
 
+import contextlib
+import json
+import os
+import re
+import secrets
+import select
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-DAY = 24 * 3600.0
-"""Seconds that the first phase may take: downloading and tokenising have no progress to show."""
+from megatron_spo.errors import Anomaly, LostRank, Stopped, UserError
+from megatron_spo.runtime import env
+from megatron_spo.runtime.progress import Member, Progress, Verdict, died, hung, laggards
+
+INTERVAL = 1.0
+"""Seconds between reports."""
+SILENCE = 60.0
+"""Seconds without a report after which a process counts as lost."""
+SETTLE = 1.0
+"""Seconds in which further losses are put into the same message."""
+GRACE = 15.0
+"""Seconds in which processes that meet the same error may say so themselves."""
+LONG = 1e6
+_OF_OTHERS = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
-class Progress:
-    """How far this process is. The main thread writes, the watching thread reads."""
+class Watch:
+    """This process's part in the watch over the job."""
 
-    def __init__(self) -> None:
-        self._thread = threading.get_ident()
-        self._phase, self._seconds = 0, DAY
-        self.start_up(DAY)
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.progress = Progress()
+        self.on_loss: Callable[[Verdict], None] = lambda verdict: None
+        """Called before the process ends, on the lowest rank that is left."""
+        self._reached, self._said = threading.Event(), threading.Event()
+        self._leaving: tuple[int, str] | None = None
+        self._socket: socket.socket | None = None
+        self.woken, self._wake = os.pipe()
 
-    def start_up(self, seconds: float) -> None:
-        """The first phase of a command; `seconds` is the longest time without progress in the later ones."""
-        self._seconds = seconds
-        self.phase("start-up", times=DAY / seconds)
+    def start_hub(self) -> tuple[int, str]:
+        """Rank 0 listens; returns the port and the word by which the others are known."""
+        self._socket = socket.create_server(("", 0), backlog=min(4096, self.world_size + 8))
+        token = secrets.token_hex(16)
+        self._run(_Hub(self, self._socket, token).run)
+        return int(self._socket.getsockname()[1]), token
 
-    def phase(self, label: str, *, times: float = 1) -> None:
-        """The next phase; all ranks must go through the same ones. `times` the ordinary patience in this one."""
-        self._label, self._patience, self._ticks = label, times * self._seconds, 0
-        self._phase += 1
-        self._at = time.monotonic()
+    def join_hub(self, host: str, port: int, token: str) -> None:
+        """The others connect."""
+        self._socket = socket.create_connection((host, port), timeout=SILENCE)
+        hello = {"rank": self.rank, "host": socket.gethostname(), "token": token}
+        self._socket.sendall(_line(hello))
+        self._run(_Spoke(self, self._socket, host).run)
 
-    def tick(self) -> None:
-        """One row more in this phase."""
-        self._ticks += 1
-        self._at = time.monotonic()
+    def leave(self, code: int, message: str) -> None:
+        """Say that this process ends, before it does; with a code other than 0 it then ends within GRACE."""
+        if self._socket is not None and self._leaving is None and not self._reached.is_set():
+            self._leaving = (code, message)
+            os.write(self._wake, b"!")
+            self._said.wait(3 * INTERVAL)
 
-    def report(self) -> dict[str, Any]:
-        """For rank 0."""
-        where, waits = _whereabouts(self._thread)
-        return {
-            "phase": self._phase,
-            "ticks": self._ticks,
-            "label": self._label,
-            "patience": self._patience,
-            "idle": time.monotonic() - self._at,
-            "where": where,
-            "waits": waits,
+    def explain(self, error: BaseException, *, ours: bool) -> None:
+        """Let an error that the loss of another process may have caused be told as that loss.
+
+        Where a verdict comes in time, it ends this process and nothing returns. `ours`: it is an error with a message
+        of its own, or an end that was asked for.
+        """
+        patience = SILENCE + 10 if _OF_OTHERS.search(str(error)) else 0 if ours else 3 * INTERVAL
+        if self._socket is not None and self._reached.wait(patience):
+            time.sleep(LONG)
+
+    def ends(self, verdict: Verdict) -> None:
+        """End this process, called from the thread."""
+        self._reached.set()
+        time.sleep(verdict.grace)
+        with contextlib.suppress(Exception):
+            left = set(range(self.world_size)) - set(verdict.ranks)
+            if self.rank == min(left, default=-1):
+                self.on_loss(verdict)
+        print(f"error: {verdict.message}", file=sys.stderr, flush=True)
+        os._exit(verdict.code)
+
+    def left(self) -> tuple[int, str] | None:
+        """What `leave` was told."""
+        return self._leaving
+
+    def told(self) -> None:
+        """The others know that this process leaves."""
+        self._said.set()
+        if self._leaving and self._leaving[0]:
+            time.sleep(GRACE)
+            os._exit(self._leaving[0])  # something holds up its end
+
+    def _run(self, target: Callable[[], None]) -> None:
+        os.register_at_fork(after_in_child=self._forget)
+        threading.Thread(target=self._guarded, args=(target,), name="watch", daemon=True).start()
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except Exception as error:
+            print(f"rank {self.rank}: the watch over the other processes ended ({error!r})", file=sys.stderr)
+        self._said.set()
+
+    def _forget(self) -> None:
+        """In a forked child: its copy of the connection must not outlive the process that is watched."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+class _Lines:
+    """JSON objects over a connection, one a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self._rest = connection, b""
+        connection.settimeout(SILENCE)
+
+    def send(self, values: dict[str, Any]) -> bool:
+        try:
+            self.connection.sendall(_line(values))
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> tuple[list[dict[str, Any]], bool]:
+        """What has come, and whether the other side is still there."""
+        try:
+            content = self.connection.recv(1 << 16)
+        except OSError:
+            content = b""
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        return [json.loads(line) for line in lines], bool(content)
+
+
+def _readable(descriptors: list[int]) -> list[int]:
+    """Those that can be read from, after an INTERVAL at most (poll: select ends at 1024 descriptors)."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(INTERVAL * 1000)]
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+class _Spoke:
+    """The thread of every rank but 0."""
+
+    def __init__(self, watch: Watch, connection: socket.socket, host: str) -> None:
+        self._watch, self._lines, self._host = watch, _Lines(connection), host
+
+    def run(self) -> None:
+        heard = looked = time.monotonic()
+        while True:
+            leaving = self._watch.left()
+            if leaving is not None:
+                self._lines.send({"bye": leaving[0], "message": leaving[1]})
+                self._watch.told()
+                return
+            self._lines.send(self._watch.progress.report())  # where it cannot be sent, reading tells why
+            now = time.monotonic()
+            if now - looked > SILENCE / 2:
+                heard = now  # this process itself was stopped for a while
+            looked = now
+            if self._lines.connection.fileno() in _readable([self._lines.connection.fileno(), self._watch.woken]):
+                messages, there = self._lines.receive()
+                heard = time.monotonic() if there else heard
+                for message in messages:
+                    if "verdict" in message:
+                        self._watch.ends(_verdict(message["verdict"]))
+                    if "bye" in message:
+                        self._watch.told()
+                        return
+                if not there:
+                    self._lost("it died")
+            elif time.monotonic() - heard > SILENCE:
+                self._lost(f"it has not answered for {SILENCE:.0f} seconds")
+
+    def _lost(self, how: str) -> None:
+        main = Member(0, self._host, 0.0, {"label": f"unknown (this rank's: {self._watch.progress.report()['label']})"})
+        self._watch.ends(Verdict(LostRank.code, died([main], how), (0,)))
+
+
+class _Hub:
+    """The thread of rank 0."""
+
+    def __init__(self, watch: Watch, server: socket.socket, token: str) -> None:
+        self._watch, self._server, self._token = watch, server, token
+        self._members = {
+            rank: Member(rank, "not heard of", time.monotonic(), {}) for rank in range(1, watch.world_size)
         }
+        self._lines: dict[int, _Lines] = {}
+        self._new: list[_Lines] = []
+        self._lost: list[int] = []
+
+    def run(self) -> None:
+        beat = looked = time.monotonic()
+        while True:
+            if self._watch.left() is not None:
+                self._bye(*self._watch.left())  # type: ignore[misc]
+                return
+            self._listen()
+            now = time.monotonic()
+            if now - looked > SILENCE / 2:  # this process itself was stopped for a while
+                for member in self._members.values():
+                    member.heard += now - looked
+            looked = now
+            if now - beat >= INTERVAL:
+                beat = now
+                for lines in self._lines.values():
+                    lines.send({"alive": 1})
+                self._judge(now)
+
+    def _listen(self) -> None:
+        sources = {lines.connection.fileno(): rank for rank, lines in self._lines.items()}
+        fresh = {lines.connection.fileno(): lines for lines in self._new}
+        for source in _readable([self._server.fileno(), self._watch.woken, *sources, *fresh]):
+            if source == self._server.fileno():
+                self._new.append(_Lines(self._server.accept()[0]))
+            elif source in fresh:
+                self._greet(fresh[source])
+            elif source in sources:
+                self._hear(sources[source])
+
+    def _greet(self, lines: _Lines) -> None:
+        self._new.remove(lines)
+        try:
+            first, *others = lines.receive()[0]
+            member = self._members[first["rank"]] if first["token"] == self._token else None
+        except (ValueError, KeyError, TypeError):
+            member = None
+        if member is None:  # not one of ours
+            lines.connection.close()
+            return
+        member.host, member.heard = first["host"], time.monotonic()
+        self._lines[member.rank] = lines
+        for report in others:
+            member.report = report
+
+    def _hear(self, rank: int) -> None:
+        member = self._members[rank]
+        messages, there = self._lines[rank].receive()
+        for message in messages:
+            if "bye" not in message:
+                member.report, member.heard = message, time.monotonic()
+                continue
+            member.left = True
+            if message["bye"]:
+                self._pronounce(_ended(member.name, rank, message["bye"], message["message"]))
+        if not there:
+            del self._lines[rank]
+            if not member.left:
+                self._lost.append(rank)
+
+    def _judge(self, now: float) -> None:
+        if self._lost:
+            until = time.monotonic() + SETTLE
+            while time.monotonic() < until:
+                self._listen()
+            self._pronounce(Verdict(LostRank.code, died(self._named(self._lost), "it died"), tuple(self._lost)))
+        silent = [rank for rank, member in self._members.items() if not member.left and now - member.heard > SILENCE]
+        if silent:
+            how = f"it has not answered for {SILENCE:.0f} seconds"
+            self._pronounce(Verdict(LostRank.code, died(self._named(silent), how), tuple(silent)))
+        own = Member(0, socket.gethostname(), now, self._watch.progress.report())
+        guilty = laggards([own, *self._members.values()], now)
+        if guilty:
+            ranks = tuple(member.rank for member in guilty)
+            self._pronounce(Verdict(LostRank.code, hung(guilty, now), ranks))
+
+    def _named(self, ranks: list[int]) -> list[Member]:
+        return [self._members[rank] for rank in ranks]
+
+    def _bye(self, code: int, message: str) -> None:
+        """Rank 0 leaves: the others go their way, or end with it."""
+        if code == 0:
+            self._tell({"bye": 0})
+        else:
+            self._tell({"verdict": vars(_ended(f"rank 0 (host {socket.gethostname()})", 0, code, message))})
+        self._watch.told()
+
+    def _pronounce(self, verdict: Verdict) -> None:
+        self._tell({"verdict": vars(verdict)})
+        self._watch.ends(verdict)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for lines in self._lines.values():
+            lines.connection.settimeout(2.0)
+            lines.send(message)
 
 
-def _whereabouts(thread: int) -> tuple[str, bool]:
-    """The innermost line of a thread, and whether it waits for other processes there."""
-    frame = sys._current_frames().get(thread)
-    if frame is None:
-        return "nowhere", False
-    where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
-    for _ in range(12):
-        if frame is None:
-            break
-        if "torch/distributed/" in frame.f_code.co_filename:
-            return where, True
-        frame = frame.f_back
-    return where, False
+def _ended(name: str, rank: int, code: int, message: str) -> Verdict:
+    """The verdict when a process left with a code other than 0; the others may be about to say the same."""
+    grace = GRACE if code in (UserError.code, Anomaly.code) else 3 * INTERVAL if code == Stopped.code else 0.0
+    return Verdict(code if grace else LostRank.code, f"{name} ended: {message}", (rank,), grace)
 
 
-@dataclass
-class Member:
-    """One process as rank 0 knows it; times on rank 0's clock."""
-
-    rank: int
-    host: str
-    heard: float
-    report: dict[str, Any]
-    left: bool = False
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"rank {self.rank} (host {self.host})"
-
-    @property
-    def last_did(self) -> str:
-        """For messages."""
-        rows = f", row {self.report['ticks']}" if self.report.get("ticks") else ""
-        return f"{self.report.get('label', 'start-up')}{rows}"
-
-    def idle(self, now: float) -> float:
-        """Seconds without progress."""
-        return float(self.report["idle"] + now - self.heard)
+def _verdict(values: dict[str, Any]) -> Verdict:
+    return Verdict(values["code"], values["message"], tuple(values["ranks"]), values["grace"])
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Why the job ends: exit code, message, who is to blame, and how long the others may take to end by themselves."""
-
-    code: int
-    message: str
-    ranks: tuple[int, ...]
-    grace: float = 0.0
+_watch: Watch | None = None
 
 
-def laggards(members: Iterable[Member], now: float) -> list[Member]:
-    """Who holds up the job: of those that are behind all others for too long, the ones that do not themselves wait.
-
-    Empty as long as one of the hindmost makes progress or may still take its time.
-    """
-    present = [member for member in members if not member.left and "phase" in member.report]
-    if not present:
-        return []
-    least = min((member.report["phase"], member.report["ticks"]) for member in present)
-    last = [member for member in present if (member.report["phase"], member.report["ticks"]) == least]
-    if any(member.idle(now) <= member.report["patience"] for member in last):
-        return []
-    return [member for member in last if not member.report["waits"]] or last
-
-
-def hung(guilty: list[Member], now: float) -> str:
-    """The message about laggards."""
-    named = "; ".join(f"{member.name}: {member.last_did}, now in {member.report.get('where')}" for member in guilty[:8])
-    more = f"; and {len(guilty) - 8} more" if len(guilty) > 8 else ""
-    minutes = min(member.idle(now) for member in guilty) / 60
-    return (
-        f"no progress for {minutes:.1f} minutes (training.hang_timeout), the job waits for {named}{more}. Start the "
-        "same command again, without that machine if it happens again"
-    )
-
-
-def died(lost: list[Member], how: str) -> str:
-    """The message about processes that are gone."""
-    named = "; ".join(f"{member.name}, last in: {member.last_did}" for member in lost[:8])
-    more = f"; and {len(lost) - 8} more" if len(lost) > 8 else ""
-    return f"{named}{more}: {how}. Start the same command again: it goes on from the newest checkpoint"
+def watch() -> Watch:
+    """This process's part in the watch over the job; where there is one process, nobody watches."""
+    global _watch
+    if _watch is None:
+        _watch = Watch(env.rank(), env.world_size())
+    return _watch

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from megatron_spo.model.wrap import Trainable
+from megatron_spo.model.optimizer import Trainable
 
 Gradient = list[Tensor]
 

@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_spo.checkpoint.save import SaveFailed, Saver
 from megatron_spo.config.schema import Config
 from megatron_spo.data.loader import Batch
 from megatron_spo.errors import Anomaly, NotSaved, UserError
-from megatron_spo.model.wrap import learning_rate
-from megatron_spo.objective.plan import Role
+from megatron_spo.model.optimizer import learning_rate
 from megatron_spo.objective.schedules import observe, plan_step, raise_lambda
+from megatron_spo.objective.step_plan import Role
 from megatron_spo.runtime.clock import Clock
-from megatron_spo.runtime.watchdog import Progress
+from megatron_spo.runtime.progress import Progress
 from megatron_spo.train.anomalies import BadStep, alarm
-from megatron_spo.train.checkpoint import SaveFailed, Saver
-from megatron_spo.train.held_out import Decode, held_out
 from megatron_spo.train.monitor import MonitorState, watch, watch_answers
+from megatron_spo.train.pair_shifts import Decode, held_out
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import Best, TrainState
 from megatron_spo.train.step import DataInUse, Engine, Share

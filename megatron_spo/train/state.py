@@ -33,6 +33,11 @@ class TrainState:
     """Of the last global batch; None before the first, and where routers are not balanced."""
     monitor: MonitorState = MonitorState()
 
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation so far."""
+        return None if self.best is None else self.best.step
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
         return {

@@ -17,20 +17,20 @@ from megatron_spo.config.schema import LossConfig, SpoConfig
 from megatron_spo.data.loader import Batch, Loader
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model.experts import Load, balance, balancing
-from megatron_spo.model.wrap import Trainable
+from megatron_spo.model.forward import run_rows
+from megatron_spo.model.optimizer import Trainable
 from megatron_spo.objective.losses import TRACKED, PairLogprobs, preference_losses, rewards, statistic_values
-from megatron_spo.objective.plan import Add, Barrier, Pass, Role, StepPlan
 from megatron_spo.objective.schedules import ScheduleState, optimal_value
 from megatron_spo.objective.statistics import LossStatistics
+from megatron_spo.objective.step_plan import Add, Barrier, Pass, Role, StepPlan
 from megatron_spo.objective.terms import GlobalCounts, objective
+from megatron_spo.reference.sources import ReferenceSums
 from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
 from megatron_spo.train import gradients
 from megatron_spo.train.anomalies import BadStep
-from megatron_spo.train.forward import run_rows
 from megatron_spo.train.gradients import Gradient
 from megatron_spo.train.metrics import SUMS, Measured, PairValues, named_metrics, reduce_sums, row_sums
-from megatron_spo.train.reference_sums import ReferenceSums
 from megatron_spo.train.state import TrainState
 
 

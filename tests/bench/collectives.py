@@ -12,9 +12,9 @@ ROWS = (2, 4)
 
 
 def main(folder: Path, out: Path) -> None:
-    from megatron_spo import run
     from megatron_spo.config.load import load_config
     from megatron_spo.runtime import env
+    from megatron_spo.train import run
     from megatron_spo.train.step import Engine
 
     step, counts = Engine.train_step, {}

@@ -116,7 +116,7 @@ def test_world_size_comes_from_the_launcher(
 
 def test_train_gets_the_configuration(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr("megatron_spo.run.train", seen.append)
+    monkeypatch.setattr("megatron_spo.train.run.train", seen.append)
     assert cli.main(["train", str(run_file), "training.seed=5"]) == 0
     assert seen[0].training.seed == 5
 
@@ -126,7 +126,7 @@ def test_exit_codes(run_file: Path, monkeypatch: pytest.MonkeyPatch, error: Base
     def fail(config: Config) -> None:
         raise error
 
-    monkeypatch.setattr("megatron_spo.reference.fill", fail)
+    monkeypatch.setattr("megatron_spo.reference.fill.fill", fail)
     assert cli.main(["reference", str(run_file)]) == code
 
 

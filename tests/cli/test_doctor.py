@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spo import cli, doctor
+from megatron_spo import cli
+from megatron_spo.commands import doctor
 
 
 def state_of(name: str) -> str:

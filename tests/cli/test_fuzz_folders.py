@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_spo import reference, run
 from megatron_spo.config.model_folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, stored_tensors
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate import generate, pairs
+from megatron_spo.reference import fill as reference
+from megatron_spo.train import run
 from tests.cli.test_fuzz import Capture, cheap
 from tests.config.test_model_folder import FIRST, SECOND, Change, cut, edit_file, edit_json, edit_map, shard, write
 from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl

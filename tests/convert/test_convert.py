@@ -11,12 +11,14 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_spo.checkpoint import lazy
 from megatron_spo.cli import main
 from megatron_spo.config.model_folder import shard_files
-from megatron_spo.convert import lazy, torch_dist, work
+from megatron_spo.convert import work
 from megatron_spo.convert.export import convert
-from megatron_spo.convert.hf_form import HuggingFace
-from megatron_spo.convert.torch_dist import TorchDist
+from megatron_spo.convert.formats import torch_dist
+from megatron_spo.convert.formats.hugging_face import HuggingFace
+from megatron_spo.convert.formats.torch_dist import TorchDist
 from megatron_spo.errors import UserError
 from megatron_spo.model import hf_files
 from tests.support.megatron import load_model

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_spo.checkpoint.lazy import Lazy
 from megatron_spo.config.model_shape import read_model_shape
-from megatron_spo.convert.hf_form import HuggingFace
-from megatron_spo.convert.lazy import Lazy
+from megatron_spo.convert.formats.hugging_face import HuggingFace
 from megatron_spo.convert.sides import Sides
 from megatron_spo.convert.source import Model
 from megatron_spo.model.families import full_shape, mappings

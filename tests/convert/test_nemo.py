@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_spo.checkpoint.stored import StoredTensors
 from megatron_spo.convert.export import convert
-from megatron_spo.convert.stored import StoredTensors
 from megatron_spo.errors import UserError
 from tests.support.tiny import tiny_model
 

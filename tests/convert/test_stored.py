@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_spo.convert.stored import StoredTensors
+from megatron_spo.checkpoint.stored import StoredTensors
 from megatron_spo.errors import UserError
 
 WEIGHT = torch.arange(48.0).view(3, 4, 4)

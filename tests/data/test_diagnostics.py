@@ -7,8 +7,8 @@ import pytest
 
 from megatron_spo.config.schema import DataSource
 from megatron_spo.data.diagnostics import drop_highest
-from megatron_spo.data.reference_store import RECORD, ReferenceStore
 from megatron_spo.errors import UserError
+from megatron_spo.reference.cache import RECORD, ReferenceStore
 from tests.data.helpers import build, lines, pair
 
 

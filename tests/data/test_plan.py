@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_spo.data.plan import Sampler, batches_per_epoch, epoch_order, rows_per_epoch
+from megatron_spo.data.packing import Sampler, batches_per_epoch, epoch_order, rows_per_epoch
 from megatron_spo.errors import UserError
 
 sources = st.lists(st.tuples(st.integers(1, 20), st.sampled_from([0.3, 0.5, 1.0, 1.7, 3.0])), min_size=1, max_size=3)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.reference_store import (
+from megatron_spo.errors import UserError
+from megatron_spo.reference.cache import (
     RECORD,
     ReferenceFingerprint,
     ReferenceStore,
@@ -19,7 +20,6 @@ from megatron_spo.data.reference_store import (
     cache_folder,
     open_reference,
 )
-from megatron_spo.errors import UserError
 from tests.data.helpers import build, lines, pair
 
 COUNT, CHUNK = 50, 8

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_spo.data.plan import pair_costs, plan_rows
+from megatron_spo.data.packing import pair_costs, plan_rows
 from megatron_spo.data.rows import Example, PackedRow, build_row
 
 

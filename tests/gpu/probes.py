@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from megatron_spo import run
-from megatron_spo.assemble import join, make_model, read_sources
+from megatron_spo.checkpoint.folder import Checkpoint
+from megatron_spo.checkpoint.load import find, load
+from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.schema import Config
-from megatron_spo.model.checkpoint_files import Checkpoint
-from megatron_spo.model.wrap import Trainable, make_trainable
+from megatron_spo.model.optimizer import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
-from megatron_spo.train import checkpoint, step
-from megatron_spo.train.checkpoint import Saver
+from megatron_spo.prepare import join, make_model, read_sources
+from megatron_spo.train import run, step
 from megatron_spo.train.state import TrainState
 from tests.support.megatron import engine_keys, sharded_keys
 
@@ -53,7 +53,7 @@ def fresh(config: Config) -> dict[str, Any]:
     folder = Path(config.output) / "checkpoints"
     _save(Saver(folder, trainable, {}, keep=1), TrainState(0, initial_state(config.spo), LossStatistics()))
     adam = type(trainable.optimizer.chained_optimizers[0].optimizer)
-    step = checkpoint.load(_newest(folder, config), trainable).step
+    step = _load(_newest(folder, config), trainable).step
     return {"adam": f"{adam.__module__}.{adam.__name__}", "step": step}
 
 
@@ -61,8 +61,13 @@ def resave(config: Config) -> None:
     """Load the newest checkpoint of the run into a new model and optimizer, and save it again beside it."""
     folder = Path(config.output) / "checkpoints"
     newest, trainable = _newest(folder, config), _trainable(config)
-    state = checkpoint.load(newest, trainable)
+    state = _load(newest, trainable)
     _save(Saver(folder.with_name("checkpoints-again"), trainable, newest.record, keep=1), state)
+
+
+def _load(found: Checkpoint, trainable: Trainable) -> TrainState:
+    load(found, trainable)
+    return TrainState.from_dict(found.state)
 
 
 def _save(saver: Saver, state: TrainState) -> None:
@@ -71,7 +76,7 @@ def _save(saver: Saver, state: TrainState) -> None:
 
 
 def _newest(folder: Path, config: Config) -> Checkpoint:
-    found = checkpoint.find(folder, scales=config.precision.fp8 is not None)
+    found = find(folder, scales=config.precision.fp8 is not None)
     assert found is not None
     return found
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 
 def main() -> None:
-    from megatron_spo import reference, run
     from megatron_spo.config.load import load_config
+    from megatron_spo.reference.fill import fill
     from megatron_spo.runtime import env
+    from megatron_spo.train.run import train
     from tests.gpu import probes
 
     folder = Path(sys.argv[1])
     for name, command, overrides in json.loads(sys.argv[2]):
-        commands = {"train": run.train, "reference": reference.fill}
+        commands = {"train": train, "reference": fill}
         function = commands[command] if command in commands else getattr(probes, command)
         try:
             config = load_config(folder / "config.yaml", overrides, world_size=env.world_size())

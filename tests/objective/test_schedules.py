@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_spo.objective.plan import Add, Barrier, Pass, Shift, StepPlan
 from megatron_spo.objective.schedules import (
     SCHEDULES,
     ScheduleState,
@@ -13,6 +12,7 @@ from megatron_spo.objective.schedules import (
     observe,
     plan_step,
 )
+from megatron_spo.objective.step_plan import Add, Barrier, Pass, Shift, StepPlan
 from tests.objective.samples import Spo
 
 ON_F = StepPlan((Pass(preference=1.0, sft=0.0),), lambda_=0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.objective.losses import LOSSES, PairLogprobs, preference_losses
-from megatron_spo.objective.plan import Pass
+from megatron_spo.objective.step_plan import Pass
 from megatron_spo.objective.terms import GlobalCounts, objective
 from tests.objective.samples import STATISTICS, Spo, defaults, make_pairs, only, random_pairs
 

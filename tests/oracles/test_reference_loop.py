@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.objective.losses import PairLogprobs
-from megatron_spo.objective.plan import Pass
+from megatron_spo.objective.step_plan import Pass
 from megatron_spo.objective.terms import GlobalCounts, objective
 from tests.objective.samples import STATISTICS, Spo, only
 from tests.oracles.reference_loop import TokenisedPair, reference_trajectory, response_logprob

@@ -29,8 +29,8 @@ def watch(run: Path, steps: int, found: dict[str, int]) -> None:
 
 def main() -> None:
     from megatron_spo.config.load import load_config
-    from megatron_spo.run import train
     from megatron_spo.runtime import env
+    from megatron_spo.train.run import train
 
     config = load_config(sys.argv[2], sys.argv[3:], world_size=env.world_size())
     found = {"most": 0}

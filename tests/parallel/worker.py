@@ -8,11 +8,12 @@ import sys
 
 
 def main() -> None:
-    from megatron_spo import reference, run
     from megatron_spo.config.load import load_config
+    from megatron_spo.reference.fill import fill
     from megatron_spo.runtime import env
+    from megatron_spo.train.run import train
 
-    commands = {"train": run.train, "reference": reference.fill}
+    commands = {"train": train, "reference": fill}
     for command, config, overrides in json.loads(sys.argv[1]):
         commands[command](load_config(config, overrides, world_size=env.world_size()))
 

@@ -85,12 +85,12 @@ def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
 
     from megatron_spo.model.build import build_model
     from megatron_spo.model.experts import freeze_routers
+    from megatron_spo.model.forward import run_rows
     from megatron_spo.model.lora import add_adapters
+    from megatron_spo.model.optimizer import make_trainable
     from megatron_spo.model.settings import transformer_config
     from megatron_spo.model.weights import fill_randomly
-    from megatron_spo.model.wrap import make_trainable
     from megatron_spo.train import gradients
-    from megatron_spo.train.forward import run_rows
 
     chunks = build_model(shape, transformer_config(shape, config.parallel, config.precision))
     for chunk in chunks:

@@ -165,13 +165,12 @@ def test_the_line_at_the_start_warns_of_what_cannot_fit() -> None:
 def test_train_says_what_it_needs(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_spo import assemble
 
     assert main(["reference", str(tiny)]) == 0
     capsys.readouterr()
     assert main(["train", str(tiny)]) == 0
     said = capsys.readouterr().err
     assert said.count("memory as planned: ") == 1 and "warning" not in said
-    monkeypatch.setattr(assemble, "memory_of", lambda device: GIB // 4)
+    monkeypatch.setattr("megatron_spo.train.memory.memory_of", lambda device: GIB // 4)
     assert main(["train", str(tiny), "training.steps=3"]) == 0
     assert "warning: the plan needs" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_presets_are_found_by_hub_ids() -> None:
 
 def test_row_plan_counts_every_pair_once() -> None:
     from megatron_spo.planner.rows import assumed_lengths
-    from megatron_spo.rehearsal import rehearse_rows
+    from megatron_spo.train.rehearsal import rehearse_rows
 
     config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml", elsewhere=True)
     found = rehearse_rows(config, assumed_lengths(100, 200, 1000, 2048), ranks=2)

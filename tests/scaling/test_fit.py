@@ -11,10 +11,10 @@ import pytest
 from scipy.optimize import least_squares
 
 from megatron_spo.cli import main
+from megatron_spo.commands.scaling import LAW_NAMES
 from megatron_spo.scaling.additive import CHINCHILLA, DELTA, POWER
 from megatron_spo.scaling.fit import LAWS, fit
 from megatron_spo.scaling.law import Ask, Law, Unidentified
-from megatron_spo.scaling.options import LAW_NAMES
 from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
 from megatron_spo.scaling.points import Points
 from megatron_spo.scaling.stability import STABILITY

@@ -81,7 +81,7 @@ def row_of(examples: Sequence[Example], *, multiple: int = 1) -> PackedRow:
 def megatron_sums(model: Any, row: PackedRow) -> Tensor:
     """[pairs, 2] response sums under the Megatron model, with gradient."""
     from megatron_spo.model.attention import row_to_device
-    from megatron_spo.train.forward import response_sums
+    from megatron_spo.model.forward import response_sums
 
     on_device = row_to_device(row, torch.device("cpu"))
     assert on_device.entries is not None

@@ -26,8 +26,9 @@ from typing import Any
 
 BUFFER = 1 << 16
 PRELOADED = (
-    "megatron_spo.cli", "megatron_spo.run", "megatron_spo.reference", "megatron_spo.rehearsal", "megatron_spo.answers",
-    "megatron_spo.convert.export", "megatron_spo.convert.adapters", "megatron_spo.planner.command",
+    "megatron_spo.cli", "megatron_spo.train.run", "megatron_spo.reference.fill", "megatron_spo.train.rehearsal",
+    "megatron_spo.train.sample_answers", "megatron_spo.convert.export", "megatron_spo.convert.adapters",
+    "megatron_spo.planner.plan",
     "megatron_spo.evaluate.generate", "megatron_spo.report.sections", "datasets", "pyarrow.parquet", "scipy.optimize",
     "torch.distributed.checkpoint", "torch.distributed.run", "transformers.generation", "wandb",
     "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",

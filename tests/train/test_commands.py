@@ -102,7 +102,7 @@ sys.exit(code)
 
 def test_share_of_the_peak_where_the_gpu_is_known(job, monkeypatch):
     assert command(job, "train", "loss.name=simpo", "reference.cache=null", f"output={job}/cpu") == 0
-    monkeypatch.setattr("megatron_spo.run.name_of", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("megatron_spo.train.run.name_of", lambda device: "NVIDIA H100 80GB HBM3")
     assert command(job, "train", "loss.name=simpo", "reference.cache=null", f"output={job}/h100") == 0
     cpu, h100 = (read_metrics(job / name)["train", "", 1] for name in ("cpu", "h100"))
     assert "mfu" not in cpu

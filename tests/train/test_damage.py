@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_spo.checkpoint import folder as checkpoint_folder
 from megatron_spo.cli import main
-from megatron_spo.model import checkpoint_files
 from tests.support.processes import read_metrics
 from tests.support.tiny import tiny_model, tiny_run
 
@@ -71,11 +71,11 @@ def reseal(folder: Path, **changes: object) -> None:
     """Write the seal anew over the present files, as somebody who wants to harm would."""
     content = json.loads((folder / "trainer.json").read_text())
     (folder / "trainer.json").unlink()
-    checkpoint_files.seal(folder, content["state"], content["record"], {})
+    checkpoint_folder.seal(folder, content["state"], content["record"], {})
     if changes:
         content = {**json.loads((folder / "trainer.json").read_text()), **changes}
         content.pop("checksum")
-        content["checksum"] = checkpoint_files._digest(content)
+        content["checksum"] = checkpoint_folder._digest(content)
         (folder / "trainer.json").write_text(json.dumps(content))
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_spo import run
+from megatron_spo.checkpoint.stored import StoredTensors
 from megatron_spo.cli import main
-from megatron_spo.convert.stored import StoredTensors
-from megatron_spo.model.wrap import Trainable
+from megatron_spo.model.optimizer import Trainable
+from megatron_spo.train import run
 from tests.oracles.reference_loop import TokenisedPair, reference_trajectory, response_logprob
 from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs

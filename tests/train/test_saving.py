@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_spo.checkpoint import save as checkpoint
 from megatron_spo.cli import main
-from megatron_spo.train import checkpoint, loop
+from megatron_spo.train import loop
 from megatron_spo.train.stop import StopRequest
 from tests.support.processes import TIMES, Ranks, largest_difference, read_metrics, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
@@ -285,7 +286,7 @@ def test_a_writer_that_fails_on_one_rank_costs_its_checkpoint_only(folder: Path,
     (tmp_path / "run").mkdir()
     (tmp_path / "program.py").write_text(
         "import sys\n"
-        "from megatron_spo.train import checkpoint\n"
+        "from megatron_spo.checkpoint import save as checkpoint\n"
         "write = checkpoint._Files._write\n"
         "def failing(self):\n"
         "    if 'step_00000002' in (name := self._buckets[0][0]) and '__1_' in name:\n"

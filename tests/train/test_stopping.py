@@ -111,9 +111,7 @@ def test_a_killed_rank_is_named_and_ends_the_others(folder: Path, layout: str, v
 
 
 def test_a_stopped_rank_is_named_and_ends_the_others(folder: Path) -> None:
-    script = program(
-        folder / "impatient.py", "from megatron_spo.runtime import watch_thread", "watch_thread.SILENCE = 10.0"
-    )
+    script = program(folder / "impatient.py", "from megatron_spo.runtime import watchdog", "watchdog.SILENCE = 10.0")
     layout = "parallel.tensor=2"
     with ranks(folder, "frozen-dp2", script=script) as one, ranks(folder, "frozen-tp2", layout, script=script) as two:
         for job, run, victim in ((one, "frozen-dp2", 1), (two, "frozen-tp2", 0)):

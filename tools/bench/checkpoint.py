@@ -49,13 +49,16 @@ def main() -> None:
 def _ways(folder: Path, hidden: int) -> tuple[dict[str, Callable[[], float]], int]:
     """What takes turns, each returning its seconds, and the bytes of a checkpoint."""
     processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=0)
+    from megatron_spo.checkpoint.folder import step_name
+    from megatron_spo.checkpoint.load import find
+    from megatron_spo.checkpoint.load import load as load_into
+    from megatron_spo.checkpoint.save import Saver
     from megatron_spo.model.build import build_model
+    from megatron_spo.model.optimizer import make_trainable
     from megatron_spo.model.settings import transformer_config
     from megatron_spo.model.weights import fill_randomly
-    from megatron_spo.model.wrap import make_trainable
     from megatron_spo.objective.schedules import initial_state
     from megatron_spo.objective.statistics import LossStatistics
-    from megatron_spo.train import checkpoint
     from megatron_spo.train.state import TrainState
 
     config = LlamaConfig(
@@ -68,7 +71,7 @@ def _ways(folder: Path, hidden: int) -> tuple[dict[str, Callable[[], float]], in
     fill_randomly(chunks[0], shape, 0)
     trainable = make_trainable(chunks, chunks[0].config, OptimizerConfig(), overlap=False)
     checkpoints, plain_file = folder / "checkpoints", folder / "plain"
-    saver = checkpoint.Saver(checkpoints, trainable, {"config": {}, "data": {}}, keep=1)
+    saver = Saver(checkpoints, trainable, {"config": {}, "data": {}}, keep=1)
     state = TrainState(1, initial_state(SpoConfig()), LossStatistics())
 
     def save() -> float:
@@ -86,13 +89,13 @@ def _ways(folder: Path, hidden: int) -> tuple[dict[str, Callable[[], float]], in
 
     def load() -> float:
         begin = time.perf_counter()
-        found = checkpoint.find(checkpoints, scales=False)
+        found = find(checkpoints, scales=False)
         assert found is not None
-        checkpoint.load(found, trainable)
+        load_into(found, trainable)
         return time.perf_counter() - begin
 
     save()
-    size = sum(path.stat().st_size for path in (checkpoints / checkpoint.step_name(1)).iterdir())
+    size = sum(path.stat().st_size for path in (checkpoints / step_name(1)).iterdir())
     block = os.urandom(2**24)
 
     def write() -> float:

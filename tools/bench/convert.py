@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from megatron_spo.checkpoint.lazy import Lazy
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.convert.export import convert
-from megatron_spo.convert.hf_form import HuggingFace
-from megatron_spo.convert.lazy import Lazy
+from megatron_spo.convert.formats.hugging_face import HuggingFace
 from megatron_spo.convert.sides import Sides
 from megatron_spo.convert.source import Model
 from megatron_spo.model import hf_files

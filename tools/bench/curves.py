@@ -16,7 +16,7 @@ import numpy as np
 from measure import Result
 from work import Model, lognormal_lengths, necessary_flops, random_rows
 
-from megatron_spo.data.plan import Sampler, plan_rows
+from megatron_spo.data.packing import Sampler, plan_rows
 
 
 @dataclass(frozen=True)

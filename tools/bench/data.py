@@ -87,7 +87,7 @@ def _tokenising(folder: Path, count: int) -> list[Result]:
 
 def _cache(folder: Path, count: int) -> list[Result]:
     from megatron_spo.data.dataset import TokenizedSet
-    from megatron_spo.data.reference_store import ReferenceFingerprint, ReferenceWriter, cache_folder, open_reference
+    from megatron_spo.reference.cache import ReferenceFingerprint, ReferenceWriter, cache_folder, open_reference
 
     source = tokenise(next(path for path in folder.iterdir() if path.name.isdigit()))
     times = count // len(source)
@@ -124,8 +124,8 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
     """
     from megatron_spo import reference
     from megatron_spo.data.loader import Loader
-    from megatron_spo.data.reference_store import ReferenceWriter
-    from megatron_spo.train.forward import score_rows
+    from megatron_spo.model.forward import score_rows
+    from megatron_spo.reference.cache import ReferenceWriter
 
     measure.write_model(folder / "model", hidden=64 if quick else 256)
     _write_pairs(folder, 64 if quick else 384, "chat")

@@ -20,7 +20,7 @@ TORCH = "import torch"
 EVERYTHING = """
 import torch, megatron.core, datasets, matplotlib.figure, wandb, torch._inductor.compile_fx, torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer
-import megatron_spo.run, megatron_spo.evaluate.generate, megatron_spo.report
+import megatron_spo.train.run, megatron_spo.evaluate.generate, megatron_spo.report
 """
 FIRST_STEP = """
 import os, sys

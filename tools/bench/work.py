@@ -64,9 +64,9 @@ class Model:
         self.shape = read_model_shape(Path(self.config.model.path))
         self.runtime = processes.start(make_topology(self.config.parallel, 1), seed=seed, threads=1)
         from megatron_spo.model.build import build_model  # after the bridge, which `start` installs
+        from megatron_spo.model.optimizer import make_trainable
         from megatron_spo.model.settings import transformer_config
         from megatron_spo.model.weights import fill_randomly
-        from megatron_spo.model.wrap import make_trainable
 
         settings = transformer_config(self.shape, self.config.parallel, self.config.precision)
         chunks = build_model(self.shape, settings)
@@ -78,8 +78,8 @@ class Model:
         """Gradients of DPO (reference: zero) over these rows, clipped, and one AdamW step; returns the loss."""
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+        from megatron_spo.model.forward import run_rows
         from megatron_spo.train import gradients
-        from megatron_spo.train.forward import run_rows
 
         pairs = sum(len(row.pairs) for row in rows)
 

@@ -20,14 +20,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_spo.checkpoint import folder as checkpoint_folder
+from megatron_spo.checkpoint.lazy import Joined, Lazy
 from megatron_spo.config.model_folder import CONFIG
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.topology import padded_vocabulary
-from megatron_spo.convert.form import Record, Shard, filled
-from megatron_spo.convert.lazy import Joined, Lazy
+from megatron_spo.convert.formats.base import Record, Shard, filled
 from megatron_spo.convert.source import Model
 from megatron_spo.errors import UserError
-from megatron_spo.model import checkpoint_files
 from megatron_spo.model.families import Mapping, full_shape, mappings
 
 CHUNK_BYTES = 2**26
@@ -101,7 +101,7 @@ class TorchDist:
         notes = model.sides.write(folder)
         (folder / CONFIG).write_text(model.config, encoding="utf-8")
         torch.save({}, folder / "common.pt")
-        checkpoint_files.seal(folder, {}, {"model": model.shape.family}, sums)
+        checkpoint_folder.seal(folder, {}, {"model": model.shape.family}, sums)
         return notes
 
     def _boxes(self, row: Mapping, model: Model) -> Iterator[_Box]:

@@ -1,5 +1,6 @@
-"""What is installed, what is missing, what follows."""
+"""`megatron-spo doctor`: what is installed, what is missing, and what that means."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import platform
@@ -19,6 +20,15 @@ class Finding(NamedTuple):
     state: str
     found: str
     follows: str
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table."""
+    print(report())
 
 
 def report() -> str:

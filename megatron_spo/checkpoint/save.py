@@ -1,4 +1,4 @@
-"""Write and read the state of the training, in Megatron's torch_dist format, loadable in any layout.
+"""Write the state of the training in Megatron's torch_dist format, loadable in any layout.
 
 A checkpoint is written under a name of its own and gets its final one when it is complete on every rank; the marker
 `latest` moves last. Files are written by a thread of each rank, so training can go on meanwhile. Of a model with
@@ -8,16 +8,13 @@ adapters, these alone are written.
 import queue
 import secrets
 import shutil
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import load as load_distributed
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
@@ -27,23 +24,33 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_spo.errors import UserError
-from megatron_spo.model import checkpoint_files
-from megatron_spo.model.build import PairModel
-from megatron_spo.model.checkpoint_files import BEST, LATEST, Checkpoint, Damaged, step_name
-from megatron_spo.model.lora import load_beside_base, without_base
-from megatron_spo.model.wrap import Trainable
+from megatron_spo.checkpoint import folder as checkpoint_folder
+from megatron_spo.checkpoint.contents import contents, weights
+from megatron_spo.checkpoint.folder import BEST, LATEST, step_name
+from megatron_spo.model.optimizer import Trainable
 from megatron_spo.runtime.processes import on_main
-from megatron_spo.train.optimizer_state import OptimizerState
-from megatron_spo.train.state import TrainState
 
 _BACKEND = ("torch_dist", 1)
 
 
 class SaveFailed(Exception):
     """A checkpoint could not be written; raised on every rank alike. The earlier ones are as they were."""
+
+
+class SavedState(Protocol):
+    """What goes into a checkpoint besides weights and optimizer."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation so far, by checkpoint.best."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
 
 
 class Saver:
@@ -65,7 +72,7 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._open is not None
 
-    def start(self, state: TrainState, *, in_background: bool) -> None:
+    def start(self, state: SavedState, *, in_background: bool) -> None:
         """Begin to write the present weights, optimizer and `state`; `finished` completes it.
 
         In the background, the weights may change as soon as this returns.
@@ -107,7 +114,7 @@ class Saver:
     def _make_partial(self, step: int) -> Path:
         """A folder of no other attempt: a rank of a lost job may still write into its own."""
         partial = self.folder / f".{step_name(step)}.partial-{secrets.token_hex(4)}"
-        checkpoint_files.remove_unfinished(self.folder)
+        checkpoint_folder.remove_unfinished(self.folder)
         partial.mkdir(parents=True)
         return partial
 
@@ -136,20 +143,20 @@ class Saver:
             writing.strategy.writer.finish(writing.strategy.index, [result for result, _ in outcomes])
             save_config(CheckpointingConfig(*_BACKEND), str(partial))
             sums = {name: entry for _, some in outcomes for name, entry in some.items()}
-            checkpoint_files.seal(partial, writing.state.to_dict(), self._record, sums)
-            checkpoint_files.put_in_place(partial, self.folder / step_name(step))
-            checkpoint_files.write_durably(self.folder / LATEST, step_name(step))
+            checkpoint_folder.seal(partial, writing.state.to_dict(), self._record, sums)
+            checkpoint_folder.put_in_place(partial, self.folder / step_name(step))
+            checkpoint_folder.write_durably(self.folder / LATEST, step_name(step))
             protected = self._mark_best(writing.state)
-            checkpoint_files.prune(self.folder, upto=step, keep=self._keep, protected=protected)
+            checkpoint_folder.prune(self.folder, upto=step, keep=self._keep, protected=protected)
 
         on_main(complete, SaveFailed)
 
-    def _mark_best(self, state: TrainState) -> list[str]:
-        if state.best is None:
+    def _mark_best(self, state: SavedState) -> list[str]:
+        if state.best_step is None:
             return []
-        name = step_name(state.best.step)
+        name = step_name(state.best_step)
         if (self.folder / name).exists():
-            checkpoint_files.write_durably(self.folder / BEST, name)
+            checkpoint_folder.write_durably(self.folder / BEST, name)
         return [name]
 
 
@@ -157,7 +164,7 @@ class Saver:
 class _Writing:
     """A checkpoint on its way."""
 
-    state: TrainState
+    state: SavedState
     partial: Path
     strategy: "_Strategy"
     files: "_Files"
@@ -217,7 +224,7 @@ class _Files:
                 if isinstance(outcome, Exception):
                     raise outcome
                 outcomes[i], path = outcome, Path(bucket[0])
-                self.sums[path.name] = checkpoint_files.checksum(path)
+                self.sums[path.name] = checkpoint_folder.checksum(path)
         except Exception as error:  # told by the main thread, on every rank
             failure = error
         if self._buckets:
@@ -243,101 +250,3 @@ def _sharded_tensors(sharded: dict[str, Any]) -> list[ShardedTensor]:
 def _plain(results: Any) -> Any:
     """Write results, or a text that says why there are none (torch's wrapped exceptions bring a traceback along)."""
     return results if isinstance(results, list) else str(results[0]).removeprefix("Worker failure: ")
-
-
-def find(folder: Path, *, scales: bool) -> Checkpoint | None:
-    """The checkpoint to go on from: the one that `latest` names, or the newest whole one; None where there is none.
-
-    The ranks share the comparing of checksums. A damaged checkpoint is named on screen and set aside.
-
-    Args:
-        folder: the run's `checkpoints`.
-        scales: those of fp8 may be in it.
-
-    Raises:
-        UserError: on every rank alike: there are checkpoints, and none is whole.
-    """
-    lists: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        checkpoint_files.remove_unfinished(folder)
-        lists = list(checkpoint_files.candidates(folder))
-    dist.broadcast_object_list(lists, src=0)
-    paths, oddities = lists
-    for i, path in enumerate(paths):
-        found, damage = _open_together(path, scales)
-        if found is None:
-            oddities.append(damage)
-            continue
-        if dist.get_rank() == 0:
-            for oddity in oddities:
-                print(f"warning: {oddity}; going on from {path.name}", file=sys.stderr)
-            for damaged in paths[:i]:
-                checkpoint_files.set_aside(damaged)
-        return found
-    if paths:
-        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(oddities)}. Bring back a copy of one, or "
-                        "remove that folder to start anew")  # fmt: skip
-    return None
-
-
-def _open_together(path: Path, scales: bool) -> tuple[Checkpoint | None, str]:
-    """A checkpoint if all ranks find their part of it whole, else None and what is wrong."""
-    found, damage = None, ""
-    try:
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        found = checkpoint_files.open_checkpoint(path, part=rank, parts=ranks, scales=scales)
-    except Damaged as error:
-        damage = str(error)
-    damages = [""] * dist.get_world_size()
-    dist.all_gather_object(damages, damage)
-    worst = next((message for message in damages if message), "")
-    return (None if worst else found), worst
-
-
-def load(found: Checkpoint, trainable: Trainable) -> TrainState:
-    """Fill model and optimizer from a checkpoint written in any layout.
-
-    Raises:
-        UserError: it is of another model.
-    """
-    try:
-        sharded, optimizers = contents(trainable, loading=True)
-        stored = load_distributed(sharded, str(found.path))
-    except (Exception, CheckpointException) as error:  # many kinds; the files themselves are whole
-        first_line = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); is model.path the model that "
-            "this run was started with?"
-        ) from error
-    for name, chunk in _named_chunks(trainable):
-        load_beside_base(chunk, stored[name])
-    for i, optimizer in enumerate(optimizers):
-        optimizer.fill(stored["optimizer"].get(str(i), {}), stored["optimizer_step"])
-    return TrainState.from_dict(found.state)
-
-
-def weights(trainable: Trainable) -> dict[str, Any]:
-    """The sharded state dict of the model."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in _named_chunks(trainable)}
-
-
-def contents(trainable: Trainable, *, loading: bool) -> tuple[dict[str, Any], list[OptimizerState]]:
-    """The sharded state dict of model and optimizer, and what takes the loaded state of each inner optimizer.
-
-    Each is asked by itself: the keys that megatron-core 0.16.1 makes for several ("chained_0.") bind a checkpoint to
-    their number. Names follow the model's parameters alone, so any layout can read them.
-    """
-    contents = weights(trainable)
-    inner = trainable.optimizer.chained_optimizers
-    states = [OptimizerState(one, contents, loading=loading) for one in inner]
-    contents["optimizer"] = {str(i): state.sharded for i, state in enumerate(states)}
-    contents["optimizer_step"] = max(group["step"] for one in inner for group in one.optimizer.param_groups)
-    return contents, states
-
-
-def _named_chunks(trainable: Trainable) -> list[tuple[str, PairModel]]:
-    """This rank's chunks under the names that the distributed optimizer looks for: model, or model0, model1, ..."""
-    if len(trainable.chunks) == 1:
-        return [("model", trainable.chunks[0])]
-    return [(f"model{i}", chunk) for i, chunk in enumerate(trainable.chunks)]

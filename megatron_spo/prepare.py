@@ -1,37 +1,26 @@
-"""What `train` and `reference` build alike: data, model and the fingerprint that ties the cache to both."""
+"""What `train` and `reference` do alike: join the processes, read the data, build the model."""
 
-import hashlib
 import itertools
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
-from megatron_spo.config.model_folder import shard_files
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
-from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
+from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.config.topology import make_topology
-from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
-from megatron_spo.data.reference_store import ReferenceFingerprint
-from megatron_spo.data.tokenize import load_tokenizer, tokenizer_fingerprint
+from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import Limits, config_of
 from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.experts import freeze_routers
-from megatron_spo.model.hf_files import check_weights, file_digest, locate_model, weights_digest
+from megatron_spo.model.hf_files import check_weights, locate_model
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
-from megatron_spo.planner.at_start import memory_at_start, memory_line, shortage
-from megatron_spo.planner.memory import Kernels, Setting
-from megatron_spo.planner.rows import lengths_of
 from megatron_spo.runtime import env, processes
-from megatron_spo.runtime.device import check_device, memory_of, uses_transformer_engine
+from megatron_spo.runtime.device import check_device
 from megatron_spo.runtime.processes import Runtime, agree
 
 if TYPE_CHECKING:
@@ -151,59 +140,3 @@ def make_model(config: Config, sources: Sources) -> list[PairModel]:
             error = raised
     agree(error)
     return chunks
-
-
-def reference_fingerprint(
-    config: Config, sources: Sources, dataset: TokenizedSet, weights: str
-) -> ReferenceFingerprint:
-    """What a cached log-prob of this data set depends on."""
-    return ReferenceFingerprint(
-        weights=weights,
-        tokenizer=tokenizer_fingerprint(sources.tokenizer),
-        truncation=f"{config.data.truncation} at {config.data.max_length} tokens",
-        precision=numerics(config.precision, experts=sources.shape.experts is not None),
-        dataset=dataset.fingerprint,
-        date=template_date(sources.tokenizer),
-    )
-
-
-def numerics(precision: PrecisionConfig, *, experts: bool) -> str:
-    """What computes the log-probs, as far as it shows in their digits."""
-    engine = ", Transformer Engine" if uses_transformer_engine(precision, experts=experts) else ""
-    return precision.dtype + engine + (f", fp8 {precision.fp8}" if precision.fp8 else "")
-
-
-def weights_fingerprint(config: Config, sources: Sources) -> str:
-    """SHA-256 over the content of the model's weights and shape; the ranks share the reading.
-
-    Random weights are fixed by shape and seed.
-    """
-    if config.model.init == "random":
-        digest = hashlib.sha256(json.dumps(sources.shape.raw, sort_keys=True).encode())
-        digest.update(f"random, seed {config.training.seed}".encode())
-        return digest.hexdigest()
-    files = shard_files(sources.folder)
-    mine = {file.name: file_digest(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return weights_digest(sources.shape.raw, {name: content for part in parts for name, content in part.items()})
-
-
-def announce_memory(config: Config, sources: Sources, runtime: Runtime) -> None:
-    """Say what memory the run needs by the plan, and warn where that is more than there is."""
-    if not runtime.is_main:
-        return
-    kernels: Kernels = "cpu"
-    if runtime.device.type == "cuda":
-        engine = uses_transformer_engine(config.precision, experts=sources.shape.experts is not None)
-        kernels = "engine" if engine else "torch"
-    size = config.training.global_batch_size
-    sets = [(lengths_of(sources.train, TRAIN), size)]
-    if sources.sft is not None:
-        sets.append((lengths_of(sources.sft, SFT), config.spo.sft_batch_size or size))
-    memory = memory_at_start(Setting(config, sources.shape, runtime.topology, kernels), sets)
-    sharing = env.local_world_size() if kernels == "cpu" else 1
-    available = memory_of(runtime.device)
-    print(memory_line(memory, processes=sharing, available=available), file=sys.stderr)
-    if warning := shortage(memory, processes=sharing, available=available):
-        print(warning, file=sys.stderr)

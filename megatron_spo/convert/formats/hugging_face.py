@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from megatron_spo.checkpoint.lazy import Lazy
 from megatron_spo.config.model_folder import CONFIG, INDEX
-from megatron_spo.convert.form import Record, Shard, filled
-from megatron_spo.convert.lazy import Lazy
+from megatron_spo.convert.formats.base import Record, Shard, filled
 from megatron_spo.convert.safetensors_files import write_tensors
 from megatron_spo.convert.source import Model
 

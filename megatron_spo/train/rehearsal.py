@@ -21,7 +21,7 @@ from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import Topology, make_topology, stages_of
 from megatron_spo.data.loader import row_multiples
-from megatron_spo.data.plan import Sampler, pair_costs, plan_rows
+from megatron_spo.data.packing import Sampler, pair_costs, plan_rows
 from megatron_spo.errors import UserError
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.planner.parameters import stage_parameters

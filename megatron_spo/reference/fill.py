@@ -6,24 +6,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_spo.assemble import (
-    TRAIN,
-    Sources,
-    join,
-    make_model,
-    read_sources,
-    reference_fingerprint,
-    weights_fingerprint,
-)
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.diagnostics import FILE, likeliest, write_diagnostics
 from megatron_spo.data.loader import Loader, row_multiples
-from megatron_spo.data.reference_store import ReferenceStore, ReferenceWriter, open_reference
 from megatron_spo.errors import UserError
-from megatron_spo.model.wrap import lower_precision
+from megatron_spo.model.optimizer import lower_precision
+from megatron_spo.prepare import TRAIN, Sources, join, make_model, read_sources
+from megatron_spo.reference.cache import ReferenceStore, ReferenceWriter, open_reference
+from megatron_spo.reference.fingerprint import reference_fingerprint, weights_fingerprint
+from megatron_spo.reference.scores import COLUMNS, score_pairs
 from megatron_spo.runtime.processes import Runtime, agree, on_main
-from megatron_spo.train.ches import COLUMNS, score_pairs
 
 
 def fill(config: Config) -> None:
@@ -108,7 +101,7 @@ def _score(
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:
     """How many rows a rank must run that has so many: ranks that share experts take every step together."""
-    from megatron.core import parallel_state  # not above: assemble.py imports Megatron first
+    from megatron.core import parallel_state  # not above: prepare.py imports Megatron first
 
     most = torch.tensor(rows, device=runtime.device)
     group = parallel_state.get_expert_model_parallel_group()

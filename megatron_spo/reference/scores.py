@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
+from megatron_spo.model.forward import run_rows
 from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
-from megatron_spo.train.forward import run_rows
 
 COLUMNS = ("chosen", "rejected", "ches", "ches_per_token")
 MEASURED = 2
-"""Columns of the sums before those of the hidden states (train/forward.py)."""
+"""Columns of the sums before those of the hidden states (model/forward.py)."""
 
 
 def score_pairs(chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, runtime: Runtime) -> list[Tensor]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_spo.checkpoint.folder import Checkpoint
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import Checkpoint
 
 FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.eval", "data.num_proc",
         "training.steps", "training.eval_every", "training.threads", "training.time_limit", "training.hang_timeout",
@@ -57,3 +57,20 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def check_base(checkpoint: Checkpoint, weights: str | None) -> None:
+    """Refuse to use adapters with other weights than those they were trained on.
+
+    Args:
+        checkpoint: whose record names the weights.
+        weights: fingerprint of what model.path holds now.
+
+    Raises:
+        UserError
+    """
+    recorded = checkpoint.record.get("weights")
+    if recorded != weights:
+        raise UserError(f"the adapters in {checkpoint.path} belong to weights with the fingerprint {recorded}, but "
+                        f"those in model.path have {weights}; restore that model, or train anew in another output "
+                        "folder")  # fmt: skip

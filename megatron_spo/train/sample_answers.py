@@ -4,7 +4,8 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_spo.assemble import Sources
+from megatron_spo.checkpoint.folder import step_name
+from megatron_spo.checkpoint.save import SaveFailed, Saver
 from megatron_spo.config.schema import Config, DataSource
 from megatron_spo.convert.export import to_hf
 from megatron_spo.data.arrow import to_numpy
@@ -12,10 +13,9 @@ from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.json_lines import parse_line, read_lines
 from megatron_spo.data.pairs import open_source
 from megatron_spo.evaluate.scores import score
-from megatron_spo.model.checkpoint_files import step_name
-from megatron_spo.model.wrap import Trainable
+from megatron_spo.model.optimizer import Trainable
+from megatron_spo.prepare import Sources
 from megatron_spo.runtime.processes import Runtime, on_main
-from megatron_spo.train.checkpoint import SaveFailed, Saver
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
 
@@ -75,8 +75,8 @@ class Answers:
                   file=sys.stderr)  # fmt: skip
 
     def _answer_all(self, step: int) -> dict[str, float]:
-        from megatron_spo.evaluate.apart import answer_apart  # these import the models of transformers
         from megatron_spo.evaluate.generate import Sampling
+        from megatron_spo.evaluate.subprocess import answer_apart  # these import the models of transformers
 
         sets, prompts, monitor = self._sources.evals, [], self._config.monitor
         counts = {name: min(monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}

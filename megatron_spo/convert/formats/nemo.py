@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from megatron_spo.config.model_shape import ModelShape
-from megatron_spo.convert import nemo
-from megatron_spo.convert.form import Shard
+from megatron_spo.convert import nemo_names
+from megatron_spo.convert.formats.base import Shard
+from megatron_spo.convert.formats.torch_dist import TorchDist
 from megatron_spo.convert.source import Model
-from megatron_spo.convert.torch_dist import TorchDist
 from megatron_spo.errors import UserError
 
 _MODELS = "nemo.collections.llm.gpt.model."
@@ -28,16 +28,16 @@ _MODULES = {"qwen3_moe": "qwen3"}
 class Nemo(TorchDist):
     """A NeMo 2 checkpoint as its import_ckpt leaves one: unpadded, for one GPU, without an optimizer."""
 
-    prefix = nemo.PREFIX
+    prefix = nemo_names.PREFIX
     weights = "weights"
 
     def vocabulary(self, shape: ModelShape) -> int:
         return shape.vocab
 
     def shards(self, model: Model, limit: int) -> list[Shard]:
-        if model.shape.family not in nemo.CLASSES:
+        if model.shape.family not in nemo_names.CLASSES:
             raise UserError(f"NeMo 2 checkpoints of {model.shape.family} models are not built; built are those of "
-                            f"{', '.join(nemo.CLASSES)}; use --to hf or --to megatron")  # fmt: skip
+                            f"{', '.join(nemo_names.CLASSES)}; use --to hf or --to megatron")  # fmt: skip
         return super().shards(model, limit)
 
     def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> list[str]:
@@ -96,13 +96,13 @@ class _Object:
 
 def _model(shape: ModelShape, dtype: torch.dtype) -> _Object:
     module = _MODELS + _MODULES.get(shape.family, shape.family) + "."
-    config = _CONFIGS.get(shape.family, f"{nemo.CLASSES[shape.family]}Config")
+    config = _CONFIGS.get(shape.family, f"{nemo_names.CLASSES[shape.family]}Config")
     settings = _settings(shape, dtype)
     if "scale_factor" in settings:
         config = "Llama31Config"
     tokenizer = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
     return _Object(
-        f"{module}{nemo.CLASSES[shape.family]}Model",
+        f"{module}{nemo_names.CLASSES[shape.family]}Model",
         {
             "config": _Object(module + config, settings),
             "tokenizer": _Object(tokenizer, {"pretrained_model_name": "nemo_tokenizer"}),

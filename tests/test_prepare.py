@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_spo.assemble import _eval_names, numerics
 from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
 from megatron_spo.data.loader import row_multiples
+from megatron_spo.prepare import _eval_names, numerics
 
 
 def test_numerics_names_whatever_changes_digits() -> None:

@@ -9,43 +9,36 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_spo.answers import Answers
-from megatron_spo.assemble import (
-    SFT,
-    TRAIN,
-    Sources,
-    announce_memory,
-    join,
-    make_model,
-    numerics,
-    read_sources,
-    reference_fingerprint,
-    weights_fingerprint,
-)
+from megatron_spo.checkpoint.compatibility import changes, check_base
+from megatron_spo.checkpoint.folder import LATEST, Checkpoint
+from megatron_spo.checkpoint.load import find, load
+from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
-from megatron_spo.data import plan
+from megatron_spo.data import packing
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.diagnostics import drop_highest
 from megatron_spo.data.end_of_turn import end_tokens
 from megatron_spo.data.loader import Loader, row_multiples
-from megatron_spo.data.reference_store import ReferenceStore, open_reference
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import LATEST, Checkpoint
-from megatron_spo.model.lora import add_adapters, check_base
-from megatron_spo.model.wrap import Trainable, make_trainable
+from megatron_spo.model.lora import add_adapters
+from megatron_spo.model.optimizer import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.planner.rows import lengths_of
 from megatron_spo.planner.utilisation import Utilisation, peak_of
+from megatron_spo.prepare import SFT, TRAIN, Sources, join, make_model, read_sources
+from megatron_spo.reference.cache import ReferenceStore, open_reference
+from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
+from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.runtime.device import name_of
 from megatron_spo.runtime.processes import Runtime, agree, on_main
 from megatron_spo.runtime.signals import signals
-from megatron_spo.runtime.watch_thread import watch
-from megatron_spo.train import checkpoint, loop
-from megatron_spo.train.reference_sums import AdaptersOff, CachedSums, ReferenceSums
-from megatron_spo.train.resume import changes
+from megatron_spo.runtime.watchdog import watch
+from megatron_spo.train import loop
+from megatron_spo.train.memory import announce_memory
 from megatron_spo.train.run_directory import RunDirectory
+from megatron_spo.train.sample_answers import Answers
 from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
@@ -63,7 +56,7 @@ def train(config: Config) -> None:
         UserError, Anomaly, Stopped: on every rank alike; status.json then says "failed" or "stopped", and why.
     """
     runtime = join(config)
-    found = checkpoint.find(Path(config.output) / "checkpoints", scales=config.precision.fp8 is not None)
+    found = find(Path(config.output) / "checkpoints", scales=config.precision.fp8 is not None)
     if found:
         changes(found, plain(config), {})
     directory = RunDirectory(Path(config.output), is_main=runtime.is_main)
@@ -112,7 +105,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         engine=Engine(
             trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss
         ),
-        saver=checkpoint.Saver(directory.checkpoints, trainable, record, keep=config.checkpoint.keep),
+        saver=Saver(directory.checkpoints, trainable, record, keep=config.checkpoint.keep),
         train=data.pop(TRAIN),
         sft=data.pop(SFT, None),
         evals=list(data.values()),
@@ -177,7 +170,7 @@ def _loaders(config: Config, sources: Sources, runtime: Runtime) -> dict[str, Lo
             rank=runtime.data_rank,
             ranks=runtime.topology.data,
             multiples=row_multiples(config),
-            stream=plan.SFT if name == SFT else plan.PAIRS,
+            stream=packing.SFT if name == SFT else packing.PAIRS,
         )
         for name, dataset in sources.named_sets().items()
     }
@@ -215,7 +208,8 @@ def _start(
     """The state to go on from: that of the checkpoint, or a fresh one."""
     if found is None:
         return TrainState(0, initial_state(config.spo), LossStatistics())
-    state = checkpoint.load(found, trainable)
+    load(found, trainable)
+    state = TrainState.from_dict(found.state)
     if runtime.is_main:
         what = f"; changed: {'; '.join(changed)}" if changed else ""
         print(f"{config.output}: going on from {found.path.name}{what}", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_spo.errors import UserError
-from megatron_spo.model.tensors import PaddedVocabulary, Shape, Transform
+from megatron_spo.model.transforms import PaddedVocabulary, Shape, Transform
 
 BLOCK_BYTES = 2**25
 """What is in memory of a tensor at a time, unless one row is larger."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch's notes on serialization name it; 2.8 to 2.13
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_spo.convert.lazy import InFile, Lazy
+from megatron_spo.checkpoint.folder import Damaged, read_index
+from megatron_spo.checkpoint.lazy import InFile, Lazy
 from megatron_spo.errors import UserError
-from megatron_spo.model.checkpoint_files import Damaged, read_index
-from megatron_spo.model.tensors import Shape
+from megatron_spo.model.transforms import Shape
 
 
 class StoredTensors:

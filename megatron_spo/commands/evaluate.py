@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_spo.errors import UserError
-from megatron_spo.output import write_whole
+from megatron_spo.files import write_whole
 
 if TYPE_CHECKING:
     from megatron_spo.evaluate.limits import Limits
@@ -42,15 +42,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--batch-size", type=int, help=f"sequences at a time [{BATCH_SIZE}]")
 
 
-def evaluate(options: argparse.Namespace) -> str:
-    """Does what the options ask for; returns what to show. Raises UserError for wrong input."""
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, print a table, and write what was found.
+
+    Raises:
+        UserError: wrong options, answers, model or data.
+    """
     mode = _mode(options)
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"evaluate: --batch-size is {options.batch_size}, it must be at least 1")
     shown, found = {"ANSWERS": _answers, "--pairs": _pairs, "--tasks": _tasks}[mode](options)
     if options.out:
         _write(options.out, found)
-    return shown
+    print(shown)
 
 
 def _mode(options: argparse.Namespace) -> str:

@@ -1,11 +1,9 @@
-"""The command line of `scaling`; what it runs is imported when it runs."""
+"""`megatron-spo scaling`: fit scaling laws, run studies of many runs."""
 
 import argparse
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import Any
-
-from megatron_spo.errors import UserError
 
 LAW_NAMES = ("chinchilla", "power", "overoptimization", "stability")
 """As in fit.LAWS, which takes SciPy to import."""
@@ -40,6 +38,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     does.add_argument("--slurm", choices=["print", "submit"], help="the runs as an array of slurm/array_study.sh")
 
 
+def run(options: argparse.Namespace) -> None:
+    """Fit or run; exit code 1 if a run of the study is not done. Raises what `megatron_spo.scaling.run` does."""
+    from megatron_spo.scaling.run import fit_points, run_study
+
+    if options.part == "fit":
+        print(fit_points(options))
+    elif not run_study(options):
+        sys.exit(1)
+
+
 class _Pairs(argparse.Action):
     """Collects NAME=VALUE; `--at` has numbers."""
 
@@ -48,18 +56,3 @@ class _Pairs(argparse.Action):
         if not name or not equals or not value:
             parser.error(f"{option} {values}: must look like NAME=VALUE")
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})
-
-
-def number_pairs(given: Mapping[str, str], option: str) -> dict[str, float]:
-    """Values of NAME=VALUE as positive numbers; UserError names one that is not."""
-    return {name: _positive(value, f"{option} {name}={value}") for name, value in given.items()}
-
-
-def _positive(text: str, where: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise UserError(f"{where}: must be a positive number")
-    return number

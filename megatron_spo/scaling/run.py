@@ -4,17 +4,16 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
 from megatron_spo.errors import UserError
-from megatron_spo.output import write_whole
+from megatron_spo.files import write_whole
 from megatron_spo.scaling.fit import LAWS, fit
 from megatron_spo.scaling.law import Ask
 from megatron_spo.scaling.models import write_models
-from megatron_spo.scaling.options import number_pairs
 from megatron_spo.scaling.plot import draw
 from megatron_spo.scaling.points import read_points
 from megatron_spo.scaling.slurm import submit
@@ -91,3 +90,18 @@ def run_all(study: Study, runs: Sequence[StudyRun], workers: int) -> None:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def number_pairs(given: Mapping[str, str], option: str) -> dict[str, float]:
+    """Values of NAME=VALUE as positive numbers; UserError names one that is not."""
+    return {name: _positive(value, f"{option} {name}={value}") for name, value in given.items()}
+
+
+def _positive(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"{where}: must be a positive number")
+    return number

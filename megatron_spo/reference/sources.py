@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spo.data.reference_store import ReferenceStore
 from megatron_spo.data.rows import PackedRow
+from megatron_spo.model.forward import score_rows
 from megatron_spo.model.lora import adapters_off
-from megatron_spo.model.wrap import Trainable
+from megatron_spo.model.optimizer import Trainable
+from megatron_spo.reference.cache import ReferenceStore
 from megatron_spo.runtime.processes import Runtime
-from megatron_spo.train.forward import score_rows
 
 
 class ReferenceSums(Protocol):

@@ -1,0 +1,86 @@
+"""Find the newest whole checkpoint and load it in any layout."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import load as load_distributed
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_spo.checkpoint import folder as checkpoint_folder
+from megatron_spo.checkpoint.contents import contents, named_chunks
+from megatron_spo.checkpoint.folder import Checkpoint, Damaged
+from megatron_spo.errors import UserError
+from megatron_spo.model.lora import load_beside_base
+from megatron_spo.model.optimizer import Trainable
+
+
+def find(folder: Path, *, scales: bool) -> Checkpoint | None:
+    """The checkpoint to go on from: the one that `latest` names, or the newest whole one; None where there is none.
+
+    The ranks share the comparing of checksums. A damaged checkpoint is named on screen and set aside.
+
+    Args:
+        folder: the run's `checkpoints`.
+        scales: those of fp8 may be in it.
+
+    Raises:
+        UserError: on every rank alike: there are checkpoints, and none is whole.
+    """
+    lists: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        checkpoint_folder.remove_unfinished(folder)
+        lists = list(checkpoint_folder.candidates(folder))
+    dist.broadcast_object_list(lists, src=0)
+    paths, oddities = lists
+    for i, path in enumerate(paths):
+        found, damage = _open_together(path, scales)
+        if found is None:
+            oddities.append(damage)
+            continue
+        if dist.get_rank() == 0:
+            for oddity in oddities:
+                print(f"warning: {oddity}; going on from {path.name}", file=sys.stderr)
+            for damaged in paths[:i]:
+                checkpoint_folder.set_aside(damaged)
+        return found
+    if paths:
+        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(oddities)}. Bring back a copy of one, or "
+                        "remove that folder to start anew")  # fmt: skip
+    return None
+
+
+def _open_together(path: Path, scales: bool) -> tuple[Checkpoint | None, str]:
+    """A checkpoint if all ranks find their part of it whole, else None and what is wrong."""
+    found, damage = None, ""
+    try:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        found = checkpoint_folder.open_checkpoint(path, part=rank, parts=ranks, scales=scales)
+    except Damaged as error:
+        damage = str(error)
+    damages = [""] * dist.get_world_size()
+    dist.all_gather_object(damages, damage)
+    worst = next((message for message in damages if message), "")
+    return (None if worst else found), worst
+
+
+def load(found: Checkpoint, trainable: Trainable) -> None:
+    """Fill model and optimizer from a checkpoint written in any layout; `found.state` holds the rest.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    try:
+        sharded, optimizers = contents(trainable, loading=True)
+        stored = load_distributed(sharded, str(found.path))
+    except (Exception, CheckpointException) as error:  # many kinds; the files themselves are whole
+        first_line = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); is model.path the model that "
+            "this run was started with?"
+        ) from error
+    for name, chunk in named_chunks(trainable):
+        load_beside_base(chunk, stored[name])
+    for i, optimizer in enumerate(optimizers):
+        optimizer.fill(stored["optimizer"].get(str(i), {}), stored["optimizer_step"])
