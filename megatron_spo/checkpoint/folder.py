@@ -9,7 +9,6 @@ The seal holds the state of the training, the configuration, and size and checks
 
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_spo.errors import UserError
+from megatron_spo.files import write_whole
 
 LATEST, BEST = "latest", "best"
 SEAL = "trainer.json"
@@ -94,17 +94,7 @@ def seal(folder: Path, state: dict[str, Any], record: dict[str, Any], sums: dict
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: sums.get(name) or checksum(path) for name, path in paths.items()}
     body = {"format": FORMAT, "state": state, "record": record, "files": files}
-    write_durably(folder / SEAL, json.dumps({**body, "checksum": _digest(body)}, indent=1))
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a loss of power leaves the old or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    write_whole(folder / SEAL, json.dumps({**body, "checksum": _digest(body)}, indent=1))
 
 
 def _digest(body: dict[str, Any]) -> str:

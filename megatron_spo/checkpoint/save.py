@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_spo.checkpoint import folder as checkpoint_folder
 from megatron_spo.checkpoint.contents import contents, weights
 from megatron_spo.checkpoint.folder import BEST, LATEST, step_name
+from megatron_spo.files import write_whole
 from megatron_spo.model.optimizer import Trainable
 from megatron_spo.runtime.processes import on_main
 
@@ -145,7 +146,7 @@ class Saver:
             sums = {name: entry for _, some in outcomes for name, entry in some.items()}
             checkpoint_folder.seal(partial, writing.state.to_dict(), self._record, sums)
             checkpoint_folder.put_in_place(partial, self.folder / step_name(step))
-            checkpoint_folder.write_durably(self.folder / LATEST, step_name(step))
+            write_whole(self.folder / LATEST, step_name(step))
             protected = self._mark_best(writing.state)
             checkpoint_folder.prune(self.folder, upto=step, keep=self._keep, protected=protected)
 
@@ -156,7 +157,7 @@ class Saver:
             return []
         name = step_name(state.best_step)
         if (self.folder / name).exists():
-            checkpoint_folder.write_durably(self.folder / BEST, name)
+            write_whole(self.folder / BEST, name)
         return [name]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_spo.errors import UserError
-from megatron_spo.files import write_whole
+from megatron_spo.files import write_output
 
 if TYPE_CHECKING:
     from megatron_spo.evaluate.limits import Limits
@@ -139,4 +139,4 @@ def _tasks(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    write_output(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

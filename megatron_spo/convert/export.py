@@ -1,8 +1,6 @@
 """From a model or a training checkpoint, written in any layout, to another format; no processes and no GPU needed."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_spo.checkpoint.folder import Damaged, locate, open_checkpoint
@@ -12,6 +10,7 @@ from megatron_spo.convert.formats.table import FORMS
 from megatron_spo.convert.source import Model, check_sums, open_model, same, sides_of
 from megatron_spo.convert.work import Job, write_shards
 from megatron_spo.errors import UserError
+from megatron_spo.files import new_folder
 from megatron_spo.model import hf_files
 from megatron_spo.model.hf_files import locate_model
 
@@ -88,7 +87,7 @@ def to_peft(source: Path, target: Path) -> list[str]:
     if config is None or not lora.rank:
         raise UserError(f"{source} was trained with all weights and has no adapters (lora.rank: 0); use --to hf")
     origin = locate_model(config["model"]["path"])
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         notes = sides_of(checkpoint, origin, adapters=True).write(folder)
         write_peft(folder, checkpoint.path, read_model_shape(origin), lora, config["model"]["path"])
     return [f"{target}: adapters of rank {lora.rank}", *notes]
@@ -97,18 +96,6 @@ def to_peft(source: Path, target: Path) -> list[str]:
 def _check_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the name `target` when the context ends well."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
 
 
 def _verify(model: Model, written: Path) -> None:

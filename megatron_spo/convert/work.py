@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_spo.checkpoint.folder import write_durably
 from megatron_spo.convert.formats.base import Record, Shard
 from megatron_spo.convert.formats.table import FORMS
 from megatron_spo.convert.source import Model, open_model
 from megatron_spo.errors import UserError
+from megatron_spo.files import put_in_place, write_whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _prepare(job: Job, model: Model, shards: Sequence[Shard]) -> None:
         (job.model / shard.name).parent.mkdir(parents=True, exist_ok=True)
     for name in ("finished", "unfinished"):
         (job.folder / name).mkdir(exist_ok=True)
-    write_durably(path, fingerprint)
+    write_whole(path, fingerprint)
 
 
 def _write_some(job: Job, shards: Sequence[Shard], todo: Sequence[int]) -> None:
@@ -83,10 +83,8 @@ def _write_some(job: Job, shards: Sequence[Shard], todo: Sequence[int]) -> None:
         partial = job.folder / "unfinished" / f"{Path(shard.name).name}.{os.getpid()}"
         try:
             record = FORMS[job.to].write(partial, shard.items)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.rename(job.model / shard.name)
-            write_durably(job.record(shard.name), json.dumps(record))
+            put_in_place(partial, job.model / shard.name)
+            write_whole(job.record(shard.name), json.dumps(record))
         except OSError as error:
             raise UserError(f"{job.model / shard.name} could not be written ({error}); then the same command goes on "
                             "from here") from error  # fmt: skip

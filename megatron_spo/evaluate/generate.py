@@ -29,7 +29,7 @@ from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import config_of, does_not_load, limits_of
-from megatron_spo.files import write_whole
+from megatron_spo.files import write_output
 
 ROOM_FOR_WEIGHTS = 0.7
 """Share of a GPU's memory that weights may take, beside the keys and values of the answers."""
@@ -273,4 +273,4 @@ def cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: set[in
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """JSONL that appears complete or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_output(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

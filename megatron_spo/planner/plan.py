@@ -7,6 +7,7 @@ from megatron_spo.config.load import load_config
 from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config
 from megatron_spo.errors import UserError
+from megatron_spo.files import write_output
 from megatron_spo.planner.gpus import find_gpu
 from megatron_spo.planner.layouts import Job, plan_layout, ranked
 from megatron_spo.planner.options import Options
@@ -29,10 +30,7 @@ def plan(options: Options) -> str:
     fitting, others = ranked(job)
     if options.json is not None:
         text = json.dumps(as_json(job, own, fitting, others, notes=notes, price=options.price), indent=1)
-        try:
-            options.json.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {options.json}: cannot be written ({error.strerror}); name another file") from None
+        write_output(options.json, text + "\n")
     return as_text(job, own, fitting[: options.top], others, notes=notes, price=options.price)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_spo.files import write_whole
+from megatron_spo.files import write_output
 
 LIGHT = {"back": "#ffffff", "text": "#1b1f24", "muted": "#59636e", "link": "#0b5cad"}
 DARK = {"back": "#14171a", "text": "#e6e8ea", "muted": "#a3adb8", "link": "#7cb8f5"}
@@ -120,4 +120,4 @@ def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
     body = "\n".join(parts)
     found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', body)
     links = "<nav>" + "".join(f'<a href="#{name}">{text}</a>' for name, text in found) + "</nav>\n"
-    write_whole(out, f"{head}<body><h1>{html.escape(title)}</h1>\n{links}{body}\n</body></html>\n")
+    write_output(out, f"{head}<body><h1>{html.escape(title)}</h1>\n{links}{body}\n</body></html>\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
+from megatron_spo.files import new_folder
 from megatron_spo.scaling.study import ModelsSpec, Study
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -35,14 +36,12 @@ def _write(models: ModelsSpec, folder: Path, config: dict[str, Any]) -> None:
         if record.read_text() != text:
             raise UserError(f"{folder} was made with other sizes; remove it, or name another `out`")
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(models.like, partial, ignore=shutil.ignore_patterns(*WEIGHTS))
-    (partial / "config.json").write_text(text)
-    read_model_shape(partial)
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed  # takes seconds, and most studies need none
+    with new_folder(folder) as partial:
+        shutil.copytree(models.like, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+        (partial / "config.json").write_text(text)
+        read_model_shape(partial)
+        from transformers import AutoConfig, AutoModelForCausalLM, set_seed  # takes seconds, and most studies need none
 
-    set_seed(models.seed)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial)).save_pretrained(partial)
-    (partial / record.name).write_text(text)
-    partial.rename(folder)
+        set_seed(models.seed)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial)).save_pretrained(partial)
+        (partial / record.name).write_text(text)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from tqdm import tqdm
 
 from megatron_spo.errors import UserError
-from megatron_spo.files import write_whole
+from megatron_spo.files import write_output
 from megatron_spo.scaling.fit import LAWS, fit
 from megatron_spo.scaling.law import Ask
 from megatron_spo.scaling.models import write_models
@@ -36,9 +36,9 @@ def fit_points(options: argparse.Namespace) -> str:
     points = read_points(options.points, law.required, law.optional, options.column)
     ask = Ask(options.flops, options.stable_steps, number_pairs(options.at, "--at"))
     found = fit(law, points, ask, bootstrap=options.bootstrap, seed=options.seed)
-    write_whole(options.out, json.dumps(found.report, indent=1) + "\n")
+    write_output(options.out, json.dumps(found.report, indent=1) + "\n")
     if options.plot:
-        write_whole(options.plot, draw(found))
+        write_output(options.plot, draw(found))
     lines = [f"{law.name}: {found.report['points']} points, held out {found.report['held_out']['points']}: mean "
              f"absolute error {found.report['held_out']['mean_absolute']:.3g} ({law.unit})"]  # fmt: skip
     for name, (low, high) in found.report["intervals"].items():

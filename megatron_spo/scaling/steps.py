@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.files import write_whole
 from megatron_spo.scaling.study import PROGRAMS, Step, Study, StudyRun
 
 STOPPED = 75
@@ -94,7 +94,7 @@ class Runner:
                 return
             if failure is not None:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                record.write_text(json.dumps(failure.__dict__))
+                write_whole(record, json.dumps(failure.__dict__))
                 return
         record.unlink(missing_ok=True)
 
@@ -113,9 +113,7 @@ class Runner:
                 return self._failed[place.mark]
             code = self._call(self._words(step), place.log, lock)
             if code == 0:
-                partial = place.mark.with_name(f".{step.name}.partial")
-                partial.write_text(place.key)
-                os.replace(partial, place.mark)
+                write_whole(place.mark, place.key)
                 return None
             failure = Failure(step.name, code, reason(place.log))
             if step.shared:

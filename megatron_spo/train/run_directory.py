@@ -5,12 +5,12 @@ import errno
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_spo.errors import Stopped, UserError
+from megatron_spo.files import write_whole
 from megatron_spo.train.sinks import Sinks
 
 SAMPLES = "samples.jsonl"
@@ -40,10 +40,7 @@ class RunDirectory:
     def write(self, name: str, text: str, *, anyway: bool = False) -> None:
         """Replace a file as a whole; `anyway`: also where this process is not main."""
         if self.is_main or anyway:
-            target = self.path / name
-            new = target.with_name(f".{target.name}.{threading.current_thread().name}.new")
-            new.write_text(text)
-            os.replace(new, target)
+            write_whole(self.path / name, text)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replace a file as a whole by a JSON object."""

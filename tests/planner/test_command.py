@@ -121,7 +121,7 @@ def test_lengths_are_measured_where_the_data_is(tiny: Path, capsys: pytest.Captu
         (["--gpus", "8", "--prompt-tokens", "10"], "belong together"),
         (["--gpus", "8", "--prompt-tokens", "10", "--response-tokens", "9999"], "exceed data.max_length"),
         (["model.path=nobody/model", "--gpus", "8"], "name a model of the same shape with --model"),
-        (["--gpus", "8", "--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: cannot be written"),
+        (["--gpus", "8", "--json", "/dev/null/plan.json"], "/dev/null/plan.json cannot be written"),
         (["data.max_length=200000", "--gpus", "8"], "exceeds the model's context"),
     ],
 )
