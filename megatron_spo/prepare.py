@@ -21,7 +21,7 @@ from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
 from megatron_spo.runtime import env, processes
 from megatron_spo.runtime.device import check_device
-from megatron_spo.runtime.processes import Runtime, agree
+from megatron_spo.runtime.processes import Runtime, agreed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,12 +59,8 @@ def join(config: Config) -> Runtime:
         threads=config.training.threads,
         hang_minutes=config.training.hang_timeout,
     )
-    error: UserError | None = None
-    try:
+    with agreed():
         check_device(config.precision)
-    except UserError as raised:
-        error = raised
-    agree(error)
     return runtime
 
 
@@ -74,14 +70,10 @@ def read_sources(config: Config, runtime: Runtime) -> Sources:
     Raises:
         UserError: on every rank alike.
     """
-    error: UserError | None = None
     for turn in (True, False):  # the main process downloads and tokenises, the others find it on disk
-        if runtime.is_main == turn:
-            try:
+        with agreed():
+            if runtime.is_main == turn:
                 sources = _read_sources(config, is_main=turn)
-            except UserError as raised:
-                error = raised
-        agree(error)
     return sources
 
 
@@ -128,15 +120,10 @@ def make_model(config: Config, sources: Sources) -> list[PairModel]:
     chunks = build_model(sources.shape, transformer_config(sources.shape, config.parallel, config.precision))
     if config.model.freeze_router:
         freeze_routers(chunks)
-    error: UserError | None = None
-    if config.model.init == "random":
+    with agreed():
         for chunk in chunks:
-            fill_randomly(chunk, sources.shape, config.training.seed)
-    else:
-        try:
-            for chunk in chunks:
+            if config.model.init == "random":
+                fill_randomly(chunk, sources.shape, config.training.seed)
+            else:
                 load_hf_weights(chunk, sources.shape, sources.folder)
-        except UserError as raised:
-            error = raised
-    agree(error)
     return chunks

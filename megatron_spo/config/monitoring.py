@@ -66,10 +66,5 @@ MONITORING: tuple[tuple[Callable[["Config"], bool], str], ...] = (
         lambda c: c.monitor.generate_every > 0 and not c.data.eval,
         "monitor.generate_every = {c.monitor.generate_every} without data.eval; name held-out data, or remove it",
     ),
-    (
-        lambda c: c.data.drop_ches > 0 and (c.reference.cache is None or c.spo.schedule == "sft"),
-        "data.drop_ches = {c.data.drop_ches} takes the scores of preference pairs from the reference's cache; set "
-        "reference.cache and fill it, and a spo.schedule other than sft",
-    ),
 )
 """Predicate of a combination that is refused, and its message; {c.section.key} in it is filled in."""

@@ -78,8 +78,6 @@ class DataConfig(Section):
     """processes that tokenise; >= 1"""
     chat_template: str | None = None
     """file with a Jinja chat template; null: the tokenizer's own"""
-    drop_ches: float = Field(0.0, ge=0, lt=1)
-    """share of data.train, that of the highest CHES score per token, to be left out; needs reference.cache; 0 to 1"""
 
     @property
     def longest_row(self) -> int:

@@ -9,7 +9,7 @@ others wait, and a finished folder appears by one rename.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,12 +53,9 @@ class TokenizedSet:
     dropped                                  the rows left out
     """
 
-    def __init__(
-        self, sources: Sequence[TokenizedSource], weights: Sequence[float], rows: Sequence[NDArray[np.int64]] = ()
-    ) -> None:
-        """`rows`: those to take of each source; all usable ones unless given."""
+    def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float]) -> None:
         self._sources = list(sources)
-        self._rows = list(rows) or [np.flatnonzero(source.usable) for source in sources]
+        self._rows = [np.flatnonzero(source.usable) for source in sources]
         self.weights = tuple(weights)
         self.source_sizes = tuple(len(rows) for rows in self._rows)
         self._starts = np.cumsum([0, *self.source_sizes])
@@ -93,18 +90,6 @@ class TokenizedSet:
         """Line or row of its source that row `index` is, counted from 1."""
         source, row = self._locate(index)
         return int(source.lines[row])
-
-    def without(self, reasons: Mapping[int, str]) -> TokenizedSet:
-        """The same without some rows, which are listed as dropped, each for its reason."""
-        kept = ~np.isin(np.arange(len(self)), list(reasons))
-        parts = np.split(kept, self._starts[1:-1])
-        rest = TokenizedSet(self._sources, self.weights, [r[k] for r, k in zip(self._rows, parts, strict=True)])
-        left_out = [
-            Dropped(self._locate(index)[0].label, self.line(index), "chosen", reason)
-            for index, reason in reasons.items()
-        ]
-        rest.dropped = [*self.dropped, *left_out]
-        return rest
 
     def _locate(self, index: int) -> tuple[TokenizedSource, int]:
         if not 0 <= index < len(self):

@@ -57,7 +57,6 @@ class RowOnDevice(PackedSeqParams):
     entries: Tensor | None = None  # [E] which of the row's entries these are
     padding: Tensor | None = None  # [1, T] bool, the tokens that fill up the row
     geometry: "Geometry | None" = None
-    hidden_states: bool = False  # of the entries, to be returned behind their log-probabilities
 
 
 def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:

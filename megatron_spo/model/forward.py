@@ -53,13 +53,11 @@ def run_rows(
     *,
     runtime: Runtime,
     backward: bool,
-    hidden_states: bool = False,
 ) -> list[Tensor]:
     """Send this rank's rows through the pipeline, one row per micro-batch.
 
     With `backward`, the gradients of the sum of all rows' objectives, over all data-parallel ranks, end up in the
-    model's gradient buffers. `hidden_states`: have them in the sums, too; much memory beside a backward pass. Returns
-    what `function` collected per row, on the last pipeline stage; [] elsewhere.
+    model's gradient buffers. Returns what `function` collected per row, on the last pipeline stage; [] elsewhere.
     """
 
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
@@ -68,8 +66,6 @@ def run_rows(
         on_device: RowOnDevice = row_to_device(
             row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context
         )
-
-        on_device.hidden_states = hidden_states
 
         def finish(measured: Tensor) -> tuple[Tensor, Tensor]:
             assert on_device.entries is not None

@@ -111,8 +111,7 @@ def _local(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 class LogProbHead(ColumnParallelLinear):
-    """The output layer, returning what is measured [E, 2] of the row's scored entries instead of logits: log-prob and
-    entropy, and, where the row asks for it, the hidden state [E, 2 + h] that predicts the entry.
+    """The output layer, returning log-prob and entropy [E, 2] of the row's scored entries instead of logits.
 
     Put in place by changing the class of the built output layer, so that Megatron's flags for tied embeddings stay.
     `row`, `vocab` (the real vocabulary; padded rows take no part in the softmax) and `softcap` are set by the model.
@@ -137,5 +136,4 @@ class LogProbHead(ColumnParallelLinear):
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if tensor_parallel else None
         arguments = (hidden, weight[:real], self.row.targets, first_row, group, self.softcap)
-        columns = torch.stack(VocabParallelLogProb.apply(*arguments), dim=1)
-        return (torch.cat([columns, hidden], dim=1) if self.row.hidden_states else columns), None
+        return torch.stack(VocabParallelLogProb.apply(*arguments), dim=1), None

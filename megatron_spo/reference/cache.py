@@ -17,36 +17,26 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_spo.errors import UserError
+from megatron_spo.files import replacing
 
 if TYPE_CHECKING:
     from megatron_spo.data.dataset import TokenizedSet
 
-VERSION = 3
-DIAGNOSTICS = ("ches", "ches_per_token")
-RECORD = np.dtype(
-    [
-        ("chosen", "<f4"),
-        ("rejected", "<f4"),
-        ("row_hash", "<u8"),
-        *((name, "<f4") for name in DIAGNOSTICS),
-    ]
-)
-"""Sums of log-probs (nats) over the scored tokens of each response, the hash of the row's token ids; DIAGNOSTICS
-(diagnostics.py) are NaN where they were not measured."""
+VERSION = 4
+RECORD = np.dtype([("chosen", "<f4"), ("rejected", "<f4"), ("row_hash", "<u8")])
+"""Sums of log-probs (nats) over the scored tokens of each response, and the hash of the row's token ids."""
 REMEDY = "run: megatron-spo reference CONFIG.yaml"
 DIGEST = 16
 Records = NDArray[np.void]
@@ -169,9 +159,12 @@ class ReferenceWriter:
         """Data set indices of chunk `k`."""
         return np.arange(k * self._chunk, min((k + 1) * self._chunk, len(self._dataset)), dtype=np.int64)
 
-    def write_chunk(self, k: int, chosen: ArrayLike, rejected: ArrayLike, **diagnostics: ArrayLike) -> None:
-        """Store the log-prob sums of chunk `k` (nats; rejected 0 for SFT rows), and DIAGNOSTICS by their names.
-        UserError when a sum is not finite."""
+    def write_chunk(self, k: int, chosen: ArrayLike, rejected: ArrayLike) -> None:
+        """Store the log-prob sums of chunk `k` (nats; rejected 0 for SFT rows).
+
+        Raises:
+            UserError: a sum is not finite.
+        """
         indices = self.chunk_indices(k)
         records = np.zeros(len(indices), dtype=RECORD)
         for field, values in (("chosen", chosen), ("rejected", rejected)):
@@ -185,11 +178,9 @@ class ReferenceWriter:
                     "check the model's weights and precision.dtype"
                 )
             records[field] = array
-        for field in DIAGNOSTICS:
-            records[field] = diagnostics.get(field, np.nan)
         records["row_hash"] = self._dataset.row_hashes[indices]
         payload = records.tobytes()
-        with _writing(self._folder), _replacing(self._part(k)) as file:
+        with _writing(self._folder), replacing(self._part(k)) as file:
             file.write(self._digest(k, payload) + payload)
 
     def finish(self) -> None:
@@ -206,7 +197,7 @@ class ReferenceWriter:
         np.lib.format.write_array_header_1_0(header, form)
         checksum = xxhash.xxh3_128(header.getvalue())
         with _writing(self._folder):
-            with _replacing(self._folder / "records.npy") as file:
+            with replacing(self._folder / "records.npy") as file:
                 file.write(header.getvalue())
                 for k in range(self.chunks):
                     payload = self._read_part(k)
@@ -219,7 +210,7 @@ class ReferenceWriter:
                 "count": len(self._dataset),
                 "xxh3_128": checksum.hexdigest(),
             }
-            with _replacing(self._folder / "index.json") as file:
+            with replacing(self._folder / "index.json") as file:
                 file.write(json.dumps(index, indent=2).encode())
             shutil.rmtree(self._parts)
         self.complete = True
@@ -318,25 +309,3 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(
             f"reference cache {folder} cannot be written: {error}; set reference.cache elsewhere"
         ) from error
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole and on disk, or not at all."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -1,27 +1,23 @@
 """Fills the reference cache: the forward-only sibling of run.py."""
 
-from functools import partial
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
-from megatron_spo.data.diagnostics import FILE, likeliest, write_diagnostics
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.errors import UserError
+from megatron_spo.model.forward import score_rows
 from megatron_spo.model.optimizer import lower_precision
-from megatron_spo.prepare import TRAIN, Sources, join, make_model, read_sources
-from megatron_spo.reference.cache import ReferenceStore, ReferenceWriter, open_reference
+from megatron_spo.prepare import Sources, join, make_model, read_sources
+from megatron_spo.reference.cache import ReferenceWriter
 from megatron_spo.reference.fingerprint import reference_fingerprint, weights_fingerprint
-from megatron_spo.reference.scores import COLUMNS, score_pairs
-from megatron_spo.runtime.processes import Runtime, agree, on_main
+from megatron_spo.runtime.processes import Runtime, agreed
 
 
 def fill(config: Config) -> None:
-    """Score every pair of every data set under the model of `config.model` and store the sums in `reference.cache`, and
-    what they tell of each pair in a Parquet file beside them.
+    """Score every pair of every data set under the model of `config.model` and store the sums in `reference.cache`.
 
     Chunks of pairs are dealt out to the data-parallel ranks; each is written by the rank that scored it. What an
     earlier call has stored is kept; a complete cache is left alone.
@@ -49,17 +45,6 @@ def fill(config: Config) -> None:
         known = "" if name in open_ones else ", complete before this call"
         if runtime.is_main:
             print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
-        if dataset.has_rejected:
-            store = open_reference(config.reference.cache, name, prints[name], dataset)
-            on_main(partial(_diagnose, store, name, dataset, filled=name in open_ones), UserError)
-
-
-def _diagnose(store: ReferenceStore, name: str, dataset: TokenizedSet, *, filled: bool) -> None:
-    """Write the diagnostics of the pairs that were scored, and show the worst ones of the training set."""
-    if filled or not (store.folder / FILE).exists():
-        write_diagnostics(store, dataset)
-    if name == TRAIN:
-        print(f"{likeliest(store, dataset)}\nall pairs: {store.folder / FILE}; see docs/monitoring.md")
 
 
 def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
@@ -69,13 +54,9 @@ def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter],
         _score(chunks, writer, sources.named_sets()[name], config, runtime)
         runtime.progress.phase(f"merging the cache of {name}", times=4)
         torch.distributed.barrier()
-        error: UserError | None = None
-        if runtime.is_main:
-            try:
+        with agreed():
+            if runtime.is_main:
                 writer.finish()
-            except UserError as raised:
-                error = raised
-        agree(error)
 
 
 def _score(
@@ -92,11 +73,11 @@ def _score(
         indices = np.zeros(0, dtype=np.int64) if chunk is None else writer.chunk_indices(chunk)
         rows = loader.batch_of(indices).rows
         padded = rows + [loader.empty_row()] * (_rows_in_step(len(rows), runtime) - len(rows))
-        scored = score_pairs(chunks, padded, runtime=runtime)[: len(rows)]
+        scored = score_rows(chunks, padded, runtime=runtime)[: len(rows)]
         if runtime.holds_results and chunk is not None:
             order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
-            columns = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
-            writer.write_chunk(chunk, **dict(zip(COLUMNS, columns, strict=True)))
+            chosen, rejected = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
+            writer.write_chunk(chunk, chosen, rejected)
 
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:

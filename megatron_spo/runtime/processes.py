@@ -1,10 +1,11 @@
 """Process groups, device and seeds of one job."""
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -171,12 +172,19 @@ def on_main(action: Callable[[], T], failure: type[Exception]) -> T:
     return result
 
 
-def agree(error: UserError | None) -> None:
-    """Make every process raise when one has an error, with the message of the lowest rank that has one.
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """Make every process raise at the end of the context if one has a UserError in it, with the message of the lowest
+    rank that has one. All ranks enter it together; nothing in it may wait for another rank.
 
     Raises:
         UserError: on all ranks alike, so that no rank waits for one that has left.
     """
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error))
     first = next((message for message in messages if message is not None), None)

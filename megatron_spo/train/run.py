@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.schema import Config
 from megatron_spo.data import packing
 from megatron_spo.data.chat_template import template_date
-from megatron_spo.data.diagnostics import drop_highest
 from megatron_spo.data.end_of_turn import end_tokens
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.errors import UserError
@@ -32,7 +30,7 @@ from megatron_spo.reference.cache import ReferenceStore, open_reference
 from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
 from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.runtime.device import name_of
-from megatron_spo.runtime.processes import Runtime, agree, on_main
+from megatron_spo.runtime.processes import Runtime, agreed, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
 from megatron_spo.train import loop
@@ -81,9 +79,6 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     runtime.progress.phase("building and loading", times=4)
     weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
     stores = _open_references(config, sources, weights)
-    if config.data.drop_ches:
-        rest, stores[TRAIN] = drop_highest(sources.train, stores[TRAIN], config.data.drop_ches)
-        sources = replace(sources, train=rest)
     record = _record(config, sources)
     changed = changes(found, record["config"], record["data"]) if found else []
     if config.lora.rank:
@@ -148,14 +143,10 @@ def _open_references(config: Config, sources: Sources, weights: str | None) -> d
     if config.reference.cache is None or weights is None:
         return {}
     stores: dict[str, ReferenceStore] = {}
-    error: UserError | None = None
-    try:
+    with agreed():
         for name, dataset in sources.named_sets().items():
             fingerprint = reference_fingerprint(config, sources, dataset, weights)
             stores[name] = open_reference(config.reference.cache, name, fingerprint, dataset)
-    except UserError as raised:
-        error = raised
-    agree(error)
     return stores
 
 

@@ -66,7 +66,6 @@ MIXTURE = {"model_type": "mixtral", "intermediate_size": 9, "num_local_experts":
             "monitor.generate_every=5 data.eval=null training.eval_every=0",
             "monitor.generate_every = 5 without data.eval",
         ),
-        ("loss.name=simpo reference.cache=null data.drop_ches=0.1", "data.drop_ches = 0.1 takes the scores"),
         ("reference.cache=null", "loss.name: dpo needs the reference's log-probs; set reference.cache"),
         (
             "loss.name=simpo reference.cache=null spo.constraint=pair",
