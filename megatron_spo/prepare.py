@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
+from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
-from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.tokenize import load_tokenizer
@@ -86,7 +87,7 @@ def _read_sources(config: Config, *, is_main: bool) -> Sources:
     if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
         raise UserError("\n".join(broken))
     tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)
-    pairs = "any" if config.spo.schedule == "sft" else "preference"
+    pairs = "preference" if config.spo.spec.preference else "any"
 
     def build(sources: list[DataSource], kind: str = pairs) -> TokenizedSet:
         return build_dataset(sources, config.data, tokenizer, kind=kind, progress=progress)

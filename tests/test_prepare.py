@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_spo.config.schema import Config, DataSource, PrecisionConfig
+from megatron_spo.config.data_source import DataSource
+from megatron_spo.config.schema import Config, PrecisionConfig
 from megatron_spo.data.loader import row_multiples
 from megatron_spo.prepare import _eval_names, numerics
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from importlinter.cli import lint_imports
 
+from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.losses import LOSS_SPECS
-from megatron_spo.config.schema import Config, DataSource, keys_of, section_class
+from megatron_spo.config.schema import Config, keys_of, section_class
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_spo"

@@ -90,7 +90,8 @@ def _answers(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
-    from megatron_spo.config.schema import DataConfig, DataSource
+    from megatron_spo.config.data_source import DataSource
+    from megatron_spo.config.schema import DataConfig
     from megatron_spo.data.dataset import build_dataset
     from megatron_spo.data.tokenize import load_tokenizer
     from megatron_spo.evaluate.generate import load_model

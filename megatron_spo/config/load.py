@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules, unused_keys
-from megatron_spo.config.schema import Config, DataSource, keys_of, section_class
+from megatron_spo.config.schema import Config, keys_of, section_class
 from megatron_spo.config.section import FORMS
 from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError

@@ -41,8 +41,8 @@ def unused(config: "Config") -> dict[str, str]:
         found["raise_factor"] = f"monitor.on_alarm: {config.monitor.on_alarm}; it belongs to raise_lambda"
     if config.monitor.generate_every == 0:
         found |= dict.fromkeys(("generate_prompts", "generate_engine", "answers_fall"), "monitor.generate_every: 0")
-    if config.spo.schedule == "sft":
-        found["entropy_factor"] = "spo.schedule: sft, which lowers the entropy on purpose"
+    if not config.spo.spec.preference:
+        found["entropy_factor"] = f"spo.schedule: {config.spo.schedule}, which lowers the entropy on purpose"
     if not config.has_reference:
         found["both_down"] = "reference.cache: null"
         if config.spo.v is None:
@@ -51,8 +51,7 @@ def unused(config: "Config") -> dict[str, str]:
 
 
 def _cannot_raise(config: "Config") -> bool:
-    has_lambda = config.spo.schedule in ("penalty", "dual", "lookahead") and config.spo.lambda_ > 0
-    return config.monitor.on_alarm == "raise_lambda" and not has_lambda
+    return config.monitor.on_alarm == "raise_lambda" and not (config.spo.spec.has_lambda and config.spo.lambda_ > 0)
 
 
 MONITORING: tuple[tuple[Callable[["Config"], bool], str], ...] = (

@@ -1,7 +1,7 @@
 """Rules over several keys: a table of predicate and message, checked before anything is built."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,25 +10,9 @@ from megatron_spo.config.model_shape import PROJECTIONS, ModelShape
 from megatron_spo.config.monitoring import MONITORING
 from megatron_spo.config.monitoring import unused as unused_monitoring
 from megatron_spo.config.schema import Config, LossConfig, keys_of, section_class
+from megatron_spo.config.spo import SpoConfig, schedules_with
 from megatron_spo.config.topology import expert_tensor, make_topology
 from megatron_spo.errors import UserError
-
-# spo.* keys that only some schedules read; the others are read by all of them
-SCHEDULES_THAT_USE: Mapping[str, tuple[str, ...]] = {
-    "lambda": ("penalty", "dual", "lookahead"),
-    "lambda_unit": ("penalty", "dual"),
-    "constraint": ("penalty",),
-    "epsilon": ("penalty", "dual", "barrier"),
-    "ramp_steps": ("penalty",),
-    "lambda_max": ("dual",),
-    "dual_lr": ("dual",),
-    "gap_ema": ("dual",),
-    "sft_steps": ("alternating",),
-    "preference_steps": ("alternating",),
-    "lookahead_lr": ("lookahead",),
-    "barrier_rate": ("barrier",),
-    "sft_data": ("sft", "penalty", "dual", "alternating", "lookahead", "barrier"),
-}
 
 
 @dataclass(frozen=True)
@@ -88,10 +72,11 @@ def unused_keys(config: Config) -> dict[str, str]:
             unused[f"loss.{key}"] = _no_effect(f"loss.{key}", f"loss.name: {', '.join(config.loss.names)}", accepting)
     if not isinstance(config.loss.name, list):
         unused["loss.weights"] = _no_effect("loss.weights", "a single loss.name", ["a list of losses"])
-    for key, schedules in SCHEDULES_THAT_USE.items():
-        if config.spo.schedule not in schedules:
+    for key in keys_of(SpoConfig):
+        schedules = schedules_with(key)
+        if schedules and config.spo.schedule not in schedules:
             unused[f"spo.{key}"] = _no_effect(f"spo.{key}", f"spo.schedule: {config.spo.schedule}", schedules)
-    if config.spo.schedule == "penalty" and config.spo.constraint == "none":
+    if "constraint" in config.spo.spec.keys and config.spo.constraint == "none":
         users = ("spo.constraint: batch", "spo.constraint: pair", "spo.schedule: dual")
         unused["spo.epsilon"] = _no_effect("spo.epsilon", "spo.constraint: none", users)
     if not config.spo.sft_data or "spo.sft_data" in unused:
@@ -114,10 +99,6 @@ def _is_set(config: Config, key: str) -> bool:
     section, name = key.split(".")
     values = getattr(config, section)
     return getattr(values, keys_of(type(values))[name]) not in (None, [])
-
-
-def _weighs_sft(config: Config) -> bool:
-    return config.spo.schedule in SCHEDULES_THAT_USE["lambda_unit"]
 
 
 def _knows_gap(config: Config) -> bool:
@@ -328,29 +309,29 @@ RULES: tuple[Rule, ...] = (
         "loss.label_smoothing = 0 makes loss.name: exo_pair infinite; it must be > 0",
     ),
     Rule(
-        lambda c, shape: _weighs_sft(c) and c.spo.lambda_unit == "relative" and c.loss.unscaled != "",
+        lambda c, shape: c.spo.spec.has_unit and c.spo.lambda_unit == "relative" and c.loss.unscaled != "",
         "spo.lambda_unit: relative is undefined for loss.name: {c.loss.unscaled}, which has no single scale on "
         "the chosen log-prob; set spo.lambda_unit=token",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule != "sft" and c.loss.needing_reference != "" and not c.has_reference,
+        lambda c, shape: c.spo.spec.preference and c.loss.needing_reference != "" and not c.has_reference,
         "loss.name: {c.loss.needing_reference} needs the reference's log-probs; set reference.cache to a folder and "
         "fill it with `megatron-spo reference CONFIG.yaml`",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "pair" and not c.has_reference,
+        lambda c, shape: "constraint" in c.spo.spec.keys and c.spo.constraint == "pair" and not c.has_reference,
         "spo.constraint: pair compares each pair with the reference; set reference.cache",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule == "penalty" and c.spo.constraint == "batch" and not _knows_gap(c),
+        lambda c, shape: "constraint" in c.spo.spec.keys and c.spo.constraint == "batch" and not _knows_gap(c),
         "spo.constraint: batch needs the gap g - v; set reference.cache, or spo.v to a number or running_min",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule in ("dual", "barrier") and not _knows_gap(c),
+        lambda c, shape: c.spo.spec.needs_gap and not _knows_gap(c),
         "spo.schedule: {c.spo.schedule} needs the gap g - v; set reference.cache, or spo.v to a number or running_min",
     ),
     Rule(
-        lambda c, shape: c.spo.schedule == "dual" and c.spo.lambda_ > c.spo.lambda_max,
+        lambda c, shape: "lambda_max" in c.spo.spec.keys and c.spo.lambda_ > c.spo.lambda_max,
         "spo.lambda = {c.spo.lambda_} is above spo.lambda_max = {c.spo.lambda_max}",
     ),
     # monitoring

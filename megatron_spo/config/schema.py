@@ -8,34 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
 
+from megatron_spo.config.data_source import Sources
 from megatron_spo.config.fp8 import RECIPES, Recipe
 from megatron_spo.config.losses import LOSS_SPECS, LossTerm
 from megatron_spo.config.model_shape import PROJECTIONS
 from megatron_spo.config.monitoring import MonitorConfig
-from megatron_spo.config.section import Decay, NotNegative, OneOrEach, Positive, Section, as_tuple, form, form_of_v
+from megatron_spo.config.section import Decay, NotNegative, OneOrEach, Positive, Section, as_tuple, form
+from megatron_spo.config.spo import SpoConfig
 
-
-def _sources(value: Any) -> Any:
-    """A source may be a path, a mapping, or a list of either."""
-    if value is None:
-        return []
-    entries = value if isinstance(value, list) else [value]
-    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-
-
-class DataSource(Section):
-    """One data set."""
-
-    path: str = Field(min_length=1)
-    """JSONL or Parquet file, or the id of a data set on the hub"""
-    weight: float = Field(1.0, gt=0)
-    """how often a row is drawn in an epoch, relative to rows of weight 1; > 0"""
-    split: str = "train"
-    """split of a hub data set; files have none"""
-
-
-Sources = Annotated[list[DataSource], BeforeValidator(_sources)]
-RunningMin = Literal["running_min"]
 LossName = Literal[tuple(LOSS_SPECS)]  # type: ignore[valid-type]
 Projection = Literal[PROJECTIONS]  # type: ignore[valid-type]
 
@@ -170,46 +150,6 @@ class LossConfig(Section):
             if entry is not None and info.field_name not in {"weights", *LOSS_SPECS[name].parameters}:
                 raise ValueError(f"the entry of {name}, which has no such parameter, must be null")
         return value
-
-
-class SpoConfig(Section):
-    """The bilevel schedule: how the SFT objective (lower level) enters a step."""
-
-    schedule: Literal["none", "sft", "penalty", "dual", "alternating", "lookahead", "barrier"] = "penalty"
-    """preference loss alone, SFT alone, or both"""
-    lambda_: float = Field(1.0, alias="lambda", ge=0)
-    """weight of the SFT term (dual: its start), in spo.lambda_unit; >= 0"""
-    lambda_unit: Literal["token", "relative"] = "relative"
-    """token: weight on the SFT loss per token; relative: in units of the preference loss's own pull"""
-    constraint: Literal["none", "batch", "pair"] = "none"
-    """penalty only: apply the SFT term always, or only where the batch or the pair left the safe region"""
-    epsilon: float = Field(0.0, ge=0)
-    """width of the safe region g <= v + epsilon, nats per chosen token; >= 0"""
-    ramp_steps: int = Field(0, ge=0)
-    """penalty only: optimizer steps over which lambda rises from 0; >= 0"""
-    lambda_max: float = Field(10.0, gt=0)
-    """dual only: largest lambda; > 0"""
-    dual_lr: float = Field(0.1, gt=0)
-    """dual only: change of lambda per step and nat of gap; > 0"""
-    gap_ema: float = Field(0.9, ge=0, lt=1)
-    """dual only: smoothing of the gap from step to step; >= 0, < 1"""
-    sft_steps: int = Field(1, ge=1)
-    """alternating only: consecutive steps on the SFT objective; >= 1"""
-    preference_steps: int = Field(1, ge=1)
-    """alternating only: consecutive steps on the preference loss; >= 1"""
-    lookahead_lr: float = Field(1e-3, gt=0)
-    """lookahead only: length of the inner SFT step, relative to the gradient of the SFT loss per token; > 0"""
-    barrier_rate: float = Field(100.0, ge=0)
-    """barrier only: how fast the SFT loss must fall, per nat of gap beyond epsilon; >= 0"""
-    v: (
-        Annotated[Annotated[NotNegative, Tag("one")] | Annotated[RunningMin, Tag("word")], Discriminator(form_of_v)]
-        | None
-    ) = None
-    """best SFT loss, nats per chosen token: >= 0, or running_min (lowest batch so far); null: the reference's own"""
-    sft_data: Sources = []
-    """SFT rows (prompt, completion; or messages) as lower level; forms as data.train; []: the chosen responses"""
-    sft_batch_size: int | None = Field(None, ge=1)
-    """rows of spo.sft_data per optimizer step; null: training.global_batch_size; >= 1"""
 
 
 class LoraConfig(Section):
@@ -373,7 +313,7 @@ class Config(Section):
     @property
     def runs_reference(self) -> bool:
         """Whether the reference is the model run without its adapters, for want of a cache."""
-        return self.lora.rank > 0 and self.reference.cache is None and self.spo.schedule != "sft"
+        return self.lora.rank > 0 and self.reference.cache is None and self.spo.spec.preference
 
     @property
     def has_reference(self) -> bool:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_spo.config.schema import DataConfig, DataSource
+    from megatron_spo.config.data_source import DataSource
+    from megatron_spo.config.schema import DataConfig
 
 
 @dataclass(frozen=True)

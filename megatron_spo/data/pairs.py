@@ -24,7 +24,7 @@ from megatron_spo.errors import UserError
 if TYPE_CHECKING:
     import datasets
 
-    from megatron_spo.config.schema import DataSource
+    from megatron_spo.config.data_source import DataSource
 
 Message = dict[str, Any]
 Text = str | list[Message]

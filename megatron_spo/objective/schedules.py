@@ -8,45 +8,10 @@ resumed run agrees.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Protocol
 
+from megatron_spo.config.spo import RUNNING_MIN, SpoConfig
 from megatron_spo.objective.step_plan import Add, Barrier, Pass, Shift, StepPlan
 
-
-class SpoSettings(Protocol):
-    """The `spo` section of the configuration, as far as the objective reads it."""
-
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def lambda_(self) -> float: ...
-    @property
-    def lambda_unit(self) -> str: ...
-    @property
-    def constraint(self) -> str: ...
-    @property
-    def v(self) -> float | str | None: ...
-    @property
-    def epsilon(self) -> float: ...
-    @property
-    def ramp_steps(self) -> int: ...
-    @property
-    def lambda_max(self) -> float: ...
-    @property
-    def dual_lr(self) -> float: ...
-    @property
-    def gap_ema(self) -> float: ...
-    @property
-    def sft_steps(self) -> int: ...
-    @property
-    def preference_steps(self) -> int: ...
-    @property
-    def lookahead_lr(self) -> float: ...
-    @property
-    def barrier_rate(self) -> float: ...
-
-
-RUNNING_MIN = "running_min"
 GAP_ROUNDING = 1e-5
 """Nats per chosen token below which a gap above epsilon is the layout's rounding."""
 
@@ -85,11 +50,11 @@ class ScheduleState:
         return cls(lambda_, state["gap"], state["gap_ema"], state["best_sft"], raised)
 
 
-def _none(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _none(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     return StepPlan((Pass(preference=1.0, sft=0.0),), lambda_=0.0)
 
 
-def _sft(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _sft(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     return StepPlan((Pass(preference=0.0, sft=1.0),), lambda_=0.0)
 
 
@@ -97,7 +62,7 @@ def _with_lambda(lambda_: float) -> StepPlan:
     return StepPlan((Pass(preference=1.0, sft=lambda_),), lambda_=lambda_)
 
 
-def _penalty(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _penalty(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     """Constant lambda, or a linear ramp that reaches it at step `ramp_steps` - 1, like a learning rate's
     warm-up.
 
@@ -110,17 +75,17 @@ def _penalty(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     return _with_lambda(spo.lambda_ * state.raised * ramp)
 
 
-def _dual(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _dual(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     return _with_lambda(state.lambda_)
 
 
-def _alternating(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _alternating(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     """`sft_steps` steps on g, then `preference_steps` on f, and again."""
     on_sft = step % (spo.sft_steps + spo.preference_steps) < spo.sft_steps
     return _sft(spo, step, state) if on_sft else _none(spo, step, state)
 
 
-def _lookahead(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _lookahead(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     """One inner SFT step, theta' = theta - lookahead_lr * grad g(theta); then the optimizer applies
     grad f(theta') + lambda * grad g(theta) at theta (arXiv 2507.07723v1)."""
     inner = Pass(preference=0.0, sft=1.0, slot="g")
@@ -129,14 +94,14 @@ def _lookahead(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
     return StepPlan((inner, outer), lambda_, Add((("f", 1.0), ("g", lambda_))))
 
 
-def _barrier(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def _barrier(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     """grad f, plus as much of grad g as makes g fall at barrier_rate * max(last gap - epsilon, 0) (dynamic barrier)."""
     excess = max((state.gap or 0.0) - spo.epsilon, 0.0)
     passes = (Pass(preference=1.0, sft=0.0, slot="f"), Pass(preference=0.0, sft=1.0, slot="g"))
     return StepPlan(passes, 0.0, Barrier("f", "g", spo.barrier_rate * excess))
 
 
-SCHEDULES: Mapping[str, Callable[[SpoSettings, int, ScheduleState], StepPlan]] = MappingProxyType(
+SCHEDULES: Mapping[str, Callable[[SpoConfig, int, ScheduleState], StepPlan]] = MappingProxyType(
     {
         "none": _none,
         "sft": _sft,
@@ -149,17 +114,17 @@ SCHEDULES: Mapping[str, Callable[[SpoSettings, int, ScheduleState], StepPlan]] =
 )
 
 
-def initial_state(spo: SpoSettings) -> ScheduleState:
+def initial_state(spo: SpoConfig) -> ScheduleState:
     """The state before step 0."""
     return ScheduleState(lambda_=spo.lambda_)
 
 
-def plan_step(spo: SpoSettings, step: int, state: ScheduleState) -> StepPlan:
+def plan_step(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
     """The plan of optimizer step `step`, counted from 0 over the whole run."""
     return SCHEDULES[spo.schedule](spo, step, state)
 
 
-def optimal_value(spo: SpoSettings, state: ScheduleState, measured: float | None) -> float | None:
+def optimal_value(spo: SpoConfig, state: ScheduleState, measured: float | None) -> float | None:
     """v, the lower level's optimal value in nats per chosen token; None where it is not known.
 
     `spo.v` null takes `measured`, the reference's own SFT loss on the rows whose g is compared with it. A number
@@ -173,7 +138,7 @@ def optimal_value(spo: SpoSettings, state: ScheduleState, measured: float | None
     return state.best_sft if spo.v == RUNNING_MIN else float(spo.v)
 
 
-def observe(spo: SpoSettings, state: ScheduleState, gap: float) -> ScheduleState:
+def observe(spo: SpoConfig, state: ScheduleState, gap: float) -> ScheduleState:
     """The state after a step whose global batch had the gap g - v = `gap` (nats per chosen token).
 
     `dual` moves its multiplier along the smoothed gap: clip(lambda + dual_lr * (gap - epsilon), 0,
@@ -187,7 +152,7 @@ def observe(spo: SpoSettings, state: ScheduleState, gap: float) -> ScheduleState
     return replace(state, lambda_=min(max(moved, 0.0), spo.lambda_max))
 
 
-def raise_lambda(spo: SpoSettings, state: ScheduleState, factor: float) -> ScheduleState:
+def raise_lambda(spo: SpoConfig, state: ScheduleState, factor: float) -> ScheduleState:
     """The state with lambda multiplied by `factor`, for schedules that have one; that of `dual` up to lambda_max."""
     if spo.schedule == "dual":
         return replace(state, lambda_=min(state.lambda_ * factor, spo.lambda_max))

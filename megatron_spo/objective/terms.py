@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_spo.config.losses import LossTerm
+from megatron_spo.config.spo import SpoConfig
 from megatron_spo.objective.losses import PairLogprobs, preference_losses
-from megatron_spo.objective.schedules import SpoSettings
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.objective.step_plan import Pass, Role
 
@@ -31,7 +31,7 @@ def objective(
     pass_: Pass,
     *,
     losses: Sequence[LossTerm],
-    spo: SpoSettings,
+    spo: SpoConfig,
     counts: GlobalCounts,
     statistics: LossStatistics,
     role: Role = Role.BOTH,
@@ -67,7 +67,7 @@ def objective(
         per_pair["preference"] = values.detach()
         value = value + pass_.preference * values.sum() / counts.pairs
     if pass_.sft and Role.SFT in role:
-        term = _penalty(pairs, losses, spo, counts) if pass_.preference else _nll(pairs, counts)
+        term = _sft_term(pairs, losses, spo, counts) if pass_.preference else _nll(pairs, counts)
         value = value + pass_.sft * term
     return value, per_pair
 
@@ -77,7 +77,7 @@ def _nll(pairs: PairLogprobs, counts: GlobalCounts) -> Tensor:
     return -pairs.chosen.sum() / counts.chosen_tokens
 
 
-def _penalty(pairs: PairLogprobs, losses: Sequence[LossTerm], spo: SpoSettings, counts: GlobalCounts) -> Tensor:
+def _sft_term(pairs: PairLogprobs, losses: Sequence[LossTerm], spo: SpoConfig, counts: GlobalCounts) -> Tensor:
     """The term that lambda weighs beside a preference loss, by `spo.constraint` and `spo.lambda_unit`."""
     excess = torch.relu(pairs.chosen_fall / pairs.chosen_tokens - spo.epsilon) if spo.constraint == "pair" else None
     if spo.lambda_unit == "token":

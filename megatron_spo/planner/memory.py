@@ -22,8 +22,6 @@ LOGITS_PER_CHUNK = {"cpu": 2**24, "torch": 2**26, "engine": 2**26}
 RESERVED = {"cpu": 0.4 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
 """Of a process before any tensor. On a CPU: what Python, torch and Megatron have of their own, measured. On a GPU:
 CUDA's context, NCCL's buffers and what the allocator cannot use, an assumption."""
-GRADIENTS_KEPT = {"lookahead": 3, "barrier": 2}
-"""fp32 copies of a rank's shard that a schedule keeps within a step (train/gradients.py)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def stage_memory(setting: Setting, stage: int, row: Row, rows: int) -> Memory:
         activations=activations,
         head=head,
         buffers=max(_layer_buffers(setting, row), update - activations - head),
-        schedule=4 * shard * GRADIENTS_KEPT.get(config.spo.schedule, 0),
+        schedule=4 * shard * config.spo.spec.gradients_kept,
         reserved=RESERVED[setting.kernels],
     )
 

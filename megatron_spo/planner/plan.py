@@ -48,7 +48,7 @@ def _job(options: Options) -> tuple[Job, list[str]]:
     if config.spo.sft_data:
         sft = _sft_lengths(options, config)
         notes.append(f"rows of spo.sft_data in each step {sft.source}")
-        if config.spo.schedule in ("sft", "alternating"):
+        if config.spo.spec.one_term:
             notes.append("pairs and SFT rows are counted in every step, though only one of them goes backward: take "
                          "the seconds for an upper bound")  # fmt: skip
     if shape.experts is not None:
@@ -84,7 +84,7 @@ def _lengths(options: Options, config: Config) -> Lengths:
         raise UserError("--prompt-tokens and --response-tokens belong together; give both or neither")
     folder = _folder(options, config)
     if not any(given) and is_at_hand(config, config.data.train, folder):
-        kind = "any" if config.spo.schedule == "sft" else "preference"
+        kind = "preference" if config.spo.spec.preference else "any"
         return measured_lengths(config, config.data.train, folder, kind)
     prompt, response = (options.prompt_tokens, options.response_tokens) if all(given) else CHAT
     longest = config.data.max_length

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape
-from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.config.schema import Config
 from megatron_spo.data.loader import row_multiples
 from megatron_spo.data.packing import plan_rows
 

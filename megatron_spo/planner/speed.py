@@ -9,9 +9,6 @@ from megatron_spo.planner.memory import Setting, whole_layer
 from megatron_spo.planner.parameters import stage_parameters
 from megatron_spo.planner.rows import Batch, Row
 
-PASSES = {"lookahead": 2, "barrier": 2}
-"""Forward and backward passes over the rows of a step, where a schedule takes more than one. With a separate SFT set
-one pass is over the pairs and the other over that set, so that each row takes part in one."""
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 2, 3
 """How often what a layer keeps goes through the GPU's memory: written and read; read, and two gradients moved."""
 OPTIMIZER_TRAFFIC = 30
@@ -61,7 +58,8 @@ def link(gpu: Gpu, span: int) -> float:
 
 def step_time(setting: Setting, gpu: Gpu, batch: Batch) -> StepTime:
     """Of one global batch."""
-    passes = 1 if setting.config.spo.sft_data else PASSES.get(setting.config.spo.schedule, 1)
+    # with a separate SFT set one pass is over the pairs and the other over that set: each row takes part in one
+    passes = 1 if setting.config.spo.sft_data else setting.config.spo.spec.passes
     # every rank waits for the slowest one
     compute, exchange, bubble = max((_pipeline(setting, gpu, rows, backward=True) for rows in batch), key=sum)
     reference = 0.0

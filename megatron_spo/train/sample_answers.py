@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_spo.checkpoint.folder import step_name
 from megatron_spo.checkpoint.save import SaveFailed, Saver
-from megatron_spo.config.schema import Config, DataSource
+from megatron_spo.config.data_source import DataSource
+from megatron_spo.config.schema import Config
 from megatron_spo.convert.export import to_hf
 from megatron_spo.data.arrow import to_numpy
 from megatron_spo.data.dataset import TokenizedSet

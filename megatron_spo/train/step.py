@@ -13,7 +13,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_spo.config.schema import LossConfig, SpoConfig
+from megatron_spo.config.schema import LossConfig
+from megatron_spo.config.spo import SpoConfig
 from megatron_spo.data.loader import Batch, Loader
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model.experts import Load, balance, balancing

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_spo.cli import main
-from megatron_spo.config.schema import DataConfig, DataSource
+from megatron_spo.config.data_source import DataSource
+from megatron_spo.config.schema import DataConfig
 from megatron_spo.convert.card import base_name, licence_of
 from megatron_spo.convert.export import convert
 from megatron_spo.convert.sides import Sides, write_chat_template

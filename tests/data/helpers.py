@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_spo.config.schema import DataConfig, DataSource
+from megatron_spo.config.data_source import DataSource
+from megatron_spo.config.schema import DataConfig
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 
 QWEN_TEMPLATE = (

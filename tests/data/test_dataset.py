@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_spo.config.schema import DataConfig, DataSource
+from megatron_spo.config.data_source import DataSource
+from megatron_spo.config.schema import DataConfig
 from megatron_spo.data.dataset import Dropped, TokenizedSet
 from megatron_spo.data.loader import Loader, Multiples
 from megatron_spo.data.pairs import open_source

@@ -22,7 +22,8 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from megatron_spo.config.model_shape import read_model_shape
-from megatron_spo.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig, SpoConfig
+from megatron_spo.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_spo.config.spo import SpoConfig
 from megatron_spo.config.topology import make_topology
 from megatron_spo.runtime import processes
 
