@@ -14,7 +14,7 @@ from megatron_spo.config.topology import make_topology
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.limits import Limits, config_of
+from megatron_spo.evaluate.limits import ModelLimits, config_of
 from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.experts import freeze_routers
 from megatron_spo.model.hf_files import check_weights, locate_model
@@ -32,7 +32,7 @@ TRAIN, SFT = "train", "sft"
 
 
 @dataclass(frozen=True)
-class Sources:
+class Inputs:
     """The inputs of a run, found and checked, before any model is built."""
 
     folder: Path
@@ -65,7 +65,7 @@ def join(config: Config) -> Runtime:
     return runtime
 
 
-def read_sources(config: Config, runtime: Runtime) -> Sources:
+def read_inputs(config: Config, runtime: Runtime) -> Inputs:
     """Find the model folder and tokenise all data.
 
     Raises:
@@ -74,11 +74,11 @@ def read_sources(config: Config, runtime: Runtime) -> Sources:
     for turn in (True, False):  # the main process downloads and tokenises, the others find it on disk
         with agreed():
             if runtime.is_main == turn:
-                sources = _read_sources(config, is_main=turn)
-    return sources
+                inputs = _read_inputs(config, is_main=turn)
+    return inputs
 
 
-def _read_sources(config: Config, *, is_main: bool) -> Sources:
+def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     folder = locate_model(config.model.path)
     shape, progress = read_model_shape(folder), is_main and config.logging.progress
     if is_main and config.model.init != "random":
@@ -95,11 +95,11 @@ def _read_sources(config: Config, *, is_main: bool) -> Sources:
     sft = build(config.spo.sft_data, "sft") if config.spo.sft_data else None
     names = _eval_names(config.data.eval, reserved=(TRAIN,) if sft is None else (TRAIN, SFT))
     evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
-    sources = Sources(folder, shape, tokenizer, build(config.data.train), sft, evals)
+    inputs = Inputs(folder, shape, tokenizer, build(config.data.train), sft, evals)
     if len(tokenizer) > shape.vocab:  # common and harmless, unless the data has the tokens beyond
-        for dataset in sources.named_sets().values():
-            Limits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)
-    return sources
+        for dataset in inputs.named_sets().values():
+            ModelLimits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)
+    return inputs
 
 
 def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list[str]:
@@ -112,19 +112,19 @@ def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list
     return names
 
 
-def make_model(config: Config, sources: Sources) -> list[PairModel]:
+def make_model(config: Config, inputs: Inputs) -> list[PairModel]:
     """This rank's chunks of the policy, with their initial weights.
 
     Raises:
         UserError: on every rank alike.
     """
-    chunks = build_model(sources.shape, transformer_config(sources.shape, config.parallel, config.precision))
+    chunks = build_model(inputs.shape, transformer_config(inputs.shape, config.parallel, config.precision))
     if config.model.freeze_router:
         freeze_routers(chunks)
     with agreed():
         for chunk in chunks:
             if config.model.init == "random":
-                fill_randomly(chunk, sources.shape, config.training.seed)
+                fill_randomly(chunk, inputs.shape, config.training.seed)
             else:
-                load_hf_weights(chunk, sources.shape, sources.folder)
+                load_hf_weights(chunk, inputs.shape, inputs.folder)
     return chunks

@@ -12,7 +12,7 @@ from megatron_spo.errors import UserError
 from megatron_spo.files import write_output
 
 if TYPE_CHECKING:
-    from megatron_spo.evaluate.limits import Limits
+    from megatron_spo.evaluate.limits import ModelLimits
 
 MODES = {
     "ANSWERS": {"answers", "alpaca_eval", "generator"},
@@ -119,7 +119,7 @@ def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
     return scores.table() + (f"\n{len(dropped)} rows dropped" if dropped else ""), found
 
 
-def _pairs_limit(asked: int | None, limits: Sequence[Limits]) -> int:
+def _pairs_limit(asked: int | None, limits: Sequence[ModelLimits]) -> int:
     """Tokens of a pair's longer side: what was asked for, or what all models have positions for."""
     shortest = min(limits, key=lambda one: one.positions)
     if asked is None:

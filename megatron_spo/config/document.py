@@ -15,6 +15,7 @@ from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.rules import unused_keys
 from megatron_spo.config.schema import Config, keys_of, section_class
 from megatron_spo.config.section import Section
+from megatron_spo.config.spo import SCHEDULE_SPECS
 from megatron_spo.config.yaml_text import format_yaml
 
 # what examples/reference.yaml holds where a key has no default that could stand there
@@ -58,6 +59,8 @@ def help_text(width: int = 100) -> str:
         parameters = ", ".join(f"{key}={_yaml(value)}" for key, value in spec.parameters.items())
         text = f"  {spec.name:<10} {spec.summary} [{parameters}]"
         lines.append(textwrap.fill(text, width, subsequent_indent=" " * 13))
+    lines += ["", "schedules (spo.schedule):"]
+    lines += [f"  {spec.name:<11} {spec.summary}" for spec in SCHEDULE_SPECS.values()]
     return "\n".join(lines)
 
 

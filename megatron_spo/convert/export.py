@@ -8,7 +8,7 @@ from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
 from megatron_spo.convert.formats.table import FORMS
 from megatron_spo.convert.source import Model, check_sums, open_model, same, sides_of
-from megatron_spo.convert.work import Job, write_shards
+from megatron_spo.convert.work import Conversion, write_shards
 from megatron_spo.errors import UserError
 from megatron_spo.files import new_folder
 from megatron_spo.model import hf_files
@@ -45,7 +45,7 @@ def convert(source: Path, target: Path, to: str, *, verify: bool = False, worker
         check_sums(source)
     if model.kind == to:
         raise UserError(f"{source} is in the format {to!r} already; choose another --to, or copy the folder")
-    job = Job(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
+    job = Conversion(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
     records = write_shards(job, model, workers)
     notes = FORMS[to].finish(job.model, model, records)
     if verify:

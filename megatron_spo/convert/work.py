@@ -22,7 +22,7 @@ from megatron_spo.files import put_in_place, write_whole
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """A conversion as every process can begin it: from where, to which format and folder, files of which size."""
 
     source: Path
@@ -40,7 +40,7 @@ class Job:
         return self.folder / "finished" / f"{name.replace('/', '.')}.json"
 
 
-def write_shards(job: Job, model: Model, workers: int) -> dict[str, Record]:
+def write_shards(job: Conversion, model: Model, workers: int) -> dict[str, Record]:
     """Write all files of weights, and return their records by name.
 
     Raises:
@@ -60,7 +60,7 @@ def write_shards(job: Job, model: Model, workers: int) -> dict[str, Record]:
     return {shard.name: json.loads(job.record(shard.name).read_text()) for shard in shards}
 
 
-def _prepare(job: Job, model: Model, shards: Sequence[Shard]) -> None:
+def _prepare(job: Conversion, model: Model, shards: Sequence[Shard]) -> None:
     """A folder with nothing in it but what the same conversion has left."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
     plan = [job.to, model.kind, model.config, stats, [(shard.name, shard.nbytes) for shard in shards]]
@@ -75,7 +75,7 @@ def _prepare(job: Job, model: Model, shards: Sequence[Shard]) -> None:
     write_whole(path, fingerprint)
 
 
-def _write_some(job: Job, shards: Sequence[Shard], todo: Sequence[int]) -> None:
+def _write_some(job: Conversion, shards: Sequence[Shard], todo: Sequence[int]) -> None:
     parent = multiprocessing.parent_process()
     for shard in (shards[i] for i in todo):
         if parent is not None and not parent.is_alive():
@@ -90,7 +90,7 @@ def _write_some(job: Job, shards: Sequence[Shard], todo: Sequence[int]) -> None:
                             "from here") from error  # fmt: skip
 
 
-def _share_out(job: Job, shards: Sequence[Shard], todo: Sequence[int], workers: int) -> None:
+def _share_out(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], workers: int) -> None:
     """Let processes write, each a part of about the same size."""
     parts: list[list[int]] = [[] for _ in range(min(workers, len(todo)))]
     for i in sorted(todo, key=lambda i: -shards[i].nbytes):
@@ -125,7 +125,7 @@ def _outcome(process: BaseProcess, pipe: Connection) -> None:
         raise error
 
 
-def _worker(job: Job, todo: Sequence[int], pipe: Connection) -> None:
+def _worker(job: Conversion, todo: Sequence[int], pipe: Connection) -> None:
     outcome: Exception | None = None
     try:
         torch.set_num_threads(1)

@@ -80,7 +80,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 @dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """How long a row may be (tokens of prompt + response, each side; tokens of the packed pair), and the
     side that is cut when it is longer: "left" (the prompt's start), "right" (the response's end) or None
     (nothing)."""
@@ -90,13 +90,13 @@ class Limits:
     row_length: int
 
 
-NO_LIMITS = Limits(sys.maxsize, None, sys.maxsize)
+NO_LIMITS = LengthLimits(sys.maxsize, None, sys.maxsize)
 
 
 class RowTokenizer:
     """Tokenises validated rows. UserError when the tokenizer cannot serve at all; RowProblem for a row."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: Limits = NO_LIMITS) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: LengthLimits = NO_LIMITS) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a limit stored in tokenizer.json would cut rows silently
         self._backend.no_padding()

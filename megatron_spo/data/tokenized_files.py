@@ -23,7 +23,7 @@ from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.json_lines import RowProblem, parse_line, read_lines
 from megatron_spo.data.pairs import RawSource, parse_row, without_nulls
 from megatron_spo.data.rows import Example
-from megatron_spo.data.tokenize import Limits, Overlong, RowTokenizer, tokenizer_fingerprint
+from megatron_spo.data.tokenize import LengthLimits, Overlong, RowTokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
 from megatron_spo.runtime.env import datasets_cache
 
@@ -130,7 +130,7 @@ def tokenize_source(
     from filelock import FileLock
 
     root = cache if cache is not None else datasets_cache() / "megatron_spo"
-    limits = Limits(
+    limits = LengthLimits(
         data.max_length,
         data.truncation if data.truncation in ("left", "right") else None,
         data.longest_row,

@@ -16,7 +16,7 @@ NO_LIMIT = sys.maxsize
 
 
 @dataclass(frozen=True)
-class Limits:
+class ModelLimits:
     """Of the model in `folder`: rows of its embedding, and tokens of its context (NO_LIMIT where none is known)."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Limits:
                             f"{self.folder}; the tokenizer belongs to another model")  # fmt: skip
 
 
-def limits_of(folder: Path) -> Limits:
+def limits_of(folder: Path) -> ModelLimits:
     """The limits of the model in a Hugging Face folder, whose files are checked.
 
     Raises:
@@ -63,7 +63,7 @@ def limits_of(folder: Path) -> Limits:
     """
     check_folder(folder)
     text = config_of(folder).get_text_config()
-    return Limits(folder, text.vocab_size, getattr(text, "max_position_embeddings", None) or NO_LIMIT)
+    return ModelLimits(folder, text.vocab_size, getattr(text, "max_position_embeddings", None) or NO_LIMIT)
 
 
 def config_of(folder: Path) -> Any:

@@ -39,7 +39,7 @@ STRIP = 64
 """Queries of a strip on a CPU, whose kernel skips no scores, masked or not; a multiple of BLOCK."""
 
 SCORES_PER_CHUNK = 2**24
-"""Scores of capped attention held at a time on one rank (64 MiB in fp32, several times over)."""
+"""ScoreRule of capped attention held at a time on one rank (64 MiB in fp32, several times over)."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _GatherOverRanks(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreRule:
     """What becomes of the products of queries and keys: times `scale`, capped (x -> softcap * tanh(x / softcap))."""
 
     scale: float
@@ -155,7 +155,7 @@ class Tiles:
     strip: int
     reaches: list[tuple[int, int]]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: ScoreRule) -> Tensor:
         """Queries [B * Q, heads, d] over keys and values [B * K, groups, d] -> [B * Q, heads * d]."""
         count, _, _, _ = self.bias.shape
         q, k, v = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
@@ -179,7 +179,7 @@ class Tiling:
     unblock: Tensor
     tiles: list[Tiles]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: ScoreRule) -> Tensor:
         """Query [T, heads, d], key and value [T of all ranks, groups, d] -> [T, heads * d]."""
         q, k, v = query.index_select(0, self.queries), key.index_select(0, self.keys), value.index_select(0, self.keys)
         sizes = [tile.bias.shape for tile in self.tiles]
@@ -278,9 +278,11 @@ class PairAttention(MegatronModule):
         plain = shape.head_dim**-0.5
         self._window = shape.sliding_window if layer_number - 1 in shape.sliding_layers else None
         self._scores = (
-            Scores(shape.gemma.attention_scale, shape.gemma.attention_softcap) if shape.gemma else Scores(plain)
+            ScoreRule(shape.gemma.attention_scale, shape.gemma.attention_softcap)
+            if shape.gemma
+            else ScoreRule(plain)
         )
-        self._is_plain = self._scores == Scores(plain)
+        self._is_plain = self._scores == ScoreRule(plain)
 
     def forward(
         self,

@@ -43,11 +43,11 @@ class Mapping:
         return "norm" in self.key
 
 
-Row = tuple[str, tuple[str, ...], Transform]
+Layout = tuple[str, tuple[str, ...], Transform]
 """Key and Hugging Face names with {layer} and {expert} to be filled in."""
 
 
-def _attention_rows(shape: ModelShape) -> Iterator[Row]:
+def _attention_rows(shape: ModelShape) -> Iterator[Layout]:
     qkv = GroupedQKV(shape.heads, shape.kv_heads, shape.head_dim)
     attention, hf_attention = "self_attention.", _LAYER + "self_attn."
     projections = tuple(f"{hf_attention}{p}_proj" for p in "qkv")
@@ -64,7 +64,7 @@ def _attention_rows(shape: ModelShape) -> Iterator[Row]:
         yield "mlp.linear_fc2.post_layernorm.weight", (_LAYER + "post_feedforward_layernorm.weight",), Copy()
 
 
-def _dense_rows(shape: ModelShape) -> Iterator[Row]:
+def _dense_rows(shape: ModelShape) -> Iterator[Layout]:
     hf = _LAYER + "mlp."
     norm = "post_attention_layernorm" if shape.gemma is None else "pre_feedforward_layernorm"
     yield "mlp.linear_fc1.layer_norm_weight", (f"{_LAYER}{norm}.weight",), Copy()
@@ -72,20 +72,20 @@ def _dense_rows(shape: ModelShape) -> Iterator[Row]:
     yield "mlp.linear_fc2.weight", (hf + "down_proj.weight",), Copy()
 
 
-def _router_rows(shape: ModelShape) -> Iterator[Row]:
+def _router_rows(shape: ModelShape) -> Iterator[Layout]:
     block, _ = _EXPERTS[shape.family]
     yield "pre_mlp_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",), Copy()
     yield "mlp.router.weight", (f"{_LAYER}{block}gate.weight",), Copy()
 
 
-def _expert_rows(shape: ModelShape) -> Iterator[Row]:
+def _expert_rows(shape: ModelShape) -> Iterator[Layout]:
     block, projections = _EXPERTS[shape.family]
     gate, up, down = (f"{_LAYER}{block}experts.{{expert}}.{name}.weight" for name in projections)
     yield "mlp.experts.experts.linear_fc1.weight", (gate, up), Concatenate(2)
     yield "mlp.experts.experts.linear_fc2.weight", (down,), Copy()
 
 
-def _filled(rows: Iterable[Row], layer: int, expert: int | None = None) -> Iterator[Mapping]:
+def _filled(rows: Iterable[Layout], layer: int, expert: int | None = None) -> Iterator[Mapping]:
     at = (layer,) if expert is None else (layer, expert)
     for key, sources, transform in rows:
         names = tuple(source.format(layer=layer, expert=expert) for source in sources)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config
-from megatron_spo.planner.rows import Row
+from megatron_spo.planner.rows import RowSize
 
 BACKWARD_OF_ATTENTION = 2.5
 """Products of attention's backward pass per product of the forward pass: it computes the scores again."""
@@ -22,7 +22,7 @@ class Flops:
         return Flops(self.linear * linear, self.attention * attention, self.head * head)
 
 
-def forward_flops(shape: ModelShape, row: Row, *, context: int = 1, necessary: bool = False) -> Flops:
+def forward_flops(shape: ModelShape, row: RowSize, *, context: int = 1, necessary: bool = False) -> Flops:
     """Of the forward pass.
 
     necessary: count the real tokens and what attention must look at, instead of padding and whole blocks.

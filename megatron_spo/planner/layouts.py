@@ -12,7 +12,7 @@ from megatron_spo.data.loader import row_multiples
 from megatron_spo.planner.flops import forward_flops, step_flops
 from megatron_spo.planner.gpus import GIB, Gpu
 from megatron_spo.planner.memory import Kernels, Memory, Setting, worst_memory
-from megatron_spo.planner.rows import Batch, Lengths, Row, fullest, planned_batches
+from megatron_spo.planner.rows import Batch, Lengths, RowSize, fullest, planned_batches
 from megatron_spo.planner.speed import StepTime, reference_time, step_time
 
 MOST_CHUNKS = 10
@@ -47,7 +47,7 @@ class Plan:
     problems: tuple[str, ...] = ()
     stage: int = 0
     memory: Memory | None = None
-    longest: Row | None = None
+    longest: RowSize | None = None
     rows: int = 0
     speed: Speed | None = None
 
@@ -57,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """What is planned: a configuration on a model's shape, with its pairs and the rows of its separate SFT set, on so
     many GPUs of a type."""
 
@@ -91,7 +91,7 @@ class Job:
         return self._batches[key]
 
 
-def plan_layout(job: Job, parallel: ParallelConfig) -> Plan:
+def plan_layout(job: PlannedRun, parallel: ParallelConfig) -> Plan:
     """The plan of one layout."""
     config = job.config.model_copy(update={"parallel": parallel})
     if broken := broken_rules(Facts(config, frozenset(), job.shape, job.gpus, elsewhere=True)):
@@ -105,13 +105,13 @@ def plan_layout(job: Job, parallel: ParallelConfig) -> Plan:
     return Plan(parallel, problems, stage, memory, longest, rows, _speed(job, setting, batches))
 
 
-def _too_much(memory: Memory, stage: int, job: Job) -> str:
+def _too_much(memory: Memory, stage: int, job: PlannedRun) -> str:
     parts = sorted(vars(memory).items(), key=lambda part: -part[1])[:2]
     most = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
     return f"needs {memory.total / GIB:.1f} of {job.gpu.memory / GIB:.1f} GiB on stage {stage} ({most} GiB)"
 
 
-def _speed(job: Job, setting: Setting, batches: list[Batch]) -> Speed:
+def _speed(job: PlannedRun, setting: Setting, batches: list[Batch]) -> Speed:
     """Means over the batches."""
     times = [step_time(setting, job.gpu, batch) for batch in batches]
     mean = StepTime(
@@ -131,12 +131,12 @@ def _speed(job: Job, setting: Setting, batches: list[Batch]) -> Speed:
     )
 
 
-def _necessary(setting: Setting, row: Row) -> float:
+def _necessary(setting: Setting, row: RowSize) -> float:
     flops = step_flops(setting.config, forward_flops(setting.shape, row, necessary=True), necessary=True)
     return setting.shape.layers * (flops.linear + flops.attention) + flops.head
 
 
-def ranked(job: Job) -> tuple[list[Plan], list[Plan]]:
+def ranked(job: PlannedRun) -> tuple[list[Plan], list[Plan]]:
     """Layouts that fit, the fastest first, each with the least recomputation that it fits with; and those that do
     not fit even with all of it, the nearest first."""
     best: dict[tuple[int | None, ...], Plan] = {}
@@ -155,7 +155,7 @@ def ranked(job: Job) -> tuple[list[Plan], list[Plan]]:
     )
 
 
-def candidates(job: Job) -> Iterator[ParallelConfig]:
+def candidates(job: PlannedRun) -> Iterator[ParallelConfig]:
     """Layouts to try: each axis by the numbers that divide what it cuts, the least recomputation first."""
     config, shape = job.config.parallel, job.shape
     tensors = [n for n in _divisors(job.gpu.per_node) if job.gpus % n == 0]

@@ -13,7 +13,7 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import Topology, padded_vocabulary, stages_of
 from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.parameters import ROW_PARALLEL, stage_parameters
-from megatron_spo.planner.rows import Row
+from megatron_spo.planner.rows import RowSize
 
 Kernels = Literal["cpu", "torch", "engine"]
 
@@ -75,14 +75,14 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def worst_memory(setting: Setting, row: Row, rows: int) -> tuple[int, Memory]:
+def worst_memory(setting: Setting, row: RowSize, rows: int) -> tuple[int, Memory]:
     """The pipeline stage that needs the most, and its memory, for `rows` rows a step that are all like `row`."""
     every = [stage_memory(setting, stage, row, rows) for stage in range(setting.topology.pipeline)]
     stage = max(range(len(every)), key=lambda i: every[i].total)
     return stage, every[stage]
 
 
-def stage_memory(setting: Setting, stage: int, row: Row, rows: int) -> Memory:
+def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memory:
     """Of a rank of this pipeline stage."""
     config, topology = setting.config, setting.topology
     held = stage_parameters(config, setting.shape, stage)
@@ -110,7 +110,7 @@ def _expert_data(topology: Topology) -> float:
     return topology.tensor * topology.context * topology.data / (topology.expert * topology.expert_tensor)
 
 
-def stage_activations(setting: Setting, stage: int, row: Row, rows: int) -> float:
+def stage_activations(setting: Setting, stage: int, row: RowSize, rows: int) -> float:
     """The most that the rows in flight keep on a stage of the pipeline (1F1B, or interleaved)."""
     parallel, pipeline = setting.config.parallel, setting.topology.pipeline
     layers = stages_of(setting.shape, parallel)[stage::pipeline]
@@ -125,7 +125,7 @@ def stage_activations(setting: Setting, stage: int, row: Row, rows: int) -> floa
     return kept + max(0, _recomputed(setting, row) - last)  # a layer is computed again when the head is done
 
 
-def _description(setting: Setting, row: Row) -> float:
+def _description(setting: Setting, row: RowSize) -> float:
     """A row's tokens, their places in attention's segments, its mask; rotary angles, where the layers share them."""
     tokens = row.tokens / setting.topology.context
     shared = setting.config.parallel.recompute == "full" or setting.kernels == "engine"
@@ -134,13 +134,13 @@ def _description(setting: Setting, row: Row) -> float:
     return 8 * (2 * tokens + row.queries(setting.topology.context) + row.keys) + angles + mask
 
 
-def _last_activations(setting: Setting, row: Row) -> float:
+def _last_activations(setting: Setting, row: RowSize) -> float:
     """What the last norm and the log-prob head keep."""
     context = setting.topology.context
     return _norm(setting, row.tokens / context) + row.entries / context * (setting.shape.hidden * setting.item + 20)
 
 
-def layer_activations(setting: Setting, row: Row) -> float:
+def layer_activations(setting: Setting, row: RowSize) -> float:
     """Bytes that one layer keeps of a row for the backward pass, on one rank."""
     recompute = setting.config.parallel.recompute
     tokens = row.tokens / setting.topology.context
@@ -148,14 +148,14 @@ def layer_activations(setting: Setting, row: Row) -> float:
     return entering if recompute == "full" else whole_layer(setting, row, recompute == "selective")
 
 
-def _recomputed(setting: Setting, row: Row) -> float:
+def _recomputed(setting: Setting, row: RowSize) -> float:
     """What a layer keeps in addition once it is computed again, until it has gone backward; one layer at a time."""
     if setting.config.parallel.recompute != "full":  # attention's core is less than what is let go of before
         return 0
     return whole_layer(setting, row, selective=False) - layer_activations(setting, row)
 
 
-def whole_layer(setting: Setting, row: Row, selective: bool) -> float:
+def whole_layer(setting: Setting, row: RowSize, selective: bool) -> float:
     """Likewise of a layer that is not recomputed as a whole; `selective`: all but attention's core is kept."""
     shape, tensor, item = setting.shape, setting.topology.tensor, setting.item
     tokens = row.tokens / setting.topology.context
@@ -223,7 +223,7 @@ def _rotated(setting: Setting, tokens: float, queries: float, keys: float) -> fl
     return tokens * setting.item * (queries + keys + (queries + 2 * keys))
 
 
-def _core(setting: Setting, row: Row) -> float:
+def _core(setting: Setting, row: RowSize) -> float:
     """Attention keeps queries, keys, values and outputs by segments and a number per query and head."""
     context, shape, tensor = setting.topology.context, setting.shape, setting.topology.tensor
     queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
@@ -247,13 +247,13 @@ def _head_norms(setting: Setting, tokens: float, queries: float, keys: float, se
     return whole + tokens * (setting.item * copied + normalised * (queries + keys)) + numbers
 
 
-def _layer_buffers(setting: Setting, row: Row) -> float:
+def _layer_buffers(setting: Setting, row: RowSize) -> float:
     """Gradients of a layer's widest tensors, while it goes backward."""
     tokens, shape = row.tokens / setting.topology.context, setting.shape
     return tokens * setting.item * (3 * shape.active_ffn / setting.topology.tensor + 2 * shape.hidden)
 
 
-def _head_buffers(setting: Setting, row: Row) -> float:
+def _head_buffers(setting: Setting, row: RowSize) -> float:
     """Two chunks of logits, gradients of hidden states, and of the weight the sum and one chunk's share; in fp32, and
     once more in bf16 where the model is."""
     hidden, tensor = setting.shape.hidden, setting.topology.tensor

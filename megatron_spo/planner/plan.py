@@ -9,7 +9,7 @@ from megatron_spo.config.schema import Config
 from megatron_spo.errors import UserError
 from megatron_spo.files import write_output
 from megatron_spo.planner.gpus import find_gpu
-from megatron_spo.planner.layouts import Job, plan_layout, ranked
+from megatron_spo.planner.layouts import PlannedRun, plan_layout, ranked
 from megatron_spo.planner.options import Options
 from megatron_spo.planner.presets import shape_of
 from megatron_spo.planner.rows import Lengths, assumed_lengths, is_at_hand, measured_lengths
@@ -34,7 +34,7 @@ def plan(options: Options) -> str:
     return as_text(job, own, fitting[: options.top], others, notes=notes, price=options.price)
 
 
-def _job(options: Options) -> tuple[Job, list[str]]:
+def _job(options: Options) -> tuple[PlannedRun, list[str]]:
     config = load_config(options.config, options.overrides, elsewhere=True)
     shape = shape_of(options.model or config.model.path)
     if broken := broken_rules(Facts(_any_layout(config), frozenset(), shape, None, elsewhere=True)):
@@ -56,7 +56,7 @@ def _job(options: Options) -> tuple[Job, list[str]]:
     if shape.gemma is not None and shape.gemma.attention_softcap is not None:
         notes.append("no fused kernel computes attention with a soft cap on its scores: take the seconds for a lower "
                      "bound")  # fmt: skip
-    return Job(config, shape, gpu, options.gpus, lengths, sft), notes
+    return PlannedRun(config, shape, gpu, options.gpus, lengths, sft), notes
 
 
 def _any_layout(config: Config) -> Config:

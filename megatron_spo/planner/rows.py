@@ -72,11 +72,11 @@ class Lengths:
         return of_sequence(s + self.chosen_tail) + of_sequence(s + self.rejected_tail) - of_sequence(s)
 
 
-def _once(method: Callable[[Row, int], int]) -> Callable[[Row, int], int]:
+def _once(method: Callable[[RowSize, int], int]) -> Callable[[RowSize, int], int]:
     """Compute this number of a row once for each context-parallel size: hundreds of layouts ask for it."""
 
     @wraps(method)
-    def known(self: Row, context: int) -> int:
+    def known(self: RowSize, context: int) -> int:
         key = (method.__name__, context)
         if key not in self.known:
             self.known[key] = method(self, context)
@@ -86,7 +86,7 @@ def _once(method: Callable[[Row, int], int]) -> Callable[[Row, int], int]:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowSize:
     """A packed row: tokens with padding, real ones, scored entries, (query, key) pairs that attention needs, and the
     queries and keys [S, 2] of each segment into which attention cuts it (model/segments.py)."""
 
@@ -174,7 +174,7 @@ def measured_lengths(config: Config, sources: Sequence[DataSource], folder: str,
     return lengths_of(dataset, f"measured on {', '.join(source.path for source in sources)}")
 
 
-Batch = list[list[Row]]
+Batch = list[list[RowSize]]
 """The rows of each data-parallel rank in one step."""
 
 
@@ -185,14 +185,14 @@ def planned_batches(config: Config, shape: ModelShape, lengths: Lengths, size: i
     count = min(SAMPLED_BATCHES, max(len(order) // size, 1))
     tokens, entries, visible = lengths.tokens, lengths.entries, lengths.visible(shape)
 
-    def row(pairs: Int64) -> Row:
+    def row(pairs: Int64) -> RowSize:
         real = int(tokens[pairs].sum())
         padded = max(-(-real // multiples.tokens), 1) * multiples.tokens
         shared, chosen, rejected = (
             part[pairs] for part in (lengths.shared, lengths.chosen_tail, lengths.rejected_tail)
         )
         segments = segments_of(shared, chosen, rejected, padded - real)
-        return Row(padded, real, int(entries[pairs].sum()), int(visible[pairs].sum()), segments)
+        return RowSize(padded, real, int(entries[pairs].sum()), int(visible[pairs].sum()), segments)
 
     batches = []
     for start in range(0, count * size, size):
@@ -203,7 +203,7 @@ def planned_batches(config: Config, shape: ModelShape, lengths: Lengths, size: i
     return batches
 
 
-def fullest(batches: Sequence[Batch]) -> tuple[Row, int]:
+def fullest(batches: Sequence[Batch]) -> tuple[RowSize, int]:
     """The row with the most tokens, and the most rows that a rank has in a step."""
     rows = [row for batch in batches for rank in batch for row in rank]
     return max(rows, key=lambda row: row.tokens), max(len(batch[0]) for batch in batches)

@@ -7,7 +7,7 @@ from megatron_spo.planner.flops import Flops, forward_flops, step_flops
 from megatron_spo.planner.gpus import ACHIEVED_BANDWIDTH, Gpu
 from megatron_spo.planner.memory import Setting, whole_layer
 from megatron_spo.planner.parameters import stage_parameters
-from megatron_spo.planner.rows import Batch, Row
+from megatron_spo.planner.rows import Batch, RowSize
 
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 2, 3
 """How often what a layer keeps goes through the GPU's memory: written and read; read, and two gradients moved."""
@@ -74,7 +74,7 @@ def reference_time(setting: Setting, gpu: Gpu, batch: Batch) -> float:
     return max(sum(_pipeline(setting, gpu, rows, backward=False)) for rows in batch)
 
 
-def _pipeline(setting: Setting, gpu: Gpu, rows: list[Row], *, backward: bool) -> tuple[float, float, float]:
+def _pipeline(setting: Setting, gpu: Gpu, rows: list[RowSize], *, backward: bool) -> tuple[float, float, float]:
     """Seconds of computing, of exchange, and of waiting, of one data-parallel rank's rows."""
     pipeline = setting.topology.pipeline
     costs = [row_cost(setting, gpu, row, backward=backward) for row in rows]
@@ -91,7 +91,7 @@ def _pipeline(setting: Setting, gpu: Gpu, rows: list[Row], *, backward: bool) ->
     return compute[slowest], sent[slowest], fill
 
 
-def row_cost(setting: Setting, gpu: Gpu, row: Row, *, backward: bool) -> RowCost:
+def row_cost(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> RowCost:
     """Of the forward pass, and with `backward` of the backward pass as well."""
     config = setting.config
     forward = forward_flops(setting.shape, row, context=setting.topology.context)
@@ -116,7 +116,7 @@ def _products(setting: Setting, gpu: Gpu, flops: Flops) -> float:
     return (flops.linear / linear + (flops.attention + flops.head) / plain) / ranks
 
 
-def _layer_exchange(setting: Setting, gpu: Gpu, row: Row, *, backward: bool) -> float:
+def _layer_exchange(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> float:
     """Seconds of the collectives around a layer's blocks; the backward pass has as many as the forward pass."""
     topology, shape = setting.topology, setting.shape
     tensor, context = topology.tensor, topology.context
@@ -134,7 +134,7 @@ def _layer_exchange(setting: Setting, gpu: Gpu, row: Row, *, backward: bool) -> 
     return seconds * (3 if setting.config.parallel.recompute == "full" else 2)
 
 
-def _to_neighbour(setting: Setting, gpu: Gpu, row: Row, *, backward: bool) -> float:
+def _to_neighbour(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> float:
     """Seconds to hand a row on to the next stage, and its gradient back, for each chunk of layers."""
     topology = setting.topology
     if topology.pipeline == 1:

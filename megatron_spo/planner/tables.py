@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_spo.config.schema import ParallelConfig
 from megatron_spo.planner.gpus import GIB
-from megatron_spo.planner.layouts import Job, Plan
+from megatron_spo.planner.layouts import Plan, PlannedRun
 
 SHOWN_FAILURES = 5
 TIGHT = 0.95
@@ -37,7 +37,7 @@ def as_overrides(parallel: ParallelConfig) -> str:
     )
 
 
-def steps_of(job: Job) -> int:
+def steps_of(job: PlannedRun) -> int:
     """Optimizer steps of the run."""
     training = job.config.training
     if training.steps is not None:
@@ -46,7 +46,13 @@ def steps_of(job: Job) -> int:
 
 
 def as_text(
-    job: Job, own: Plan, fitting: Sequence[Plan], others: Sequence[Plan], *, notes: Sequence[str], price: float | None
+    job: PlannedRun,
+    own: Plan,
+    fitting: Sequence[Plan],
+    others: Sequence[Plan],
+    *,
+    notes: Sequence[str],
+    price: float | None,
 ) -> str:
     """The table for the screen."""
     blocks = [_heading(job, notes), _table(job, own, fitting, price)]
@@ -64,7 +70,7 @@ def as_text(
     return "\n\n".join(blocks)
 
 
-def _heading(job: Job, notes: Sequence[str]) -> str:
+def _heading(job: PlannedRun, notes: Sequence[str]) -> str:
     gpu, lengths = job.gpu, job.lengths
     tokens = lengths.tokens
     spread = ", ".join(f"{int(np.quantile(tokens, q))}" for q in (0.5, 0.95, 1.0))
@@ -78,7 +84,7 @@ def _heading(job: Job, notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _table(job: Job, own: Plan, fitting: Sequence[Plan], price: float | None) -> str:
+def _table(job: PlannedRun, own: Plan, fitting: Sequence[Plan], price: float | None) -> str:
     head = ["layout", "recompute", "DP", "GiB", "s/step", "pairs/s", "tokens/s/GPU", "MFU", "run h", "GPU h"]
     rows = [[*head, *(["cost"] if price is not None else [])]]
     if own.speed:
@@ -97,7 +103,7 @@ def _table(job: Job, own: Plan, fitting: Sequence[Plan], price: float | None) ->
     return "\n".join([*(line(row) for row in rows), *legend])
 
 
-def _row(job: Job, plan: Plan, prefix: str, price: float | None) -> list[str]:
+def _row(job: PlannedRun, plan: Plan, prefix: str, price: float | None) -> list[str]:
     assert plan.memory and plan.speed
     ranks = plan.parallel.tensor * plan.parallel.pipeline * plan.parallel.context
     hours = run_hours(job, plan)
@@ -116,12 +122,12 @@ def _row(job: Job, plan: Plan, prefix: str, price: float | None) -> list[str]:
     ]
 
 
-def is_tight(job: Job, plan: Plan) -> bool:
+def is_tight(job: PlannedRun, plan: Plan) -> bool:
     """Whether a plan that fits leaves little room."""
     return plan.fits and plan.memory is not None and plan.memory.total > TIGHT * job.gpu.memory
 
 
-def run_hours(job: Job, plan: Plan) -> float:
+def run_hours(job: PlannedRun, plan: Plan) -> float:
     """Of training and, where there is a cache, the reference pass that fills it; without evaluations, loading and
     saving."""
     assert plan.speed
@@ -131,7 +137,7 @@ def run_hours(job: Job, plan: Plan) -> float:
     return seconds / 3600
 
 
-def _parts(job: Job, plan: Plan, name: str) -> str:
+def _parts(job: PlannedRun, plan: Plan, name: str) -> str:
     assert plan.memory and plan.speed and plan.longest
     sizes = ", ".join(f"{part} {size / GIB:.2f}" for part, size in vars(plan.memory).items() if size)
     times = ", ".join(f"{part} {seconds:.3g}" for part, seconds in vars(plan.speed.step).items() if seconds)
@@ -147,7 +153,13 @@ def _parts(job: Job, plan: Plan, name: str) -> str:
 
 
 def as_json(
-    job: Job, own: Plan, fitting: Sequence[Plan], others: Sequence[Plan], *, notes: Sequence[str], price: float | None
+    job: PlannedRun,
+    own: Plan,
+    fitting: Sequence[Plan],
+    others: Sequence[Plan],
+    *,
+    notes: Sequence[str],
+    price: float | None,
 ) -> dict[str, Any]:
     """Everything, with bytes and seconds."""
     tokens = job.lengths.tokens
@@ -165,7 +177,7 @@ def as_json(
     }
 
 
-def _plain(job: Job, plan: Plan, price: float | None) -> dict[str, Any]:
+def _plain(job: PlannedRun, plan: Plan, price: float | None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "parallel": plan.parallel.model_dump(),
         "fits": plan.fits,

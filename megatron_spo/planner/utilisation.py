@@ -11,7 +11,7 @@ from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config
 from megatron_spo.planner.flops import forward_flops, step_flops
 from megatron_spo.planner.gpus import GPUS
-from megatron_spo.planner.rows import Lengths, Row
+from megatron_spo.planner.rows import Lengths, RowSize
 
 OTHER_KINDS = ("pcie", "nvl", "gb200")
 """Slower or faster kinds of GPUs of the table's names."""
@@ -43,6 +43,6 @@ class Utilisation:
         tokens, entries, visible = (
             int(values[indices].sum()) for values in (lengths.tokens, lengths.entries, lengths.visible(self._shape))
         )
-        row = Row(tokens, tokens, entries, visible, np.zeros((0, 2), dtype=np.int64))
+        row = RowSize(tokens, tokens, entries, visible, np.zeros((0, 2), dtype=np.int64))
         flops = step_flops(self._config, forward_flops(self._shape, row, necessary=True), necessary=True)
         return (self._shape.layers * (flops.linear + flops.attention) + flops.head) / self._peak

@@ -10,7 +10,7 @@ from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.errors import UserError
 from megatron_spo.model.forward import score_rows
 from megatron_spo.model.optimizer import lower_precision
-from megatron_spo.prepare import Sources, join, make_model, read_sources
+from megatron_spo.prepare import Inputs, join, make_model, read_inputs
 from megatron_spo.reference.cache import ReferenceWriter
 from megatron_spo.reference.fingerprint import reference_fingerprint, weights_fingerprint
 from megatron_spo.runtime.processes import Runtime, agreed
@@ -28,30 +28,30 @@ def fill(config: Config) -> None:
     if config.reference.cache is None:
         raise UserError("reference.cache is not set: name the folder that shall hold the reference's log-probs")
     runtime = join(config)
-    sources = read_sources(config, runtime)
+    inputs = read_inputs(config, runtime)
     runtime.progress.phase("building and loading", times=4)
-    weights = weights_fingerprint(config, sources)
+    weights = weights_fingerprint(config, inputs)
     prints = {
-        name: reference_fingerprint(config, sources, dataset, weights) for name, dataset in sources.named_sets().items()
+        name: reference_fingerprint(config, inputs, dataset, weights) for name, dataset in inputs.named_sets().items()
     }
     writers = {
         name: ReferenceWriter.open(config.reference.cache, name, prints[name], dataset)
-        for name, dataset in sources.named_sets().items()
+        for name, dataset in inputs.named_sets().items()
     }
     open_ones = {name: writer for name, writer in writers.items() if not writer.complete}
     if open_ones:
-        _fill(config, sources, open_ones, runtime)
-    for name, dataset in sources.named_sets().items():
+        _fill(config, inputs, open_ones, runtime)
+    for name, dataset in inputs.named_sets().items():
         known = "" if name in open_ones else ", complete before this call"
         if runtime.is_main:
             print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
 
 
-def _fill(config: Config, sources: Sources, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
-    chunks = [lower_precision(chunk.eval(), chunk.config) for chunk in make_model(config, sources)]
+def _fill(config: Config, inputs: Inputs, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
+    chunks = [lower_precision(chunk.eval(), chunk.config) for chunk in make_model(config, inputs)]
     for name, writer in writers.items():
         runtime.progress.phase(f"reference of {name}")
-        _score(chunks, writer, sources.named_sets()[name], config, runtime)
+        _score(chunks, writer, inputs.named_sets()[name], config, runtime)
         runtime.progress.phase(f"merging the cache of {name}", times=4)
         torch.distributed.barrier()
         with agreed():

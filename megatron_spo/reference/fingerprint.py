@@ -11,22 +11,20 @@ from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.tokenize import tokenizer_fingerprint
 from megatron_spo.model.hf_files import file_digest, weights_digest
-from megatron_spo.prepare import Sources
+from megatron_spo.prepare import Inputs
 from megatron_spo.reference.cache import ReferenceFingerprint
 from megatron_spo.runtime.device import uses_transformer_engine
 
 
-def reference_fingerprint(
-    config: Config, sources: Sources, dataset: TokenizedSet, weights: str
-) -> ReferenceFingerprint:
+def reference_fingerprint(config: Config, inputs: Inputs, dataset: TokenizedSet, weights: str) -> ReferenceFingerprint:
     """What a cached log-prob of this data set depends on."""
     return ReferenceFingerprint(
         weights=weights,
-        tokenizer=tokenizer_fingerprint(sources.tokenizer),
+        tokenizer=tokenizer_fingerprint(inputs.tokenizer),
         truncation=f"{config.data.truncation} at {config.data.max_length} tokens",
-        precision=numerics(config.precision, experts=sources.shape.experts is not None),
+        precision=numerics(config.precision, experts=inputs.shape.experts is not None),
         dataset=dataset.fingerprint,
-        date=template_date(sources.tokenizer),
+        date=template_date(inputs.tokenizer),
     )
 
 
@@ -36,17 +34,17 @@ def numerics(precision: PrecisionConfig, *, experts: bool) -> str:
     return precision.dtype + engine + (f", fp8 {precision.fp8}" if precision.fp8 else "")
 
 
-def weights_fingerprint(config: Config, sources: Sources) -> str:
+def weights_fingerprint(config: Config, inputs: Inputs) -> str:
     """SHA-256 over the content of the model's weights and shape; the ranks share the reading.
 
     Random weights are fixed by shape and seed.
     """
     if config.model.init == "random":
-        digest = hashlib.sha256(json.dumps(sources.shape.raw, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(inputs.shape.raw, sort_keys=True).encode())
         digest.update(f"random, seed {config.training.seed}".encode())
         return digest.hexdigest()
-    files = shard_files(sources.folder)
+    files = shard_files(inputs.folder)
     mine = {file.name: file_digest(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
-    return weights_digest(sources.shape.raw, {name: content for part in parts for name, content in part.items()})
+    return weights_digest(inputs.shape.raw, {name: content for part in parts for name, content in part.items()})

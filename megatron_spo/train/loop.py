@@ -22,7 +22,7 @@ from megatron_spo.objective.step_plan import Role
 from megatron_spo.runtime.clock import Clock
 from megatron_spo.runtime.progress import Progress
 from megatron_spo.train.anomalies import BadStep, alarm
-from megatron_spo.train.monitor import MonitorState, watch, watch_answers
+from megatron_spo.train.monitor import MonitorState, check, check_answers
 from megatron_spo.train.pair_shifts import Decode, held_out
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import Best, TrainState
@@ -38,7 +38,7 @@ AtPeak = Callable[[str, NDArray[np.int64]], float]
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """What one training run works with."""
 
     config: Config
@@ -59,7 +59,7 @@ class Job:
     at_peak: AtPeak | None
 
 
-def run(job: Job, state: TrainState) -> TrainState:
+def run(job: Training, state: TrainState) -> TrainState:
     """Train from `state` to the last step; checkpoints, evaluations and log lines on their cadences.
 
     Raises:
@@ -82,7 +82,7 @@ def run(job: Job, state: TrainState) -> TrainState:
                 if state.step % config.logging.every == 0 or last:
                     job.directory.log("train", state.step, metrics)
                     bar.set_postfix_str(_summary(metrics))
-                state = _warn(job, state, *watch(config.monitor, state.monitor, state.step, job.train.name, metrics))
+                state = _warn(job, state, *check(config.monitor, state.monitor, state.step, job.train.name, metrics))
             bar.update()
             due = any(_due(job, state.step))
             stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
@@ -105,14 +105,14 @@ def run(job: Job, state: TrainState) -> TrainState:
     return state
 
 
-def _due(job: Job, step: int) -> tuple[bool, bool]:
+def _due(job: Training, step: int) -> tuple[bool, bool]:
     """Whether an evaluation is due after this step, and answers to held-out prompts."""
     last, config = step == job.steps, job.config
     evaluation = bool(job.evals) and (last or _falls_on(config.training.eval_every, step))
     return evaluation, job.answer is not None and (last or _falls_on(config.monitor.generate_every, step))
 
 
-def _measure(job: Job, state: TrainState) -> TrainState:
+def _measure(job: Training, state: TrainState) -> TrainState:
     """What is due after a step: the evaluation, and answers to held-out prompts."""
     evaluation, answers = _due(job, state.step)
     with job.stop.timing("evaluation"):
@@ -123,18 +123,18 @@ def _measure(job: Job, state: TrainState) -> TrainState:
     return replace(state, evaluation_owed=False)
 
 
-def _answer(job: Job, state: TrainState) -> TrainState:
+def _answer(job: Training, state: TrainState) -> TrainState:
     """Answers to held-out prompts, and the alarms of their scores."""
     if job.answer is None:
         return state
     job.progress.phase(f"answers after step {state.step}", times=4)
     for data, exact_match in job.answer(state).items():
-        found = watch_answers(job.config.monitor, state.monitor, state.step, data, exact_match)
+        found = check_answers(job.config.monitor, state.monitor, state.step, data, exact_match)
         state = _warn(job, state, *found)
     return state
 
 
-def _warn(job: Job, state: TrainState, monitor: MonitorState, alarms: Sequence[dict[str, Any]]) -> TrainState:
+def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Sequence[dict[str, Any]]) -> TrainState:
     """Raise these alarms, and lambda where it is to be; the state after that."""
     config, schedule = job.config, state.schedule
     raises = config.monitor.on_alarm == "raise_lambda"
@@ -151,7 +151,7 @@ def _warn(job: Job, state: TrainState, monitor: MonitorState, alarms: Sequence[d
     return replace(state, monitor=monitor, schedule=schedule)
 
 
-def evaluate(job: Job, state: TrainState) -> TrainState:
+def evaluate(job: Training, state: TrainState) -> TrainState:
     """Log the metrics of every held-out set, and write what was found of each pair."""
     config = job.config
     pass_ = plan_step(config.spo, state.step, state.schedule).upper
@@ -168,7 +168,7 @@ def evaluate(job: Job, state: TrainState) -> TrainState:
         if shifts is not None and job.directory.is_main:
             found = held_out(data.loader.dataset, shifts, state.step, job.decode)
             job.directory.write_held_out(data.name, found)
-        state = _warn(job, state, *watch(config.monitor, state.monitor, state.step, data.name, metrics))
+        state = _warn(job, state, *check(config.monitor, state.monitor, state.step, data.name, metrics))
         if data is job.evals[0]:
             state = replace(state, best=_better(config.checkpoint.best, metrics, state))
     return state
@@ -186,7 +186,7 @@ def _better(metric: str | None, metrics: dict[str, float], state: TrainState) ->
     return best
 
 
-def _save(job: Job, state: TrainState, *, surely: bool, due: bool) -> None:
+def _save(job: Training, state: TrainState, *, surely: bool, due: bool) -> None:
     """Complete a checkpoint that is being written, if it is ready or must be, and begin one that is due.
 
     `surely`: the training ends here, so a checkpoint must be on the disk before this returns.
@@ -203,14 +203,14 @@ def _save(job: Job, state: TrainState, *, surely: bool, due: bool) -> None:
         _complete(job, state, wait=not job.config.checkpoint.async_)
 
 
-def _complete(job: Job, state: TrainState, *, wait: bool) -> None:
+def _complete(job: Training, state: TrainState, *, wait: bool) -> None:
     with _reported(job, state):
         if job.saver.finished(wait=wait):
             job.directory.restore()
             job.directory.status("running", state.step, checkpoint=job.saver.last_saved, steps=job.steps)
 
 
-def _raise_alarm(job: Job, bad: BadStep, state: TrainState, step: int) -> None:
+def _raise_alarm(job: Training, bad: BadStep, state: TrainState, step: int) -> None:
     """Tell of a bad step or evaluation; a checkpoint on its way is completed first, as this may be the end.
 
     Raises:
@@ -221,7 +221,7 @@ def _raise_alarm(job: Job, bad: BadStep, state: TrainState, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _reported(job: Job, state: TrainState) -> Iterator[None]:
+def _reported(job: Training, state: TrainState) -> Iterator[None]:
     """A checkpoint that cannot be written does not end the training."""
     try:
         yield
@@ -232,7 +232,7 @@ def _reported(job: Job, state: TrainState) -> Iterator[None]:
             print(f"warning: step {state.step}: {reason}. The training goes on; make room there", file=sys.stderr)
 
 
-def _save_now(job: Job, state: TrainState) -> None:
+def _save_now(job: Training, state: TrainState) -> None:
     """Write the checkpoint at the end, trying again while someone may make room for it.
 
     Raises:
@@ -261,7 +261,7 @@ def _save_now(job: Job, state: TrainState) -> None:
     job.directory.status("running", state.step, checkpoint=job.saver.last_saved, steps=job.steps)
 
 
-def _step(job: Job, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+def _step(job: Training, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     """One step; without metrics where it was skipped: then nothing but the count of steps goes on."""
     config = job.config
     job.progress.phase(f"step {state.step + 1}")
@@ -303,7 +303,7 @@ def _falls_on(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _shares(job: Job, step: int) -> tuple[Share, Share | None]:
+def _shares(job: Training, step: int) -> tuple[Share, Share | None]:
     """The global batches of a step: pairs, and SFT rows where they are a set of their own."""
     pairs = job.train.loader.batch(step)
     if job.sft is None:
@@ -312,7 +312,7 @@ def _shares(job: Job, step: int) -> tuple[Share, Share | None]:
     return Share.of(job.train, pairs, Role.PREFERENCE), Share.of(job.sft, sft, Role.SFT)
 
 
-def _use_of_data(job: Job, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+def _use_of_data(job: Training, step: int, batches: Sequence[Batch]) -> dict[str, float]:
     tokens = sum(batch.tokens for batch in batches)
     room = sum(batch.tokens / batch.row_fill for batch in batches)
     epochs = {"epoch": (step + 1) / job.train.loader.steps_per_epoch}
@@ -321,7 +321,7 @@ def _use_of_data(job: Job, step: int, batches: Sequence[Batch]) -> dict[str, flo
     return {"tokens": tokens, "row_fill": tokens / room, **epochs}
 
 
-def _shows_bar(job: Job) -> bool:
+def _shows_bar(job: Training) -> bool:
     return job.directory.is_main and job.config.logging.progress
 
 

@@ -6,25 +6,25 @@ from megatron_spo.config.schema import Config
 from megatron_spo.planner.at_start import memory_at_start, memory_line, shortage
 from megatron_spo.planner.memory import Kernels, Setting
 from megatron_spo.planner.rows import lengths_of
-from megatron_spo.prepare import SFT, TRAIN, Sources
+from megatron_spo.prepare import SFT, TRAIN, Inputs
 from megatron_spo.runtime import env
 from megatron_spo.runtime.device import memory_of, uses_transformer_engine
 from megatron_spo.runtime.processes import Runtime
 
 
-def announce_memory(config: Config, sources: Sources, runtime: Runtime) -> None:
+def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> None:
     """Say what memory the run needs by the plan, and warn where that is more than there is."""
     if not runtime.is_main:
         return
     kernels: Kernels = "cpu"
     if runtime.device.type == "cuda":
-        engine = uses_transformer_engine(config.precision, experts=sources.shape.experts is not None)
+        engine = uses_transformer_engine(config.precision, experts=inputs.shape.experts is not None)
         kernels = "engine" if engine else "torch"
     size = config.training.global_batch_size
-    sets = [(lengths_of(sources.train, TRAIN), size)]
-    if sources.sft is not None:
-        sets.append((lengths_of(sources.sft, SFT), config.spo.sft_batch_size or size))
-    memory = memory_at_start(Setting(config, sources.shape, runtime.topology, kernels), sets)
+    sets = [(lengths_of(inputs.train, TRAIN), size)]
+    if inputs.sft is not None:
+        sets.append((lengths_of(inputs.sft, SFT), config.spo.sft_batch_size or size))
+    memory = memory_at_start(Setting(config, inputs.shape, runtime.topology, kernels), sets)
     sharing = env.local_world_size() if kernels == "cpu" else 1
     available = memory_of(runtime.device)
     print(memory_line(memory, processes=sharing, available=available), file=sys.stderr)

@@ -64,7 +64,7 @@ class MonitorState:
         return cls() if state is None else cls(**state)
 
 
-def watch(
+def check(
     config: MonitorConfig, state: MonitorState, step: int, data: str, metrics: Mapping[str, float]
 ) -> tuple[MonitorState, list[dict[str, Any]]]:
     """Judge one line of metrics.
@@ -90,10 +90,10 @@ def watch(
     return replace(state, raised=raised, entropy=first, best=best, averages=averages, weight=weight), lines
 
 
-def watch_answers(
+def check_answers(
     config: MonitorConfig, state: MonitorState, step: int, data: str, exact_match: float
 ) -> tuple[MonitorState, list[dict[str, Any]]]:
-    """Judge the share of right answers to a held-out set's prompts beside the first such share; returns as `watch`."""
+    """Judge the share of right answers to a held-out set's prompts beside the first such share; returns as `check`."""
     first = {data: exact_match, **state.exact_match}
     before, allowed = first[data], config.answers_fall
     text = f"right answers went from {before:.0%} to {exact_match:.0%} of the prompts"

@@ -25,7 +25,7 @@ from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.planner.rows import lengths_of
 from megatron_spo.planner.utilisation import Utilisation, peak_of
-from megatron_spo.prepare import SFT, TRAIN, Sources, join, make_model, read_sources
+from megatron_spo.prepare import SFT, TRAIN, Inputs, join, make_model, read_inputs
 from megatron_spo.reference.cache import ReferenceStore, open_reference
 from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
 from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
@@ -36,7 +36,7 @@ from megatron_spo.runtime.watchdog import watch
 from megatron_spo.train import loop
 from megatron_spo.train.memory import announce_memory
 from megatron_spo.train.run_directory import RunDirectory
-from megatron_spo.train.sample_answers import Answers
+from megatron_spo.train.sample_answers import HeldOutAnswers
 from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
@@ -74,28 +74,28 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
-    sources = read_sources(config, runtime)
-    announce_memory(config, sources, runtime)
+    inputs = read_inputs(config, runtime)
+    announce_memory(config, inputs, runtime)
     runtime.progress.phase("building and loading", times=4)
-    weights = weights_fingerprint(config, sources) if config.lora.rank or config.reference.cache else None
-    stores = _open_references(config, sources, weights)
-    record = _record(config, sources)
+    weights = weights_fingerprint(config, inputs) if config.lora.rank or config.reference.cache else None
+    stores = _open_references(config, inputs, weights)
+    record = _record(config, inputs)
     changed = changes(found, record["config"], record["data"]) if found else []
     if config.lora.rank:
         record["weights"] = weights
         if found:
             check_base(found, weights)
-    on_main(lambda: _write_provenance(config, directory, sources, weights), UserError)
-    chunks = make_model(config, sources)
-    add_adapters(chunks, sources.shape, config.lora, config.training.seed)
+    on_main(lambda: _write_provenance(config, directory, inputs, weights), UserError)
+    chunks = make_model(config, inputs)
+    add_adapters(chunks, inputs.shape, config.lora, config.training.seed)
     overlap = config.parallel.overlap and runtime.topology.data * runtime.topology.context > 1
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=overlap)
-    loaders = _loaders(config, sources, runtime)
+    loaders = _loaders(config, inputs, runtime)
     references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}
     if config.runs_reference:
         references = {name: AdaptersOff(trainable, runtime) for name in loaders}
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
-    job = loop.Job(
+    job = loop.Training(
         config=config,
         engine=Engine(
             trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss
@@ -105,15 +105,15 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         sft=data.pop(SFT, None),
         evals=list(data.values()),
         directory=directory,
-        decode=lambda ids: str(sources.tokenizer.decode(list(ids))),
-        answer=Answers(config, sources, trainable, record, directory=directory, runtime=runtime)
+        decode=lambda ids: str(inputs.tokenizer.decode(list(ids))),
+        answer=HeldOutAnswers(config, inputs, trainable, record, directory=directory, runtime=runtime)
         if config.monitor.generate_every
         else None,
         steps=_steps(config, loaders[TRAIN]),
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
         clock=runtime.clock,
-        at_peak=_at_peak(config, sources, runtime),
+        at_peak=_at_peak(config, inputs, runtime),
     )
     state = _start(config, trainable, found, changed, runtime)
     _open_sinks(config, directory, state.step)
@@ -138,19 +138,19 @@ def _report(directory: RunDirectory) -> None:
         write_report([directory.path], directory.path / REPORT)
 
 
-def _open_references(config: Config, sources: Sources, weights: str | None) -> dict[str, ReferenceStore]:
+def _open_references(config: Config, inputs: Inputs, weights: str | None) -> dict[str, ReferenceStore]:
     """The cache of every data set, or {} where the config names none."""
     if config.reference.cache is None or weights is None:
         return {}
     stores: dict[str, ReferenceStore] = {}
     with agreed():
-        for name, dataset in sources.named_sets().items():
-            fingerprint = reference_fingerprint(config, sources, dataset, weights)
+        for name, dataset in inputs.named_sets().items():
+            fingerprint = reference_fingerprint(config, inputs, dataset, weights)
             stores[name] = open_reference(config.reference.cache, name, fingerprint, dataset)
     return stores
 
 
-def _loaders(config: Config, sources: Sources, runtime: Runtime) -> dict[str, Loader]:
+def _loaders(config: Config, inputs: Inputs, runtime: Runtime) -> dict[str, Loader]:
     size = config.training.global_batch_size
     return {
         name: Loader(
@@ -163,7 +163,7 @@ def _loaders(config: Config, sources: Sources, runtime: Runtime) -> dict[str, Lo
             multiples=row_multiples(config),
             stream=packing.SFT if name == SFT else packing.PAIRS,
         )
-        for name, dataset in sources.named_sets().items()
+        for name, dataset in inputs.named_sets().items()
     }
 
 
@@ -173,23 +173,23 @@ def _steps(config: Config, loader: Loader) -> int:
     return max(1, math.ceil((config.training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
 
 
-def _at_peak(config: Config, sources: Sources, runtime: Runtime) -> loop.AtPeak | None:
+def _at_peak(config: Config, inputs: Inputs, runtime: Runtime) -> loop.AtPeak | None:
     """What a step's share of the GPUs' peak is reckoned by, where that is known."""
     peak = peak_of(name_of(runtime.device), fp8=config.precision.fp8 is not None)
     if peak is None:
         return None
-    sets = {name: lengths_of(dataset, name) for name, dataset in sources.named_sets().items()}
-    return Utilisation(config, sources.shape, sets, peak * runtime.topology.world).seconds
+    sets = {name: lengths_of(dataset, name) for name, dataset in inputs.named_sets().items()}
+    return Utilisation(config, inputs.shape, sets, peak * runtime.topology.world).seconds
 
 
-def _record(config: Config, sources: Sources) -> dict[str, Any]:
+def _record(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What decides how the training goes on, and what an export needs to know of the data, for its checkpoints."""
-    data = {TRAIN: sources.train, **({} if sources.sft is None else {SFT: sources.sft})}
+    data = {TRAIN: inputs.train, **({} if inputs.sft is None else {SFT: inputs.sft})}
     return {
         "config": plain(config),
         "data": {name: dataset.fingerprint for name, dataset in data.items()},
-        "chat_template": sources.tokenizer.chat_template if config.data.chat_template else None,
-        "ends": end_tokens(data.values(), config.data, sources.tokenizer),
+        "chat_template": inputs.tokenizer.chat_template if config.data.chat_template else None,
+        "ends": end_tokens(data.values(), config.data, inputs.tokenizer),
     }
 
 
@@ -207,19 +207,19 @@ def _start(
     return state
 
 
-def _write_provenance(config: Config, directory: RunDirectory, sources: Sources, weights: str | None) -> None:
+def _write_provenance(config: Config, directory: RunDirectory, inputs: Inputs, weights: str | None) -> None:
     """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
     directory.write_kept("config.yaml", dump_config(config))
     provenance = {
         "versions": {name: _version(name) for name in PACKAGES},
-        "numerics": numerics(config.precision, experts=sources.shape.experts is not None),
-        "data": {name: dataset.fingerprint for name, dataset in sources.named_sets().items()},
-        "model": str(sources.folder),
+        "numerics": numerics(config.precision, experts=inputs.shape.experts is not None),
+        "data": {name: dataset.fingerprint for name, dataset in inputs.named_sets().items()},
+        "model": str(inputs.folder),
         "weights": weights,
-        "template_date": template_date(sources.tokenizer),
+        "template_date": template_date(inputs.tokenizer),
     }
     directory.write_kept("provenance.json", json.dumps(provenance, indent=1))
-    dropped = [(name, row) for name, dataset in sources.named_sets().items() for row in dataset.dropped]
+    dropped = [(name, row) for name, dataset in inputs.named_sets().items() for row in dataset.dropped]
     directory.write_rows("dropped_rows.jsonl", [{"set": name, **vars(row)} for name, row in dropped])
     if dropped and directory.is_main:
         print(f"{len(dropped)} rows dropped; listed in {directory.path / 'dropped_rows.jsonl'}", file=sys.stderr)

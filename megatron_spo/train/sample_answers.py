@@ -15,7 +15,7 @@ from megatron_spo.data.json_lines import parse_line, read_lines
 from megatron_spo.data.pairs import open_source
 from megatron_spo.evaluate.scores import score
 from megatron_spo.model.optimizer import Trainable
-from megatron_spo.prepare import Sources
+from megatron_spo.prepare import Inputs
 from megatron_spo.runtime.processes import Runtime, on_main
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
@@ -28,20 +28,20 @@ ROOM = 2
 LOGGED = ("exact_match", "malformed", "rep_4", "distinct_2", "length_ratio")
 
 
-class Answers:
+class HeldOutAnswers:
     """Answers the first `monitor.generate_prompts` prompts of each held-out set, greedily; nothing of it ends a run."""
 
     def __init__(
         self,
         config: Config,
-        sources: Sources,
+        inputs: Inputs,
         trainable: Trainable,
         record: dict[str, Any],
         *,
         directory: RunDirectory,
         runtime: Runtime,
     ) -> None:
-        self._config, self._sources, self._directory, self._runtime = config, sources, directory, runtime
+        self._config, self._sources, self._directory, self._runtime = config, inputs, directory, runtime
         self._folder = directory.path / ".answers"
         self._saver = Saver(self._folder, trainable, record, keep=1, weights_only=True)
 

@@ -160,7 +160,7 @@ def test_what_ends_a_worker_is_told(tmp_path: Path, model: Path) -> None:
     opened = work.open_model(model)
     (model / "config.json").unlink()  # the workers open the model by themselves
     with pytest.raises(UserError, match="neither a run directory"):
-        work.write_shards(work.Job(model, "megatron", tmp_path / "out", 60_000), opened, 2)
+        work.write_shards(work.Conversion(model, "megatron", tmp_path / "out", 60_000), opened, 2)
 
 
 def test_verify_finds_a_changed_bit(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from megatron_spo.data.json_lines import RowProblem
 from megatron_spo.data.pairs import parse_prompt, parse_row
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.data.rows import Example
-from megatron_spo.data.tokenize import Limits, RowTokenizer
+from megatron_spo.data.tokenize import LengthLimits, RowTokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate import generate
 from tests.data.helpers import QWEN_TEMPLATE, build, byte_tokenizer, chat, lines
@@ -63,7 +63,7 @@ words = st.text(st.sampled_from("ab:x <>é😀"), min_size=1, max_size=6).filter
 turns = st.lists(words, min_size=1, max_size=3).filter(lambda texts: len(texts) != 2)
 
 
-def tokenize(row: dict, tokenizer: PreTrainedTokenizerFast, limits: Limits | None = None) -> Example:
+def tokenize(row: dict, tokenizer: PreTrainedTokenizerFast, limits: LengthLimits | None = None) -> Example:
     rows = RowTokenizer(tokenizer) if limits is None else RowTokenizer(tokenizer, limits)
     return rows.tokenize(parse_row(row, kind="any"))
 
@@ -252,7 +252,7 @@ def test_every_command_names_file_line_and_reason(tmp_path: Path, capsys: pytest
 
 
 def test_truncation_keeps_what_the_tokenizer_puts_first() -> None:
-    limits = Limits(8, "left", 100)
+    limits = LengthLimits(8, "left", 100)
     row = {"prompt": "0123456789", "chosen": "xyz", "rejected": "x"}
     for tokenizer, prompt in ((byte_tokenizer(bos="<s>"), "<s>789"), (byte_tokenizer(), "6789")):
         example = tokenize(row, tokenizer, limits)

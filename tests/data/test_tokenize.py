@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_spo.data.pairs import RowProblem, parse_row
 from megatron_spo.data.rows import Example
-from megatron_spo.data.tokenize import Limits, RowTokenizer, load_tokenizer, tokenizer_fingerprint
+from megatron_spo.data.tokenize import LengthLimits, RowTokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
 from tests.data.helpers import QWEN_TEMPLATE, byte_tokenizer, chat, metaspace_tokenizer, pair
 from tests.support.tiny import tiny_tokenizer
@@ -23,7 +23,7 @@ QWEN = byte_tokenizer(["<|im_start|>", "<|im_end|>"], template=QWEN_TEMPLATE)
 def tokenize(
     row: dict, tokenizer: PreTrainedTokenizerFast, *, length: int = 1000, cut: str | None = None, row_length: int = 2000
 ) -> Example:
-    rows = RowTokenizer(tokenizer, Limits(length, cut, row_length))
+    rows = RowTokenizer(tokenizer, LengthLimits(length, cut, row_length))
     return rows.tokenize(parse_row(row, kind="preference" if "chosen" in row else "any"))
 
 

@@ -15,21 +15,21 @@ from megatron_spo.config.schema import Config
 from megatron_spo.model.optimizer import Trainable, make_trainable
 from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
-from megatron_spo.prepare import join, make_model, read_sources
+from megatron_spo.prepare import join, make_model, read_inputs
 from megatron_spo.train import run, step
 from megatron_spo.train.state import TrainState
 from tests.support.megatron import engine_keys, sharded_keys
 
 
 def _trainable(config: Config) -> Trainable:
-    chunks = make_model(config, read_sources(config, join(config)))
+    chunks = make_model(config, read_inputs(config, join(config)))
     return make_trainable(chunks, chunks[0].config, config.optimizer, overlap=False)
 
 
 def layers(config: Config) -> dict[str, Any]:
     """What the layers are made of, their keys, and which keys are not as expected."""
-    sources = read_sources(config, join(config))
-    (model,) = make_model(config, sources)
+    inputs = read_inputs(config, join(config))
+    (model,) = make_model(config, inputs)
     layer = model.decoder.layers[0]
     parts = {"qkv": layer.self_attention.linear_qkv, "fc2": layer.mlp.linear_fc2,
              "core": layer.self_attention.core_attention, "q_norm": layer.self_attention.q_layernorm,
@@ -41,7 +41,7 @@ def layers(config: Config) -> dict[str, Any]:
     ]
     return {
         "classes": {name: type(part).__name__ for name, part in parts.items()},
-        "other_keys": sorted(sharded_keys(model) ^ engine_keys(sources.shape)),
+        "other_keys": sorted(sharded_keys(model) ^ engine_keys(inputs.shape)),
         "unmarked": unmarked,
         "device": str(next(model.parameters()).device),
     }

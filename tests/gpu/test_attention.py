@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_spo.model.attention import Scores, row_to_device
+from megatron_spo.model.attention import ScoreRule, row_to_device
 from megatron_spo.model.kernels import of_engine, varlen_kernel
 from megatron_spo.runtime.clock import Clock
 from tests.gpu.bench import needs_gpu
@@ -24,7 +24,7 @@ def test_kernel_equals_masked_attention(backend: str, record_property) -> None:
     lowered = [part.detach().bfloat16().requires_grad_() for part in exact]
     on_device = geometry(row_to_device(one, device))
     q, k, v = exact
-    expected = on_device.tiling(torch.float32, None).attend(q, k, v, Scores(64**-0.5))
+    expected = on_device.tiling(torch.float32, None).attend(q, k, v, ScoreRule(64**-0.5))
     found = on_device.varlen().attend(kernel, *lowered)
     weights = torch.randn_like(expected)
     pairs = [(found, expected)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.model import kernels
-from megatron_spo.model.attention import Geometry, RowOnDevice, Scores, row_to_device
+from megatron_spo.model.attention import Geometry, RowOnDevice, ScoreRule, row_to_device
 from tests.data.test_rows import visible
 from tests.support.megatron import example, row_of
 
@@ -90,7 +90,7 @@ def geometry(on_device: RowOnDevice) -> Geometry:
 
 
 def tiled(on_device: RowOnDevice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return geometry(on_device).tiling(q.dtype, None).attend(q, k, v, Scores(WIDTH**-0.5))
+    return geometry(on_device).tiling(q.dtype, None).attend(q, k, v, ScoreRule(WIDTH**-0.5))
 
 
 def varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -122,7 +122,7 @@ def test_windows_and_caps_are_those_of_plain_attention(name: str, window: int | 
     q, k, v = inputs(len(one.tokens))
     expected = plain(q, k, v, one, window, cap or torch.inf)
     tiling = geometry(row_to_device(one, CPU)).tiling(q.dtype, window)
-    found = tiling.attend(q, k, v, Scores(WIDTH**-0.5, cap))
+    found = tiling.attend(q, k, v, ScoreRule(WIDTH**-0.5, cap))
     weights = torch.randn_like(expected)
     for ours, theirs in zip(
         (found, *torch.autograd.grad(found, (q, k, v), weights)),

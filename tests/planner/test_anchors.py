@@ -15,15 +15,15 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.planner.flops import forward_flops, step_flops
 from megatron_spo.planner.gpus import GPUS
-from megatron_spo.planner.layouts import Job, plan_layout
+from megatron_spo.planner.layouts import PlannedRun, plan_layout
 from megatron_spo.planner.memory import Setting
 from megatron_spo.planner.presets import shape_of
-from megatron_spo.planner.rows import Row, assumed_lengths
+from megatron_spo.planner.rows import RowSize, assumed_lengths
 from megatron_spo.planner.speed import StepTime, step_time
 from tests.planner.counted import CONFIG
 
 
-class Sequence(Row):
+class Sequence(RowSize):
     """A row of one sequence, of which a causal kernel computes half the square."""
 
     def computed(self, context: int) -> int:
@@ -51,7 +51,7 @@ class Run:
         return replace(shape_of("Llama-3.3-70B"), **cast(dict[str, Any], sizes))
 
     @property
-    def row(self) -> Row:
+    def row(self) -> RowSize:
         tokens = self.tokens
         segments = np.array([[tokens, tokens]])
         return Sequence(tokens, tokens, tokens, tokens * (tokens + 1) // 2, segments)
@@ -138,6 +138,6 @@ def test_dpo_of_an_8b_is_faster_than_the_limit_of_a_test_elsewhere() -> None:
     }
     config = Config.model_validate({**CONFIG, **sections})
     lengths = assumed_lengths(100, 200, 2048, 2048)
-    job = Job(config, shape_of("Llama-3.1-8B"), GPUS["h100"], 32, lengths)
+    job = PlannedRun(config, shape_of("Llama-3.1-8B"), GPUS["h100"], 32, lengths)
     plan = plan_layout(job, config.parallel.model_copy(update={"tensor": 4, "sequence": True}))
     assert plan.fits and plan.speed and plan.speed.pairs / 32 >= 0.70

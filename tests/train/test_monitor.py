@@ -9,7 +9,7 @@ import pytest
 
 from megatron_spo.cli import main
 from megatron_spo.config.monitoring import MonitorConfig
-from megatron_spo.train.monitor import TRAIN, MonitorState, watch, watch_answers
+from megatron_spo.train.monitor import TRAIN, MonitorState, check, check_answers
 from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
 BOUNDS = MonitorConfig(chosen_fall=0.1, both_down=0.5, entropy_factor=2.0)
@@ -25,7 +25,7 @@ def raised(lines: list[dict[str, float]], data: str = "held-out") -> list[list[s
     """Alarms of each line in turn; the state goes through JSON in between, as in a checkpoint."""
     state, found = MonitorState(), []
     for step, metrics in enumerate(lines, 1):
-        state, alarms = watch(BOUNDS, state, step, data, metrics)
+        state, alarms = check(BOUNDS, state, step, data, metrics)
         state = MonitorState.from_dict(json.loads(json.dumps(asdict(state))))
         found.append([alarm["alarm"] for alarm in alarms])
     return found
@@ -39,7 +39,7 @@ def test_once_per_crossing_and_again_after_half_the_bound() -> None:
 
 
 def test_value_and_bound_are_in_the_metric_s_unit_and_the_message_is_readable() -> None:
-    _, alarms = watch(BOUNDS, MonitorState(), 140, "held-out", line(-3.1, both_down=0.4))
+    _, alarms = check(BOUNDS, MonitorState(), 140, "held-out", line(-3.1, both_down=0.4))
     assert alarms == [
         {
             "data": "held-out", "alarm": "displacement", "metric": "spo/chosen_shift", "value": -3.1, "bound": -1.0,
@@ -97,7 +97,7 @@ def test_entropy_either_way_but_not_under_sft() -> None:
 def test_right_answers_that_are_lost() -> None:
     state, found = MonitorState(), []
     for step, share in enumerate((0.9, 0.86, 0.84, 0.5, 0.89, 0.8)):
-        state, alarms = watch_answers(BOUNDS, state, step, "held-out", share)
+        state, alarms = check_answers(BOUNDS, state, step, "held-out", share)
         found += alarms
     assert [alarm["message"].split(":")[0] for alarm in found] == ["step 2, held-out", "step 5, held-out"]
     assert found[0]["alarm"] == "answers" and found[0]["value"] == 0.84 and found[0]["bound"] == pytest.approx(0.85)
