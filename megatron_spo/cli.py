@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -12,9 +13,12 @@ from megatron_spo import __version__
 from megatron_spo.commands.configuration import CommandParser
 from megatron_spo.errors import Anomaly, LostRank, NotSaved, Stopped, UserError
 from megatron_spo.runtime.env import rank, world_size
+from megatron_spo.runtime.logs import log_to_stderr
 from megatron_spo.runtime.quiet import quiet_third_parties
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
+
+LOG = logging.getLogger(__name__)
 
 COMMANDS = {
     "train": "train, or resume if `output` holds a checkpoint; writes the run directory",
@@ -43,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(next((word for word in given if word in COMMANDS), None)).parse_args(given)
     quiet_third_parties()
+    log_to_stderr()
     with signals.handled() if options.command in STOPPABLE else contextlib.nullcontext():
         try:
             options.run(options)
@@ -63,7 +68,7 @@ def _ended(error: UserError | Anomaly | LostRank | NotSaved | Stopped) -> int:
     signals.over(error.code)
     message = f"stopped by {error}; the same command goes on from here" if stopped_at_once else str(error)
     if rank() == 0 or stopped_at_once or isinstance(error, LostRank):  # in other cases all ranks found the same
-        print(message if isinstance(error, Stopped) else f"error: {message}", file=sys.stderr, flush=True)
+        (LOG.info if isinstance(error, Stopped) else LOG.error)(message)
     watch().leave(error.code, message)
     return error.code
 

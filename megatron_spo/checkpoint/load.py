@@ -1,6 +1,6 @@
 """Find the newest whole checkpoint and load it in any layout."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from megatron_spo.checkpoint.folder import Checkpoint, Damaged
 from megatron_spo.errors import UserError
 from megatron_spo.model.lora import load_beside_base
 from megatron_spo.model.optimizer import Trainable
+
+LOG = logging.getLogger(__name__)
 
 
 def find(folder: Path, *, scales: bool) -> Checkpoint | None:
@@ -41,7 +43,7 @@ def find(folder: Path, *, scales: bool) -> Checkpoint | None:
             continue
         if dist.get_rank() == 0:
             for oddity in oddities:
-                print(f"warning: {oddity}; going on from {path.name}", file=sys.stderr)
+                LOG.warning(f"{oddity}; resuming from {path.name}")
             for damaged in paths[:i]:
                 checkpoint_folder.set_aside(damaged)
         return found

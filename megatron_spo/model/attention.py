@@ -278,9 +278,7 @@ class PairAttention(MegatronModule):
         plain = shape.head_dim**-0.5
         self._window = shape.sliding_window if layer_number - 1 in shape.sliding_layers else None
         self._scores = (
-            ScoreRule(shape.gemma.attention_scale, shape.gemma.attention_softcap)
-            if shape.gemma
-            else ScoreRule(plain)
+            ScoreRule(shape.gemma.attention_scale, shape.gemma.attention_softcap) if shape.gemma else ScoreRule(plain)
         )
         self._is_plain = self._scores == ScoreRule(plain)
 

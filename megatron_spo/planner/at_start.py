@@ -37,7 +37,7 @@ def shortage(memory: Memory, *, processes: int, available: float) -> str | None:
     if needed <= available:
         return None
     return (
-        f"warning: the plan needs {_gib(needed)} GiB, {_gib(needed - available)} more than there is: this run will "
+        f"the plan needs {_gib(needed)} GiB, {_gib(needed - available)} more than there is: this run will "
         "probably run out of memory; see which layouts fit with `megatron-spo plan`, or set parallel.recompute=full, a "
         "shorter data.row_length or lora.rank"
     )

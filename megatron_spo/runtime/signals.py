@@ -5,11 +5,11 @@ So a thread reads the signals from the wake-up descriptor, to which the interpre
 """
 
 import contextlib
+import logging
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +20,8 @@ from typing import Any
 
 from megatron_spo.errors import Stopped
 from megatron_spo.runtime import env
+
+LOG = logging.getLogger(__name__)
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO = 1.0
@@ -112,7 +114,7 @@ class Signals:
         if self.requested is None:
             self.requested, self._came = number, now
             if self._mode is _Mode.AFTER_STEP and env.rank() == 0:
-                print(f"{number.name}: ending after this step; once more ends at once", file=sys.stderr, flush=True)
+                LOG.info(f"{number.name}: ending after this step; a second signal ends at once")
         elif self._mode is not _Mode.OVER and not (
             number == self.requested and env.has_agent() and now - self._came < ECHO
         ):
@@ -120,7 +122,7 @@ class Signals:
 
     def _exit(self, code: int, reason: str) -> None:
         with contextlib.suppress(Exception):
-            print(f"stopped by {reason}", file=sys.stderr, flush=True)
+            LOG.info(f"stopped by {reason}")
             self.before_exit(code, reason)
         os._exit(code)
 

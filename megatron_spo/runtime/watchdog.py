@@ -6,12 +6,12 @@ silence. This needs no launcher, and it works when rank 0 itself is the one that
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from typing import Any
 from megatron_spo.errors import Anomaly, LostRank, Stopped, UserError
 from megatron_spo.runtime import env
 from megatron_spo.runtime.progress import Member, Progress, Verdict, died, hung, laggards
+
+LOG = logging.getLogger(__name__)
 
 INTERVAL = 1.0
 """Seconds between reports."""
@@ -85,7 +87,7 @@ class Watch:
             left = set(range(self.world_size)) - set(verdict.ranks)
             if self.rank == min(left, default=-1):
                 self.on_loss(verdict)
-        print(f"error: {verdict.message}", file=sys.stderr, flush=True)
+        LOG.error(verdict.message)
         os._exit(verdict.code)
 
     def left(self) -> tuple[int, str] | None:
@@ -107,7 +109,7 @@ class Watch:
         try:
             target()
         except Exception as error:
-            print(f"rank {self.rank}: the watch over the other processes ended ({error!r})", file=sys.stderr)
+            LOG.warning(f"the watch over the other processes ended ({error!r})")
         self._said.set()
 
     def _forget(self) -> None:

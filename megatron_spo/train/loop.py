@@ -1,8 +1,8 @@
 """The training loop."""
 
 import contextlib
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +28,8 @@ from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import Best, TrainState
 from megatron_spo.train.step import DataInUse, Engine, Share
 from megatron_spo.train.stop import StopRequest
+
+LOG = logging.getLogger(__name__)
 
 RETRY = 10.0
 """Seconds between attempts to write the last checkpoint."""
@@ -147,7 +149,7 @@ def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Seque
             line["message"] += f"; lambda stays {schedule.lambda_:g}, which no factor raises"
         job.directory.log("alarm", state.step, line)
         if job.directory.is_main:
-            print(f"warning: {line['message']}", file=sys.stderr)
+            LOG.warning(line["message"])
     return replace(state, monitor=monitor, schedule=schedule)
 
 
@@ -229,7 +231,7 @@ def _reported(job: Training, state: TrainState) -> Iterator[None]:
         reason = f"no checkpoint could be written into {job.directory.checkpoints}: {error}"
         job.directory.log("alarm", state.step, {"reason": reason})
         if job.directory.is_main:
-            print(f"warning: step {state.step}: {reason}. The training goes on; make room there", file=sys.stderr)
+            LOG.warning(f"step {state.step}: {reason}. The training continues; make room there")
 
 
 def _save_now(job: Training, state: TrainState) -> None:
@@ -250,10 +252,9 @@ def _save_now(job: Training, state: TrainState) -> None:
                 raise NotSaved(f"{where}. Its weights are lost; the same command goes on from the checkpoint before") \
                     from error  # fmt: skip
             if job.directory.is_main:
-                print(
-                    f"warning: {where}. Its weights are still in memory: make room there, or make the folder writable; "
-                    f"trying again every {RETRY:g} seconds, {left} times more",
-                    file=sys.stderr,
+                LOG.warning(
+                    f"{where}. Its weights are still in memory: make room there, or make the folder writable; "
+                    f"trying again every {RETRY:g} seconds, {left} times more"
                 )
         time.sleep(RETRY)
         job.progress.tick()

@@ -1,6 +1,6 @@
 """Says at the start of a run what memory it needs."""
 
-import sys
+import logging
 
 from megatron_spo.config.schema import Config
 from megatron_spo.planner.at_start import memory_at_start, memory_line, shortage
@@ -10,6 +10,8 @@ from megatron_spo.prepare import SFT, TRAIN, Inputs
 from megatron_spo.runtime import env
 from megatron_spo.runtime.device import memory_of, uses_transformer_engine
 from megatron_spo.runtime.processes import Runtime
+
+LOG = logging.getLogger(__name__)
 
 
 def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> None:
@@ -27,6 +29,6 @@ def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> None:
     memory = memory_at_start(Setting(config, inputs.shape, runtime.topology, kernels), sets)
     sharing = env.local_world_size() if kernels == "cpu" else 1
     available = memory_of(runtime.device)
-    print(memory_line(memory, processes=sharing, available=available), file=sys.stderr)
+    LOG.info(memory_line(memory, processes=sharing, available=available))
     if warning := shortage(memory, processes=sharing, available=available):
-        print(warning, file=sys.stderr)
+        LOG.warning(warning)

@@ -1,8 +1,8 @@
 """The composition root of training: the one file that knows every floor."""
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +41,8 @@ from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
 from megatron_spo.train.stop import StopRequest
+
+LOG = logging.getLogger(__name__)
 
 PACKAGES = ("megatron-spo", "megatron-core", "torch", "transformers", "transformer-engine", "apex")
 """Whose versions a run writes down."""
@@ -203,7 +205,7 @@ def _start(
     state = TrainState.from_dict(found.state)
     if runtime.is_main:
         what = f"; changed: {'; '.join(changed)}" if changed else ""
-        print(f"{config.output}: going on from {found.path.name}{what}", file=sys.stderr)
+        LOG.info(f"{config.output}: resuming from {found.path.name}{what}")
     return state
 
 
@@ -222,7 +224,7 @@ def _write_provenance(config: Config, directory: RunDirectory, inputs: Inputs, w
     dropped = [(name, row) for name, dataset in inputs.named_sets().items() for row in dataset.dropped]
     directory.write_rows("dropped_rows.jsonl", [{"set": name, **vars(row)} for name, row in dropped])
     if dropped and directory.is_main:
-        print(f"{len(dropped)} rows dropped; listed in {directory.path / 'dropped_rows.jsonl'}", file=sys.stderr)
+        LOG.info(f"{len(dropped)} rows dropped; listed in {directory.path / 'dropped_rows.jsonl'}")
 
 
 def _version(package: str) -> str:
@@ -236,10 +238,10 @@ def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
     """Weights & Biases and TensorBoard, where the config asks for them."""
     if not directory.is_main:
         return
-    logging, folder = config.logging, directory.path
-    if logging.wandb != "off":
+    settings, folder = config.logging, directory.path
+    if settings.wandb != "off":
         directory.sinks.open(
-            WeightsAndBiases, folder, mode=logging.wandb, project=logging.project, config=plain(config)
+            WeightsAndBiases, folder, mode=settings.wandb, project=settings.project, config=plain(config)
         )
-    if logging.tensorboard:
+    if settings.tensorboard:
         directory.sinks.open(TensorBoard, folder, after_step=step)

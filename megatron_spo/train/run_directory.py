@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from megatron_spo.errors import Stopped, UserError
 from megatron_spo.files import write_whole
 from megatron_spo.train.sinks import Sinks
+
+LOG = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
 MEASURED_AFTER = ("eval", "generation", None)
@@ -134,7 +136,7 @@ class RunDirectory:
         try:
             yield
         except (OSError, UserError) as error:
-            print(f"warning: {self.path / name} cannot be written now: {error}", file=sys.stderr)
+            LOG.warning(f"{self.path / name} cannot be written now: {error}")
 
 
 def _append_all(path: Path, content: bytes) -> None:

@@ -1,7 +1,7 @@
 """Answers to held-out prompts while a run trains: its present weights as a Hugging Face model, and its scores."""
 
+import logging
 import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_spo.checkpoint.folder import step_name
@@ -19,6 +19,8 @@ from megatron_spo.prepare import Inputs
 from megatron_spo.runtime.processes import Runtime, on_main
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import TrainState
+
+LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron_spo.evaluate.generate import Response
@@ -72,8 +74,7 @@ class HeldOutAnswers:
     def _warn(self, step: int, error: Exception) -> None:
         if self._runtime.is_main:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
-            print(f"warning: step {step}: no answers to held-out prompts ({reason}); the training goes on",
-                  file=sys.stderr)  # fmt: skip
+            LOG.warning(f"step {step}: no answers to held-out prompts ({reason}); the training continues")
 
     def _answer_all(self, step: int) -> dict[str, float]:
         from megatron_spo.evaluate.generate import Sampling

@@ -1,12 +1,14 @@
 """Where a run's metric lines go besides metrics.jsonl. A sink that fails is left out from then on; training goes on."""
 
+import logging
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_spo.errors import Stopped
+
+LOG = logging.getLogger(__name__)
 
 Line = Mapping[str, Any]
 
@@ -57,8 +59,7 @@ class Sinks:
             action()
         except Exception as error:  # other people's libraries, networks and disks
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            text = f"{kind.__name__} is left out from here on ({reason}); metrics.jsonl has everything"
-            print(f"warning: {text}", file=sys.stderr)
+            LOG.warning(f"{kind.__name__} is left out from here on ({reason}); metrics.jsonl has everything")
             return False
         return True
 

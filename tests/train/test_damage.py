@@ -182,7 +182,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     said = capfd.readouterr().err
     warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1, said
-    assert "step_00000004" in warnings[0] and message in warnings[0] and "going on from step_00000003" in warnings[0]
+    assert "step_00000004" in warnings[0] and message in warnings[0] and "resuming from step_00000003" in warnings[0]
     assert (run / "checkpoints/step_00000004.damaged").exists()  # nothing is thrown away
     assert read_metrics(run).keys() == read_metrics(trained / "run").keys()
     assert main(["convert", str(run), str(run / "hf"), "--to", "hf"]) == 0
@@ -227,7 +227,7 @@ def test_latest_may_be_missing_or_wrong(
         marker.write_text(content)
     assert train(trained, run, "training.steps=5") == 0
     said = capsys.readouterr().err
-    assert "going on from step_00000004" in said
+    assert "resuming from step_00000004" in said
     assert ("latest names" in said) == (content is not None)
     assert marker.read_text() == "step_00000005"
 
@@ -235,7 +235,7 @@ def test_latest_may_be_missing_or_wrong(
 def test_latest_may_be_set_back(trained: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints/latest").write_text("step_00000002")
     assert train(trained, run) == 0
-    assert "going on from step_00000002" in capsys.readouterr().err
+    assert "resuming from step_00000002" in capsys.readouterr().err
     assert (run / "checkpoints/latest").read_text() == "step_00000004"
 
 

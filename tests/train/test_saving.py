@@ -129,7 +129,7 @@ def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way
         helper.join()
         assert code == 0
         said = said_so_far()
-        assert "the training goes on" in said.lower()
+        assert "the training continues" in said.lower()
         assert "free" in said or "No space left" in said
         alarms = [line for line in lines(run) if line["kind"] == "alarm"]
         assert alarms and all("no checkpoint could be written" in line["reason"] for line in alarms)
@@ -250,7 +250,7 @@ def test_changed_keys_are_refused_or_logged(folder: Path, tmp_path: Path, capsys
     assert "optimizer.lr: 0.001 -> 0.002" in capsys.readouterr().err
     assert train(folder, run, "training.steps=7", "optimizer.lr=2e-3", "checkpoint.allow_changed=[optimizer]") == 0
     said = capsys.readouterr().err
-    assert "going on from step_00000006; changed: " in said
+    assert "resuming from step_00000006; changed: " in said
     assert "optimizer.lr: 0.001 -> 0.002" in said and "training.steps: 6 -> 7" in said
     assert train(folder, run, "training.steps=8", "optimizer.lr=2e-3") == 0  # the checkpoint now has this rate
     assert train(folder, run, "training.steps=9", "checkpoint.allow_changed=[optimizer.rate]") == 2

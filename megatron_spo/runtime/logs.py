@@ -1,0 +1,38 @@
+"""The log of a command, on stderr: one line a message, with its level, and the rank if it is not 0.
+
+Modules use `logging.getLogger(__name__)`. Other programs that import the package configure logging as they like.
+"""
+
+import logging
+import sys
+
+from megatron_spo.runtime.env import rank
+
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what `sys.stderr` is at that time."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> object:  # type: ignore[override]
+        return sys.stderr
+
+
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        who = f"rank {rank()}: " if rank() else ""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{level}{who}{super().format(record)}"
+
+
+def log_to_stderr() -> None:
+    """Show the package's messages of level INFO and above on stderr; a second call changes nothing."""
+    logger = logging.getLogger("megatron_spo")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        handler = _Stderr()
+        handler.setFormatter(_Line())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
