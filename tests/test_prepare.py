@@ -5,7 +5,8 @@ import pytest
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.schema import Config, PrecisionConfig
 from megatron_spo.data.loader import row_multiples
-from megatron_spo.prepare import _eval_names, numerics
+from megatron_spo.prepare import _eval_names
+from megatron_spo.reference.fingerprint import numerics
 
 
 def test_numerics_names_whatever_changes_digits() -> None:

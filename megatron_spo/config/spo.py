@@ -7,7 +7,7 @@ A new schedule is a `ScheduleSpec` here, a function in `megatron_spo.objective.s
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -52,7 +52,7 @@ class ScheduleSpec:
         return "lambda_unit" in self.keys
 
 
-def _spec(name: str, summary: str, keys: str = "", **more: bool | int) -> ScheduleSpec:
+def _spec(name: str, summary: str, keys: str = "", **more: Any) -> ScheduleSpec:
     return ScheduleSpec(name, summary, frozenset(keys.split()), **more)
 
 
@@ -71,7 +71,7 @@ _SPECS = (
           "epsilon barrier_rate sft_data", needs_gap=True, passes=2, gradients_kept=2),
 )  # fmt: skip
 SCHEDULE_SPECS: Mapping[str, ScheduleSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
-ScheduleName = Literal[tuple(SCHEDULE_SPECS)]  # type: ignore[valid-type]
+ScheduleName = Literal["none", "sft", "penalty", "dual", "alternating", "lookahead", "barrier"]
 
 
 def schedules_with(key: str) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_spo.checkpoint.compatibility import check_base
 from megatron_spo.checkpoint.folder import Checkpoint
 from megatron_spo.checkpoint.lazy import Lazy, empty
 from megatron_spo.checkpoint.stored import StoredTensors
@@ -17,7 +18,7 @@ from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
 from megatron_spo.errors import UserError
 from megatron_spo.model.hf_files import file_digest, weights_digest
-from megatron_spo.model.lora import check_base, sites
+from megatron_spo.model.lora import sites
 from megatron_spo.model.transforms import Shape
 
 

@@ -19,6 +19,7 @@ from megatron_spo.errors import LostRank, UserError
 from megatron_spo.runtime import cpu_bridge, env
 from megatron_spo.runtime.clock import Clock
 from megatron_spo.runtime.progress import DAY, Progress
+from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
 
 T = TypeVar("T")
@@ -143,6 +144,7 @@ def _meet(minutes: float) -> dist.Store:
             f"not all of the {env.world_size()} processes came to {env.main_address()} within {minutes:g} minutes "
             f"(training.hang_timeout): {str(error).splitlines()[0]}"
         ) from error
+    signals.tell_others = watch().leave
     atexit.register(_say_goodbye)
     return store
 

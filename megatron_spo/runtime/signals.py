@@ -45,6 +45,8 @@ class Signals:
         """The first signal that came."""
         self.before_exit: Callable[[int, str], None] = _nothing
         """Called with code and reason before the process ends in the middle of something."""
+        self.tell_others: Callable[[int, str], None] = _nothing
+        """Called after it: the other processes of the job end for this reason, instead of finding this one dead."""
         self._mode, self._code, self._came = _Mode.AT_ONCE, Stopped.code, 0.0
 
     def after_step(self) -> None:
@@ -124,6 +126,8 @@ class Signals:
         with contextlib.suppress(Exception):
             LOG.info(f"stopped by {reason}")
             self.before_exit(code, reason)
+        with contextlib.suppress(Exception):
+            self.tell_others(code, f"stopped by {reason}")
         os._exit(code)
 
 

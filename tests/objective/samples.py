@@ -1,36 +1,22 @@
 """Pairs and settings shared by the tests of the objective."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_spo.config.losses import LOSS_SPECS, LossTerm
+from megatron_spo.config.spo import SpoConfig
 from megatron_spo.objective.losses import PairLogprobs
 from megatron_spo.objective.statistics import LossStatistics
 
 STATISTICS = LossStatistics().update(total=2.0, total_of_squares=3.0, count=4)
 
 
-@dataclass(frozen=True)
-class Spo:
-    """The attributes of the configuration's `spo` section, with its defaults."""
-
-    schedule: str = "penalty"
-    lambda_: float = 1.0
-    lambda_unit: str = "relative"
-    constraint: str = "none"
-    epsilon: float = 0.0
-    ramp_steps: int = 0
-    lambda_max: float = 10.0
-    dual_lr: float = 0.1
-    gap_ema: float = 0.9
-    sft_steps: int = 1
-    preference_steps: int = 1
-    lookahead_lr: float = 1e-3
-    barrier_rate: float = 1.0
-    v: float | str | None = None
+def spo_config(**keys: Any) -> SpoConfig:
+    """Section `spo` with these keys, lambda under its Python name."""
+    return SpoConfig(**keys)
 
 
 def make_pairs(

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_spo.config.losses import LOSS_SPECS
+from megatron_spo.config.spo import SpoConfig
 from megatron_spo.objective.losses import LOSSES, PairLogprobs, preference_losses
 from megatron_spo.objective.step_plan import Pass
 from megatron_spo.objective.terms import GlobalCounts, objective
-from tests.objective.samples import STATISTICS, Spo, defaults, make_pairs, only, random_pairs
+from tests.objective.samples import STATISTICS, defaults, make_pairs, only, random_pairs, spo_config
 
 BOTH = Pass(preference=1.0, sft=2.0)
 RELATIVE = [name for name, spec in LOSS_SPECS.items() if spec.statistic]
@@ -22,7 +23,7 @@ def two_pairs() -> PairLogprobs:
     return make_pairs([-4.0, -6.0], [-9.0, -3.0], ([2, 6], [3, 1]), ([-5.0, -3.0], [-8.0, -3.0]))
 
 
-def value_of(pairs: PairLogprobs, name: str, pass_: Pass, spo: Spo, counts: GlobalCounts | None = None) -> Tensor:
+def value_of(pairs: PairLogprobs, name: str, pass_: Pass, spo: SpoConfig, counts: GlobalCounts | None = None) -> Tensor:
     counts = counts or counts_of(pairs)
     value, _ = objective(
         pairs,
@@ -57,7 +58,7 @@ def part(pairs: PairLogprobs, indices: list[int]) -> PairLogprobs:
 def test_penalty(name: str, unit: str, term: float) -> None:
     pairs = two_pairs()
     preference = preference_losses(only(name), pairs, STATISTICS).mean()
-    value = value_of(pairs, name, BOTH, Spo(lambda_unit=unit))
+    value = value_of(pairs, name, BOTH, spo_config(lambda_unit=unit))
     assert (value - preference).item() == pytest.approx(2.0 * term)
 
 
@@ -72,7 +73,7 @@ def test_penalty(name: str, unit: str, term: float) -> None:
 def test_hinge_on_pairs(name: str, unit: str, term: float) -> None:
     # b_w - a_w - eps: the first pair rose by .5 and is inside, the second fell by .5 and is .4 outside.
     pairs = two_pairs()
-    spo = Spo(lambda_unit=unit, constraint="pair", epsilon=0.1)
+    spo = spo_config(lambda_unit=unit, constraint="pair", epsilon=0.1)
     preference = preference_losses(only(name), pairs, STATISTICS).mean()
     assert (value_of(pairs, name, BOTH, spo) - preference).item() == pytest.approx(2.0 * term)
 
@@ -80,7 +81,9 @@ def test_hinge_on_pairs(name: str, unit: str, term: float) -> None:
 @pytest.mark.parametrize("unit", ["token", "relative"])
 @pytest.mark.parametrize("constraint", ["none", "pair"])
 def test_a_pass_on_g_alone_is_plain_sft(unit: str, constraint: str) -> None:
-    value = value_of(two_pairs(), "dpo", Pass(preference=0.0, sft=1.0), Spo(lambda_unit=unit, constraint=constraint))
+    value = value_of(
+        two_pairs(), "dpo", Pass(preference=0.0, sft=1.0), spo_config(lambda_unit=unit, constraint=constraint)
+    )
     assert value.item() == pytest.approx(10 / 8)
 
 
@@ -95,7 +98,7 @@ def test_relative_unit_means_the_same_pull_for_any_beta() -> None:
             pairs,
             Pass(1.0, 1.0),
             losses=only("dpo", parameters),
-            spo=Spo(),
+            spo=spo_config(),
             counts=counts,
             statistics=STATISTICS,
         )
@@ -110,7 +113,7 @@ def test_relative_unit_means_the_same_pull_for_any_beta() -> None:
 @pytest.mark.parametrize(("name", "unit"), UNITS)
 def test_cutting_the_batch_changes_nothing(name: str, unit: str, constraint: str) -> None:
     whole = random_pairs(7)
-    counts, spo = counts_of(whole), Spo(lambda_unit=unit, constraint=constraint)
+    counts, spo = counts_of(whole), spo_config(lambda_unit=unit, constraint=constraint)
     expected = value_of(whole, name, BOTH, spo, counts)
     gradients = torch.autograd.grad(expected, (whole.chosen, whole.rejected))
     for cut in ([[0], [1, 2, 3], [], [4, 5, 6]], [[6, 2], [0, 1, 3, 4], [5]]):
@@ -126,7 +129,7 @@ def test_per_pair_values_are_the_unweighted_losses() -> None:
         pairs,
         Pass(0.5, 3.0),
         losses=only("dpo"),
-        spo=Spo(),
+        spo=spo_config(),
         counts=GlobalCounts(8, 50),
         statistics=STATISTICS,
     )
@@ -137,19 +140,19 @@ def test_per_pair_values_are_the_unweighted_losses() -> None:
 
 def test_rows_without_a_rejected_response_are_for_sft_alone() -> None:
     pairs = make_pairs([-4.0, -6.0], [0.0, 0.0], ([2, 6], [0, 0]))
-    value = value_of(pairs, "simpo", Pass(preference=0.0, sft=1.0), Spo())
+    value = value_of(pairs, "simpo", Pass(preference=0.0, sft=1.0), spo_config())
     value.backward()
     assert value.item() == pytest.approx(10 / 8)
     assert pairs.chosen.grad is not None
     assert pairs.chosen.grad.tolist() == [-1 / 8, -1 / 8]
     for pass_ in (Pass(1.0, 0.0), BOTH):
         with pytest.raises(RuntimeError, match="without a rejected response"):
-            value_of(pairs, "simpo", pass_, Spo())
+            value_of(pairs, "simpo", pass_, spo_config())
 
 
 def test_no_pairs_give_a_zero_that_can_be_backpropagated() -> None:
     for pass_ in (Pass(1.0, 0.0), Pass(0.0, 1.0), BOTH):
-        value = value_of(part(random_pairs(2), []), "dpo", pass_, Spo(), GlobalCounts(2, 9))
+        value = value_of(part(random_pairs(2), []), "dpo", pass_, spo_config(), GlobalCounts(2, 9))
         value.backward()
         assert value.item() == 0.0
 
@@ -157,4 +160,4 @@ def test_no_pairs_give_a_zero_that_can_be_backpropagated() -> None:
 @pytest.mark.parametrize("name", [n for n, spec in LOSS_SPECS.items() if spec.statistic is None])
 def test_relative_unit_needs_a_scale(name: str) -> None:
     with pytest.raises(AssertionError, match="no scale"):
-        value_of(two_pairs(), name, BOTH, Spo(lambda_unit="relative"))
+        value_of(two_pairs(), name, BOTH, spo_config(lambda_unit="relative"))

@@ -11,7 +11,7 @@ from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.objective.losses import PairLogprobs
 from megatron_spo.objective.step_plan import Pass
 from megatron_spo.objective.terms import GlobalCounts, objective
-from tests.objective.samples import STATISTICS, Spo, only
+from tests.objective.samples import STATISTICS, only, spo_config
 from tests.oracles.reference_loop import TokenisedPair, reference_trajectory, response_logprob
 from tests.support.tiny import tiny_model
 
@@ -125,7 +125,7 @@ def test_its_objective_is_ours(model_dir: Path, loss: str, unit: str) -> None:
         pairs,
         Pass(1.0, 1.5),
         losses=only(loss, parameters),
-        spo=Spo(lambda_unit=unit),
+        spo=spo_config(lambda_unit=unit),
         counts=GlobalCounts(len(batch), int(counts[:, 0].sum())),
         statistics=STATISTICS,
     )

@@ -13,7 +13,7 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.planner.memory import Setting
-from megatron_spo.planner.rows import Row, segments_of
+from megatron_spo.planner.rows import RowSize, segments_of
 from megatron_spo.runtime import env, processes
 from tests.support.megatron import example, row_of
 
@@ -34,11 +34,11 @@ def packed_row() -> PackedRow:
     return row_of([first, example(range(3, 63), range(50, 80), range(101, 171))], multiple=2)
 
 
-def as_planned(row: PackedRow) -> Row:
+def as_planned(row: PackedRow) -> RowSize:
     """The same row as the planner sees it."""
     _, shared, chosen, rejected = row.segments.T
     segments = segments_of(shared, chosen, rejected, len(row.tokens) - row.real_tokens)
-    return Row(len(row.tokens), row.real_tokens, len(row.targets), 0, segments)
+    return RowSize(len(row.tokens), row.real_tokens, len(row.targets), 0, segments)
 
 
 @dataclass

@@ -52,10 +52,10 @@ def test_against_torchs_counter(family: str, recompute: str, tmp_path: Path, mon
 def test_what_is_necessary_is_less() -> None:
     """Padding, blocks and what is computed twice are not counted, and a frozen weight's gradient is not needed."""
     from megatron_spo.planner.presets import shape_of
-    from megatron_spo.planner.rows import Row
+    from megatron_spo.planner.rows import RowSize
 
     shape = shape_of("Llama-3.1-8B")
-    row = Row(tokens=1024, real=1000, entries=600, visible=200_000, segments=np.array([[500, 500], [500, 500]]))
+    row = RowSize(tokens=1024, real=1000, entries=600, visible=200_000, segments=np.array([[500, 500], [500, 500]]))
     needed, done = forward_flops(shape, row, necessary=True), forward_flops(shape, row)
     assert needed.linear < done.linear and needed.attention < done.attention and needed.head == done.head
     full, lora = config_of(parallel={"recompute": "full"}), config_of(lora={"rank": 8})

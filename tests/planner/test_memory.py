@@ -12,7 +12,7 @@ from megatron_spo.config.schema import Config
 from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.memory import LOGITS_PER_CHUNK, Setting, layer_activations, stage_memory, worst_memory
 from megatron_spo.planner.presets import shape_of
-from megatron_spo.planner.rows import BLOCK, STRIP, Row, segments_of
+from megatron_spo.planner.rows import BLOCK, STRIP, RowSize, segments_of
 from tests.planner.counted import CONFIG, SHAPE, as_planned, counted, packed_row, setting
 from tests.support.processes import ROOT, launch
 from tests.support.tiny import FAMILIES, tiny_model
@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def waiting(planned_in: Setting, row: Row, stage: int) -> float:
+def waiting(planned_in: Setting, row: RowSize, stage: int) -> float:
     """Bytes of rows in flight that wait to be computed again: the recomputation holds tokens, places and mask through
     an argument that is no tensor, so that autograd's count sees those of one row only."""
     if planned_in.config.parallel.recompute != "full":
@@ -123,12 +123,12 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, float]]], folders: di
         compare(name, found, config, shape, 2, ROWS)
 
 
-def full_row(tokens: int, pair: int) -> Row:
+def full_row(tokens: int, pair: int) -> RowSize:
     """A row full of pairs of this length, two thirds of which is scored."""
     pairs = tokens // pair
     third = np.full(pairs, pair // 3)
     segments = segments_of(third, third, third, tokens - 3 * int(third.sum()))
-    return Row(tokens, tokens, tokens * 2 // 3, pairs * pair * pair // 3, segments)
+    return RowSize(tokens, tokens, tokens * 2 // 3, pairs * pair * pair // 3, segments)
 
 
 def of_70b(world: int, *, optimizer_of: str = "dpo", **parallel: Any) -> Setting:

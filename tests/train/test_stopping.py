@@ -87,6 +87,24 @@ def test_a_signal_during_start_up_ends_at_once(folder: Path) -> None:
     assert status(folder / "early")["state"] == "stopped"
 
 
+def test_a_rank_that_ends_while_it_waits_for_another_says_why(folder: Path) -> None:
+    """Before the steps begin, SIGTERM ends a process also if it hangs in a collective; the others end as it does."""
+    script = program(
+        folder / "held_up.py",
+        "from megatron_spo.runtime import signals",
+        "signals.UNWINDING = 0.5",
+        "signals.signals.after_step = lambda: None  # as if the steps never began",
+    )
+    with ranks(folder, "held-up", script=script) as job:
+        job.wait_for(lambda: (folder / "held-up/status.json").exists())
+        job.processes[0].send_signal(signal.SIGSTOP)
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.processes[1].wait(20) == 75, job.said(1)
+        job.processes[0].send_signal(signal.SIGCONT)
+        assert job.codes(20) == [75, 75], job.said(0)
+    assert "rank 1 (host" in job.said(0) and "SIGTERM" in job.said(0)
+
+
 def test_the_time_limit_saves_before_it(folder: Path) -> None:
     with ranks(folder, "limit", "training.time_limit=0.2") as job:
         assert job.codes() == [75, 75], job.said(0)

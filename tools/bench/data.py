@@ -118,19 +118,19 @@ def _cache(folder: Path, count: int) -> list[Result]:
 
 def _training(folder: Path, *, quick: bool) -> list[Result]:
     """Share of a step that waits for its rows and their reference; seconds of a plain forward pass over those of the
-    reference pass on the same rows, which also scores likeness and writes.
+    reference pass on the same rows, which also reads them and writes.
 
     The clocks sit around the functions that the commands call.
     """
-    from megatron_spo import reference
     from megatron_spo.data.loader import Loader
     from megatron_spo.model.forward import score_rows
+    from megatron_spo.reference import fill
     from megatron_spo.reference.cache import ReferenceWriter
 
     measure.write_model(folder / "model", hidden=64 if quick else 256)
     _write_pairs(folder, 64 if quick else 384, "chat")
     config = measure.write_config(folder, training={"global_batch_size": 16, "steps": 4})
-    forward, scored = _Clock(score_rows), _Clock(reference.score_pairs)
+    forward, scored = _Clock(score_rows), _Clock(fill.score_rows)
     written, batch = _Clock(ReferenceWriter.write_chunk), _Clock(Loader.batch)
 
     def both(chunks: Any, rows: Any, *, runtime: Any) -> Any:
@@ -138,7 +138,7 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
         return scored(chunks, rows, runtime=runtime)
 
     with (
-        measure.replaced(reference, "score_pairs", both),
+        measure.replaced(fill, "score_rows", both),
         measure.replaced(ReferenceWriter, "write_chunk", written.method()),
     ):
         measure.command("reference", str(config))

@@ -47,7 +47,7 @@ def _seconds(folder: Path, rounds: int, *, hidden: int) -> list[Result]:
 
     size, step = len(SCHEDULES), loop._step
 
-    def in_turn(job: loop.Job, state: loop.TrainState) -> tuple[loop.TrainState, dict[str, float]]:
+    def in_turn(job: loop.Training, state: loop.TrainState) -> tuple[loop.TrainState, dict[str, float]]:
         spo = job.config.spo.model_copy(update={"schedule": SCHEDULES[state.step % size]})
         return step(replace(job, config=job.config.model_copy(update={"spo": spo})), state)
 

@@ -13,16 +13,18 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.data.rows import Example, PackedRow, build_row
 from megatron_spo.planner.flops import forward_flops, step_flops
-from megatron_spo.planner.rows import Row, segments_of
+from megatron_spo.planner.rows import RowSize, segments_of
 from megatron_spo.runtime import processes
 
 
-def needed(row: PackedRow) -> Row:
+def needed(row: PackedRow) -> RowSize:
     """A packed row as planner/flops.py counts it."""
     _, s, c, r = row.segments.T
     visible = (s * (s + 1) + c * (c + 1) + r * (r + 1)) // 2 + s * (c + r)
     padding = len(row.tokens) - row.real_tokens
-    return Row(len(row.tokens), row.real_tokens, len(row.targets), int(visible.sum()), segments_of(s, c, r, padding))
+    return RowSize(
+        len(row.tokens), row.real_tokens, len(row.targets), int(visible.sum()), segments_of(s, c, r, padding)
+    )
 
 
 def necessary_flops(config: Config, shape: ModelShape, rows: Sequence[PackedRow]) -> float:

@@ -80,7 +80,7 @@ def test_fill_and_read(tmp_path: Path, data: TokenizedSet) -> None:
     assert (chosen == CHOSEN[indices]).all() and (rejected == REJECTED[indices]).all()
     assert len(store) == COUNT
     records = np.load(folder / "records.npy")
-    assert records.dtype == RECORD and RECORD.itemsize == 24
+    assert records.dtype == RECORD and RECORD.itemsize == 16
     assert (records["row_hash"] == data.row_hashes).all()
 
 
