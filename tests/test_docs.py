@@ -1,11 +1,13 @@
-"""README and docs: every command in them parses and runs, every link leads somewhere."""
+"""README and docs: every command in them parses and runs, every link leads somewhere, the prose is plain English."""
 
+import contextlib
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,12 @@ def commands(page: Path) -> Iterator[str]:
                 yield shlex.join(words)
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse_and_links_lead_somewhere(page: Path) -> None:
     keys = {
@@ -46,9 +54,11 @@ def test_commands_parse_and_links_lead_somewhere(page: Path) -> None:
             assert (ROOT / script).is_file(), command
         elif words and words[0] == "make":
             assert set(words[1:]) <= targets, command
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         if not link.startswith("http"):
-            assert (page.parent / link).exists(), f"{page}: {link}"
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page}: {link}#{anchor}"
 
 
 def test_the_tests_that_the_table_of_reports_names_exist() -> None:
@@ -63,7 +73,63 @@ def test_the_tests_that_the_table_of_reports_names_exist() -> None:
             assert path.is_file() and definition in path.read_text(), f"{file}::{name}"
 
 
-RUN = ["README.md", *(f"docs/{name}.md" for name in ("train", "convert", "evaluate", "monitoring", "plan", "studies"))]
+WORDS = {
+    "go on from|goes on from|going on from": "resume from, continue",
+    "not built|unbuilt": "not supported",
+    "beside": "with, next to, besides",
+    "owed": "pending",
+    "floors": "layers, limits",
+    "dearest": "most expensive",
+    "robbed": "lost",
+}
+"""The start of the list in CONTRIBUTING.md."""
+
+
+def odd_words(files: Iterable[Path]) -> list[str]:
+    """`file:line: found (write ...)` for each word of WORDS; what is in backticks or a block of code is not prose."""
+    found = []
+    for file in files:
+        code = r"```.*?```|`[^`\n]*`|\]\([^)\n]*\)" if file.suffix == ".md" else r"`[^`\n]*`"
+        text = re.sub(code, lambda match: "\n" * match[0].count("\n"), file.read_text(), flags=re.DOTALL)
+        for odd, plain in WORDS.items():
+            for match in re.finditer(rf"\b(?:{odd})\b".replace(" ", r"\s+"), text, re.IGNORECASE):
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(f"{file.relative_to(ROOT)}:{line}: {match[0]} (write {plain})")
+    return found
+
+
+def test_the_prose_is_plain_english() -> None:
+    assert not odd_words([*PAGES, ROOT / "examples/LOG.md"])
+
+
+def test_odd_words_are_found_outside_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (page := tmp_path / "page.md").write_text("`beside` [it](floors.json)\n```bash\nfloors\n```\nit goes\non from A\n")
+    (module := tmp_path / "module.py").write_text('"""No `owed` word."""\n# the Dearest row\n')
+    assert odd_words([page, module]) == [
+        "page.md:5: goes\non from (write resume from, continue)",
+        "module.py:2: Dearest (write most expensive)",
+    ]
+
+
+def test_the_python_of_how_it_works_prints_what_its_comments_say() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how_it_works.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(block, {})
+        assert printed.getvalue().splitlines() == re.findall(r"^print.*?  # (.*)$", block, re.MULTILINE)
+
+
+def test_a_page_starts_with_an_example_and_a_long_one_has_contents() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text()
+        assert -1 < text.find("\n```") < (text + "\n|").find("\n|"), page.name
+        assert len(text.splitlines()) <= 50 or text.find("**Contents:**") < text.index("\n## "), page.name
+
+
+RUNNABLE = ("train", "loss", "monitoring", "evaluate", "performance", "convert", "studies", "troubleshooting")
+RUN = ["README.md", *(f"docs/{name}.md" for name in RUNNABLE)]
 FROM_NOTHING = ("README.md", "docs/train.md")
 """Pages that make the run and the model which the others find."""
 CODES = {

@@ -27,7 +27,7 @@ def main() -> None:
     pairs, solved = map(Path, sys.argv[3:5])
     for path in (pairs, solved):
         if not path.is_file():
-            raise common.StageFailed(f"{path} is not there: docs/domains.md says what to put or link there")
+            raise common.StageFailed(f"{path} is not there: examples/studies/README.md says what to put or link there")
     scale = gsm8k.Scale()
     stages = Stages.open(folder, 1, {"seed": seed, "scale": asdict(scale)}, fresh=False)
     gsm8k.write_data(stages, pairs, solved, scale, seed)

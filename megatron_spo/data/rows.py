@@ -3,8 +3,8 @@
 A row is `[shared | chosen tail | rejected tail]` for one pair after another. `shared` is the longest common
 prefix of (prompt + chosen) and (prompt + rejected); rotary positions of the rejected tail restart at
 `shared`, and the last shared token predicts the first token of both tails. Attention inside a pair is:
-chosen tail sees shared + itself, rejected tail sees shared + itself, nothing sees another pair (docs:
-"Prefix sharing").
+chosen tail sees shared + itself, rejected tail sees shared + itself, nothing sees another pair
+(docs/how_it_works.md#prefix-sharing).
 """
 
 from __future__ import annotations

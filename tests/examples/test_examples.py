@@ -68,7 +68,7 @@ def test_gsm8k_splits_by_problem(tmp_path: Path) -> None:
 def test_the_gsm8k_study_says_which_file_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pairs.jsonl").write_text("")
     monkeypatch.setattr("sys.argv", ["", str(tmp_path / "data"), "0", str(tmp_path / "pairs.jsonl"), "nowhere"])
-    with pytest.raises(StageFailed, match="nowhere is not there: docs/domains.md"):
+    with pytest.raises(StageFailed, match="nowhere is not there: examples/studies/README.md"):
         prepare_gsm8k.main()
     assert not (tmp_path / "data").exists()
 
