@@ -10,6 +10,8 @@ import torch
 from megatron_spo.evaluate.generate import Response, Sampling, generate_by, load_tokenizer
 
 BATCH = 64
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])  # so that only the first answers of a run wait for the imports
 
 
 def answer_apart(
@@ -19,7 +21,7 @@ def answer_apart(
 
     Raises whatever the other process has raised, or BrokenProcessPool where it was killed.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
         return pool.submit(_answer, folder, prompts, sampling, engine, torch.get_num_threads()).result()
 
 

@@ -83,6 +83,8 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         gc.collect()  # the groups, some fifty threads, are part of reference cycles
+    else:
+        gc.freeze()  # what was imported stays: the collector need not look through it again
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
     lay_groups(topology, distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60))

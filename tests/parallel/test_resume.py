@@ -17,9 +17,9 @@ OBJECTIVES = {
     "simpo-barrier": ["loss.name=simpo", "spo.schedule=barrier", "optimizer.decay=cosine"],
 }
 MOVES = [  # (processes, layout, step from which the next one goes on)
-    (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], 3),
-    (1, [], 5),
-    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 7),
+    (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], 2),
+    (1, [], 4),
+    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 6),
     (2, ["parallel.context=2"], None),
 ]
 SAME = {"tp2": ["parallel.tensor=2"], "dp2-overlap-bf16": ["parallel.overlap=true", "precision.dtype=bf16"]}
@@ -39,8 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs=50,
         held_out=7,
         optimizer={"warmup_steps": 2},
-        training={"steps": 9, "eval_every": 3},
-        checkpoint={"every": 1, "keep": 9},
+        training={"steps": 8, "eval_every": 3},
+        checkpoint={"every": 2, "keep": 9},
     )
 
     def train(name: str, *overrides: str) -> Job:

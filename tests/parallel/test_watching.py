@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.grids import selected
 from tests.support.processes import largest_difference, read_metrics, run_jobs
 from tests.support.tiny import tiny_run
 
@@ -17,7 +18,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("watching")
     config = tiny_run(
         folder,
@@ -29,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training={"eval_every": 2},
         monitor={"chosen_fall": 0.001, "on_alarm": "raise_lambda", "generate_every": 4, "generate_prompts": 3},
     )
-    for processes, layouts in ((1, {"one": []}), (2, LAYOUTS)):
+    wanted = {name: LAYOUTS[name] for (name,) in sorted(selected(request, "layout"))}
+    for processes, layouts in ((1, {"one": []}), (2, wanted)):
         jobs = []
         for name, layout in layouts.items():
             given = [f"output={folder}/{name}", f"reference.cache={folder}/cache-{name}", *layout]
@@ -38,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["dp2", "pp2-vpp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2-sp", "cp2"))]
+)
 def test_layout_equals_one_process(folder: Path, layout: str) -> None:
     lines = read_metrics(folder / "one")
     assert any(kind == "alarm" for kind, *_ in lines) and ("generation", "held-out", 4) in lines

@@ -1,6 +1,6 @@
 """Rehearses the cases of test_rehearsal.py, and spoils the last one's findings in several ways.
 
-rehearse_cases.py OUT '{"name": [model, ranks, {parallel}], ...}'
+rehearse_cases.py OUT '{"name": [model, ranks, {parallel}, layers or null], ...}'
 """
 
 import json
@@ -22,11 +22,14 @@ NAME = "model.layers.3.mlp.down_proj.weight"
 def main() -> None:
     out, cases = sys.argv[1:]
     found: dict[str, Any] = {}
-    for name, (model, ranks, parallel) in json.loads(cases).items():
+    for name, (model, ranks, parallel, layers) in json.loads(cases).items():
         config, shape = Config.model_validate({**CONFIG, "parallel": parallel}), shape_of(model)
+        if layers is not None:
+            shape = replace(shape, layers=layers)
         result = rehearse(config, shape, ranks)
         counts = summary(result, item=2)
-        found[name] = {"faults": check(result, config, shape), "ranks": ranks, "numbers": counts["numbers in them"]}
+        found[name] = {"faults": check(result, config, shape), "ranks": ranks}
+        found[name] |= {"numbers": counts["numbers in them"], "parameters": shape.parameters}
         if name == "llama-8b-uneven":
             found["spoilt"] = {kind: check(spoil(result), config, shape) for kind, spoil in SPOILERS.items()}
     Path(out).write_text(json.dumps(found))

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.oracles.lower_level_loop import DUAL_LR, EPSILON, SMOOTHING, lower_level_trajectory
+from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
@@ -46,6 +47,11 @@ IN_LAYOUTS = {
     "dual-shuffled": [*ORACLE["dual"][0], "data.shuffle=true", "spo.v=running_min"],
     "mix-pair": [*MIX, *SCHEDULES["pair"], *SEPARATE],
 }
+CELLS = {
+    (layout, name): [*layout_settings(*LAYOUTS[layout]), *settings]
+    for layout in LAYOUTS
+    for name, settings in IN_LAYOUTS.items()
+}
 EXTRA = {"tokens", "sft_rows", "sft_epoch", *NOT_COMPARED}
 """What a separate set adds, or packs otherwise."""
 
@@ -58,7 +64,7 @@ def sft_rows() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("lower-level")
     pairs = arithmetic_pairs(STEPS * BATCH)
     write_jsonl(folder / "sft.jsonl", sft_rows())
@@ -80,12 +86,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one += [job("train", f"without/{name}", settings) for name, settings in SCHEDULES.items()]
     one += [job("train", f"one/{name}", settings) for name, settings in IN_LAYOUTS.items()]
     run_jobs(one, 1)
-    for processes in (2, 4):
-        wanted = [(name, layout) for name, (count, layout) in LAYOUTS.items() if count == processes]
-        run_jobs(
-            [job("train", f"{n}/{o}", [*s, *layout]) for n, layout in wanted for o, s in IN_LAYOUTS.items()],
-            processes,
-        )
+    jobs: dict[int, list[Job]] = {2: [], 4: []}
+    for layout, name in sorted(selected(request, "layout", "name")):
+        processes, overrides = LAYOUTS[layout]
+        jobs[processes].append(job("train", f"{layout}/{name}", [*IN_LAYOUTS[name], *overrides]))
+    for processes, wanted in jobs.items():
+        run_jobs(wanted, processes)
     return folder
 
 
@@ -130,8 +136,7 @@ def test_the_chosen_responses_as_separate_set_change_nothing(runs: Path, name: s
     assert more_tokens and all(more_tokens)
 
 
-@pytest.mark.parametrize("name", IN_LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@grid("layout,name", CELLS)
 def test_layouts_agree(runs: Path, layout: str, name: str) -> None:
     difference, where = largest_difference(runs / layout / name, runs / "one" / name)
     assert difference < 1e-4, where
