@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_spo.errors import UserError
 from megatron_spo.files import write_output
-
-if TYPE_CHECKING:
-    from megatron_spo.evaluate.limits import ModelLimits
 
 MODES = {
     "ANSWERS": {"answers", "alpaca_eval", "generator"},
@@ -90,46 +86,21 @@ def _answers(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _pairs(options: argparse.Namespace) -> tuple[str, Any]:
-    from megatron_spo.config.data_source import DataSource
-    from megatron_spo.config.schema import DataConfig
-    from megatron_spo.data.dataset import build_dataset
-    from megatron_spo.data.tokenize import load_tokenizer
-    from megatron_spo.evaluate.generate import load_model
-    from megatron_spo.evaluate.limits import limits_of
-    from megatron_spo.evaluate.pairs import score_pairs
+    from megatron_spo.evaluate.pairs import evaluate_pairs
 
-    folders = [options.model, *([options.reference] if options.reference else [])]
-    limits = [limits_of(folder) for folder in folders]
-    source = DataSource(path=options.pairs)
-    limit = _pairs_limit(options.max_length, limits)
-    data = DataConfig(
-        train=[source],
-        max_length=limit,
+    scores = evaluate_pairs(
+        options.model,
+        options.pairs,
+        reference=options.reference,
+        batch_size=options.batch_size or BATCH_SIZE,
+        max_length=options.max_length,
         truncation=options.truncation or "error",
         bad_rows=options.bad_rows or "error",
     )
-    dataset = build_dataset([source], data, load_tokenizer(str(options.model)))
-    for one in limits:
-        one.check_pairs(dataset)
-    models = [load_model(folder) for folder in folders]
-    scores = score_pairs(models[0], models[1] if options.reference else None, dataset, options.batch_size or BATCH_SIZE)
-    dropped = [vars(row) for row in dataset.dropped]
+    dropped = [vars(row) for row in scores.dropped]
     found = {"model": str(options.model), "reference": options.reference and str(options.reference),
              "pairs": options.pairs, "dropped": dropped, **scores.as_json()}  # fmt: skip
     return scores.table() + (f"\n{len(dropped)} rows dropped" if dropped else ""), found
-
-
-def _pairs_limit(asked: int | None, limits: Sequence[ModelLimits]) -> int:
-    """Tokens of a pair's longer side: what was asked for, or what all models have positions for."""
-    shortest = min(limits, key=lambda one: one.positions)
-    if asked is None:
-        return min(2048, shortest.positions)
-    if asked < 2:
-        raise UserError(f"evaluate: --max-length is {asked}, it must be at least 2")
-    if asked > shortest.positions:
-        raise UserError(f"evaluate: --max-length {asked} exceeds the context of {shortest.positions} tokens of the "
-                        f"model in {shortest.folder}; set --max-length to {shortest.positions} at most")  # fmt: skip
-    return asked
 
 
 def _tasks(options: argparse.Namespace) -> tuple[str, Any]:

@@ -1,17 +1,24 @@
 """How a Hugging Face model ranks the pairs of a preference set: transformers' forward over the trainer's tokens."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.losses import ROUNDING
-from megatron_spo.data.dataset import TokenizedSet
+from megatron_spo.config.schema import DataConfig
+from megatron_spo.data.dataset import Dropped, TokenizedSet, build_dataset
+from megatron_spo.data.tokenize import load_tokenizer
+from megatron_spo.errors import UserError
 from megatron_spo.evaluate.answers import aligned, show
+from megatron_spo.evaluate.generate import load_model
+from megatron_spo.evaluate.limits import ModelLimits, limits_of
 from megatron_spo.evaluate.scores import Estimate, estimate
 
 SIDES = ("chosen", "rejected")
@@ -22,13 +29,14 @@ class PairScores:
     """Log-probs of a set of pairs, summed over response tokens: fp64 [pairs, 2], chosen and rejected.
 
     logps: under the model.  reference: under the reference, None without one.  tokens: int64, how many were summed.
-    where: file and line of each pair.
+    where: file and line of each pair.  dropped: the rows that were left out.
     """
 
     logps: NDArray[np.float64]
     reference: NDArray[np.float64] | None
     tokens: NDArray[np.int64]
     where: list[str]
+    dropped: list[Dropped] = field(default_factory=list)
 
     def values(self) -> dict[str, NDArray[np.float64]]:
         """[pairs] values whose means are the metrics.
@@ -75,6 +83,60 @@ def _higher(gap: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.
     return np.where(np.abs(gap) <= noise, 0.5, (gap > 0).astype(np.float64))
 
 
+def evaluate_pairs(
+    model: str | Path,
+    pairs: str | Path,
+    *,
+    reference: str | Path | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    truncation: Literal["error", "drop", "left", "right"] = "error",
+    bad_rows: Literal["error", "drop"] = "error",
+) -> PairScores:
+    """How a model ranks preference pairs: log-probs of both responses, with transformers on one process.
+
+    The tokens are those that training computes with, so that the metrics equal those of a training's held-out pairs.
+
+    Args:
+        model: folder in Hugging Face format; its tokenizer is used.
+        pairs: JSONL or Parquet file, or id on the Hugging Face hub, with rows as in `data.train`.
+        reference: Hugging Face folder of the reference model; adds implicit rewards and shifts (nats).
+        batch_size: sequences at a time, >= 1.
+        max_length: tokens of prompt and longer response; None for 2048, or the model's context where that is shorter.
+        truncation: what to do with a longer pair: an error, leave it out, or cut the prompt at its left or right end.
+        bad_rows: what to do with a row that is not a pair.
+
+    Returns:
+        Log-probs in nats, [pairs, 2]; `estimates()` has the means with their intervals, `table()` a text of them.
+
+    Raises:
+        UserError: no such file or model, a row that is wrong or too long, a token that the model does not have.
+    """
+    folders = [Path(folder) for folder in (model, reference) if folder is not None]
+    limits = [limits_of(folder) for folder in folders]
+    source = DataSource(path=str(pairs))
+    limit = _max_length(max_length, limits)
+    data = DataConfig(train=[source], max_length=limit, truncation=truncation, bad_rows=bad_rows)
+    dataset = build_dataset([source], data, load_tokenizer(str(model)))
+    for one in limits:
+        one.check_pairs(dataset)
+    models = [load_model(folder) for folder in folders]
+    return score_pairs(models[0], models[1] if reference is not None else None, dataset, batch_size)
+
+
+def _max_length(asked: int | None, limits: Sequence[ModelLimits]) -> int:
+    """Tokens of a pair's longer side: what was asked for, or what all models have positions for."""
+    shortest = min(limits, key=lambda one: one.positions)
+    if asked is None:
+        return min(2048, shortest.positions)
+    if asked < 2:
+        raise UserError(f"evaluate: --max-length is {asked}, it must be at least 2")
+    if asked > shortest.positions:
+        raise UserError(f"evaluate: --max-length {asked} exceeds the context of {shortest.positions} tokens of the "
+                        f"model in {shortest.folder}; set --max-length to {shortest.positions} at most")  # fmt: skip
+    return asked
+
+
 def score_pairs(model: Any, reference: Any | None, dataset: TokenizedSet, batch_size: int) -> PairScores:
     """Both sides of every pair under the model, and under the reference where there is one (transformers models)."""
     tokens = np.stack([dataset.chosen_tokens, dataset.rejected_tokens], axis=1)
@@ -83,6 +145,7 @@ def score_pairs(model: Any, reference: Any | None, dataset: TokenizedSet, batch_
         reference=None if reference is None else response_logps(reference, dataset, batch_size),
         tokens=tokens,
         where=[dataset.describe(i) for i in range(len(dataset))],
+        dropped=list(dataset.dropped),
     )
 
 
