@@ -22,11 +22,16 @@ def load_config(
 ) -> Config:
     """The configuration in `path` with `section.key=value` overrides applied, checked and resolved.
 
-    Resolved means that the loss's parameters, `training.epochs` and `data.max_length` have their effective
-    values. With `world_size` (processes) the layout is checked as well; `elsewhere`, for a run on another machine, asks
-    nothing of this one.
+    Resolved means that the loss's parameters, `training.epochs` and `data.max_length` have their effective values.
 
-    Raises UserError with one line per mistake.
+    Args:
+        path: YAML file; examples/reference.yaml has all keys with units, defaults and ranges.
+        overrides: such as "loss.beta=0.2"; the value is YAML.
+        world_size: number of processes, for which the layout is checked as well; None checks it when they start.
+        elsewhere: the run takes place on another machine, so that nothing is asked of this one.
+
+    Raises:
+        UserError: with one line per mistake.
     """
     values = _read(Path(path))
     overridden = [_apply_override(values, override) for override in overrides]

@@ -15,11 +15,11 @@ from megatron_spo.model import hf_files
 from megatron_spo.model.hf_files import locate_model
 
 
-def convert(source: Path, target: Path, to: str, *, verify: bool = False, workers: int = 1) -> list[str]:
+def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = False, workers: int = 1) -> list[str]:
     """Write a model in another format; what is in memory of it is a few blocks of rows, whatever its size.
 
     The folder appears under its name when it is complete. Until then, finished files wait in `target`.partial, and the
-    same command goes on from them.
+    same call resumes from them.
 
     Args:
         source: Hugging Face folder, Megatron model folder, NeMo 2 checkpoint, run directory, or one checkpoint of it.
@@ -35,6 +35,7 @@ def convert(source: Path, target: Path, to: str, *, verify: bool = False, worker
     Raises:
         UserError: the source is not a model or damaged, the format is its own, or `target` exists and is not empty.
     """
+    source, target = Path(source), Path(target)
     if workers < 1:
         raise UserError(f"--workers {workers}: at least one process must write")
     _check_free(target)

@@ -114,7 +114,18 @@ _mode: _CudaMeansCpu | None = None
 
 
 def install() -> bool:
-    """Install the bridge, once, where torch sees no GPU; returns whether it is in place."""
+    """Let Megatron-Core 0.16 run on a CPU with gloo, where torch sees no GPU.
+
+    Requests for CUDA are answered with the CPU. Call it before Megatron's process groups, model and optimizer are
+    built, and before `megatron.core` is imported where Transformer Engine or apex is installed. Further calls change
+    nothing. Build the model with `use_cpu_initialization=True` and without fused kernels.
+
+    Returns:
+        Whether the bridge is in place; False where there is a GPU.
+
+    Raises:
+        RuntimeError: a name of torch or Megatron-Core that is replaced does not exist in the installed version.
+    """
     global _mode
     if torch.cuda.is_available():
         return False
