@@ -1,7 +1,7 @@
 # make quickstart   the main job on a laptop, from nothing to a table (about 5 minutes on 2 cores)
 # make test         the tests of every feature      make lint   style, types, import arrows
 # make test-all     all tests: whole grids of settings, benchmarks, long jobs too    make bench   benchmarks
-# make docs         build/docs/index.html: the Python API from its docstrings
+# make docs         build/docs/index.html: the public API, and the modules behind it, from their docstrings
 #
 # Each makes .venv when there is none. Variables:
 #   PYTHON=python3.12        interpreter for .venv (default: the first of 3.12, 3.11 found)
@@ -50,6 +50,10 @@ lint: venv
 bench: venv
 	@$(BIN)/python tools/bench/run.py
 
+# pdoc takes the public names for all there is of the package; the modules behind them have to be named.
+MODULES := $(patsubst megatron_spo/%.py,megatron_spo.%,$(filter-out megatron_spo/__%,$(wildcard megatron_spo/*.py)))
+MODULES += $(patsubst megatron_spo/%/__init__.py,megatron_spo.%,$(wildcard megatron_spo/*/__init__.py))
+
 docs: venv
-	@$(BIN)/pdoc -d google -o build/docs megatron_spo
+	@$(BIN)/pdoc -d google -o build/docs megatron_spo $(MODULES)
 	@echo "build/docs/index.html"

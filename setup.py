@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_spo", "megatron_spo.*"]),
-    package_data={"megatron_spo.planner.presets": ["*/config.json"]},
+    package_data={"megatron_spo": ["py.typed"], "megatron_spo.planner.presets": ["*/config.json"]},
     entry_points={"console_scripts": ["megatron-spo = megatron_spo.cli:main"]},
     install_requires=[
         "torch>=2.8",
