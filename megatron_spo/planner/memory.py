@@ -19,7 +19,7 @@ Kernels = Literal["cpu", "torch", "engine"]
 
 LOGITS_PER_CHUNK = {"cpu": 2**24, "torch": 2**26, "engine": 2**26}
 """Logits that the log-prob head holds at a time (model/logprobs.py)."""
-RESERVED = {"cpu": 0.4 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
+RESERVED = {"cpu": 0.28 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
 """Of a process before any tensor. On a CPU: what Python, torch and Megatron have of their own, measured. On a GPU:
 CUDA's context, NCCL's buffers and what the allocator cannot use, an assumption."""
 

@@ -158,7 +158,7 @@ class Cluster:
         )
         return int(shown["ExitCode"].partition(":")[0])
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 600) -> None:
         """Wait until something has happened."""
         until = time.monotonic() + seconds
         while not condition():
