@@ -25,8 +25,10 @@ STOPPED = 75
 
 @dataclass(frozen=True)
 class Place:
-    """The files of a step: mark (written when done), lock and log; the mark holds `key`, a checksum of all commands
-    up to this step."""
+    """The files of a step: mark (written when it is done), lock and log.
+
+    The mark holds `key`, a checksum of all commands up to this step.
+    """
 
     mark: Path
     lock: Path

@@ -119,7 +119,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, model: Path, monkeypatch: pytest.M
     convert(model, tmp_path / "megatron", "megatron", verify=True)
     files = {path.name for path in (tmp_path / "megatron").glob("*.distcp")}
     assert len(files) > 3
-    assert len(written) == len(files) + 1  # only the torn file was written twice
+    assert len(written) == len(files) + 1  # only the incomplete file was written twice
     convert(tmp_path / "megatron", tmp_path / "hf", "hf")
     assert_same(model, tmp_path / "hf")
 

@@ -88,7 +88,7 @@ def _write_common(weights: Path) -> None:
 
 @dataclass(frozen=True)
 class _Object:
-    """A class or function of another package and its arguments; None if it is only referred to, not called."""
+    """A class or function of another package; `arguments` is None if it is only referred to, not called."""
 
     path: str
     arguments: Mapping[str, Any] | None = None
