@@ -1,13 +1,15 @@
-# make quickstart   the main job on a laptop, from nothing to a table (about 5 minutes on 2 cores)
-# make test         the tests of every feature      make lint   style, types, import arrows
-# make test-all     all tests: whole grids of settings, benchmarks, long jobs too    make bench   benchmarks
-# make docs         build/docs/index.html: the public API, and the modules behind it, from their docstrings
+# make quickstart   run the quickstart, from an untrained model to a table of results (about 5 minutes on 2 cores)
+# make test         run the tests of every feature
+# make test-all     run all tests: also large parameter grids, benchmarks and long jobs
+# make lint         check style, types and import contracts
+# make bench        run the benchmarks
+# make docs         write build/docs/index.html, the documentation of the Python API
 #
-# Each makes .venv when there is none. Variables:
-#   PYTHON=python3.12        interpreter for .venv (default: the first of 3.12, 3.11 found)
-#   TORCH=torch==2.13.0      PyTorch to install (default: the CPU build, one with CUDA beside a GPU; kept if there)
-#   PIP_TORCH_ARGS="..."     further arguments of that pip install, such as --index-url
-#   JOBS=2                   test processes
+# Each target creates .venv if it does not exist. Variables:
+#   PYTHON=python3.12        interpreter for .venv (default: the first of python3.12, python3.11, python3 that fits)
+#   TORCH=torch==2.13.0      PyTorch to install (default: the installed one, else a CUDA or CPU build)
+#   PIP_TORCH_ARGS="..."     further arguments of pip install for PyTorch, such as --index-url
+#   JOBS=2                   number of test processes
 
 PYTHON ?=
 TORCH ?=
@@ -32,7 +34,7 @@ venv: .venv/.installed
 quickstart: venv
 	@$(BIN)/python examples/quickstart/run.py
 
-# A module's tests share its fixtures, so that they stay in one process; the longest modules start first (tests/conftest.py).
+# Tests of a module share fixtures, so they run in one process; the longest modules start first (tests/conftest.py).
 test: venv
 	@$(PYTEST)
 
@@ -40,7 +42,7 @@ test-all: venv
 	@$(PYTEST) -m ""
 
 lint: venv
-	@echo "== ruff, mypy, import arrows"
+	@echo "== ruff, mypy, import contracts"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -1,6 +1,6 @@
 """Package metadata.
 
-NVIDIA's apex is not an extra: the package of that name on the index is another one (`megatron-spo doctor`).
+NVIDIA's apex is not an extra, because the package index has an unrelated package of that name (`megatron-spo doctor`).
 """
 
 import re
@@ -43,9 +43,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # the range that megatron-core 0.16.1 names; its torch part is compiled here: pip install --no-build-isolation
+        # the range that megatron-core 0.16.1 requires; its torch part is compiled by pip install --no-build-isolation
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-        # not needed to convert its checkpoints; 3.0 has no LLM collection, whose own requirements are not ours
+        # not needed to convert NeMo checkpoints; 3.0 has no LLM collection, whose requirements are not included here
         "nemo": ["nemo-toolkit>=2.7,<3"],
         "wandb": ["wandb>=0.18"],
         "tensorboard": ["tensorboard>=2.14"],

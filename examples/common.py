@@ -1,4 +1,4 @@
-"""What the examples share: running commands, in turn or side by side, and reading what they wrote."""
+"""Functions that the examples share: run commands, one after another or in parallel, and read their output."""
 
 import argparse
 import json
@@ -14,28 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-LOG_TAIL = 15  # lines of a failed command's log that are shown
+LOG_TAIL = 15  # number of lines shown of a failed command's log
 PENALTY = ("spo.schedule=penalty", "spo.lambda_unit=relative")
 
 
 class StageFailed(Exception):
-    """A stage's command failed, or the output folder is not ours; the message is for the user."""
+    """Raised if a stage cannot be run, or its output folder belongs to something else; the message is for the user."""
 
 
 def parse_arguments(description: str, default_out: str, *files: str) -> argparse.ArgumentParser:
-    """The options that all examples have; `files` are positional paths."""
+    """Returns a parser with the options of all examples; `files` are names of positional paths."""
     parser = argparse.ArgumentParser(description=description)
     for file in files:
         parser.add_argument(file, type=Path)
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder to write [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="of problems, weights and sampling [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each [%(default)s]")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, weights and sampling [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs in parallel, one core each [%(default)s]")
+    parser.add_argument("--fresh", action="store_true", help="delete OUT and start over instead of resuming")
     return parser
 
 
 def variants(losses: Mapping[str, Sequence[str]], spo_lambda: float) -> dict[str, list[str]]:
-    """Run name -> overrides: the control, then every loss alone and with SPO at one `spo.lambda` for all."""
+    """Returns run name -> overrides: the control, then every loss alone and with SPO at the same `spo.lambda`."""
     found = {"sft_on_chosen": ["spo.schedule=sft"]}
     for name, parameters in losses.items():
         chosen = [f"loss.name={name}", *parameters]
@@ -45,7 +45,7 @@ def variants(losses: Mapping[str, Sequence[str]], spo_lambda: float) -> dict[str
 
 
 class TrainingScale(Protocol):
-    """How long the examples train: optimizer steps of SFT and of a run on the pairs."""
+    """Training lengths of an example, in optimizer steps: SFT, and a run on the pairs."""
 
     @property
     def sft_steps(self) -> int: ...
@@ -61,7 +61,7 @@ class TrainingScale(Protocol):
 
 @dataclass
 class Stages:
-    """Runs commands in a folder; what was done before, by its output, is not done again."""
+    """Runs commands in a folder, and skips those whose output exists."""
 
     out: Path
     jobs: int
@@ -70,32 +70,37 @@ class Stages:
 
     @classmethod
     def open(cls, out: Path, jobs: int, settings: Mapping[str, Any], *, fresh: bool) -> "Stages":
-        """Makes the folder or goes on in it; StageFailed where it holds something else, or other settings."""
+        """Creates the folder or resumes in it; raises StageFailed if it has other content or other settings."""
         record = out / "settings.json"
         if out.exists() and any(out.iterdir()) and not record.is_file():
             raise StageFailed(f"{out} exists and was not written by this example; choose another --out")
         if record.is_file() and fresh:
             shutil.rmtree(out)
         if record.is_file() and (there := json.loads(record.read_text())) != dict(settings):
-            raise StageFailed(f"{out} was made with other settings ({there}); use --fresh, or another --out")
+            raise StageFailed(f"{out} was written with other settings ({there}); use --fresh, or another --out")
         (out / "logs").mkdir(parents=True, exist_ok=True)
         write_text(record, json.dumps(dict(settings)))
         return cls(out, jobs)
 
     def file(self, name: str) -> Path:
-        """OUT/NAME.jsonl, which one stage writes and another reads."""
+        """Returns OUT/NAME.jsonl, a file that one stage writes and another reads."""
         return self.out / f"{name}.jsonl"
 
     def say(self, text: str) -> None:
-        """One line on screen with the time since the start."""
+        """Prints a line with the time since the start."""
         with self._printing:
             print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
 
     def command(self, name: str, *arguments: str | Path, done: bool, processes: int = 1) -> None:
-        """`python -m megatron_spo ARGUMENTS` unless `done`, its output in logs/NAME.log; by torchrun where it runs
-        in several data-parallel processes. Each process has one thread."""
+        """Runs `python -m megatron_spo ARGUMENTS` unless `done`, with one thread per process.
+
+        Output goes to logs/NAME.log. Several data-parallel processes are started by torchrun.
+
+        Raises:
+            StageFailed: If the command fails; the message has the end of its log.
+        """
         if done:
-            self.say(f"{name}: done before")
+            self.say(f"{name}: already done")
             return
         log = self.out / "logs" / f"{name}.log"
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -125,7 +130,7 @@ class Stages:
         return model
 
     def train_sft(self, config: Path, scale: TrainingScale, seed: int) -> Path:
-        """The model in OUT/model trained on OUT/sft.jsonl, as all processes together; returns its export."""
+        """Trains the model in OUT/model on OUT/sft.jsonl with `jobs` processes; returns the exported model."""
         overrides = [
             f"model.path={self.out / 'model'}",
             f"data.train={self.file('sft')}",
@@ -137,7 +142,7 @@ class Stages:
         return self.export("sft")
 
     def fill_reference(self, config: Path, scale: TrainingScale, seed: int, model: Path) -> list[str]:
-        """The reference cache of OUT/pairs.jsonl and OUT/pairs_heldout.jsonl; returns what all runs on them share."""
+        """Fills the reference cache of OUT/pairs.jsonl and OUT/pairs_heldout.jsonl; returns overrides for all runs."""
         shared = [
             f"model.path={model}",
             f"data.train={self.file('pairs')}",
@@ -153,14 +158,14 @@ class Stages:
         return shared
 
     def generate(self, name: str, model: Path, prompts: Path, *options: str) -> Path:
-        """Responses of an exported model in OUT/NAME.jsonl."""
+        """Writes responses of an exported model to OUT/NAME.jsonl; returns that file."""
         written = self.file(name)
         files = ("--prompts", prompts, "--out", written)
         self.command(f"generate-{name}", "generate", model, *files, *options, done=written.is_file())
         return written
 
     def side_by_side(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Runs the tasks, `jobs` at a time; after a failure no further one starts."""
+        """Runs the tasks, `jobs` at a time; after a failure, no further task is started."""
         failed = threading.Event()
 
         def guarded(task: Callable[[], None]) -> None:
@@ -178,58 +183,58 @@ class Stages:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs an example's main function; a failed stage ends it with its message and exit code 1."""
+    """Runs an example's main function; a failed stage ends the program with its message and exit code 1."""
     try:
         main()
     except StageFailed as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("interrupted; run the same command again to resume")
 
 
 def reason(log: Path) -> str:
-    """Why a command failed: the last lines of its log from its own message on, where there is one."""
+    """Returns why a command failed: its log from the error message on, or the last lines without one."""
     lines = log.read_text().splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("error:")), len(lines) - LOG_TAIL)
     return "\n".join(lines[max(first, 0) :][:LOG_TAIL])
 
 
 def run_state(run: Path) -> str | None:
-    """`state` of a run directory; None where there is no run."""
+    """Returns the `state` of a run directory, or None if there is no run."""
     status = run / "status.json"
     return json.loads(status.read_text())["state"] if status.is_file() else None
 
 
 def metrics_lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind (train, eval) of a run's metrics.jsonl."""
+    """Returns the lines of one kind (train, eval) of a run's metrics.jsonl."""
     return [line for line in read_jsonl(run / "metrics.jsonl") if line["kind"] == kind]
 
 
 def training_seconds(run: Path) -> float:
-    """Time spent in optimizer steps."""
+    """Returns the seconds spent in optimizer steps."""
     return float(sum(line["seconds"] for line in metrics_lines(run, "train")))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
+    """Returns the rows of a JSONL file."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows, complete or not at all."""
+    """Writes rows as JSONL, atomically."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, complete or not at all."""
+    """Writes a file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned for a terminal, the first to the left."""
+    """Returns a table for the terminal, the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))

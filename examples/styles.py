@@ -1,7 +1,7 @@
-"""What the tasks with two styles of answer share: SFT rows, pairs by a noisy judge, scores and a small model.
+"""Functions that the tasks with two styles of answer share: SFT rows, pairs by a noisy judge, scores, a small model.
 
-A task is a module with the members of `Task`. Its verdict on a response is the response's style, None where it is
-malformed (or never ended), and whether it is right.
+A task is a module with the members of `Task`. Its verdict on a response is the response's style (None if it is
+malformed or did not end) and whether it is right.
 """
 
 import random
@@ -53,7 +53,7 @@ class Task(Protocol):
 
 
 def sft_rows(solution: Callable[[Any, str], str], problems: Iterable[Problem]) -> list[dict[str, str]]:
-    """Every problem three times in the long style and twice in the short one: 60% to 40%."""
+    """Returns every problem three times in the long style and twice in the short one (60% and 40%)."""
     styles = (LONG, LONG, LONG, SHORT, SHORT)
     return [{"prompt": p.prompt, "completion": solution(p, style)} for p in problems for style in styles]
 
@@ -61,9 +61,9 @@ def sft_rows(solution: Callable[[Any, str], str], problems: Iterable[Problem]) -
 def preference_pairs(
     verdict: Verdict, sampled: Iterable[dict[str, Any]], count: int, agreement: float, seed: int
 ) -> list[dict[str, str]]:
-    """At most `count` pairs from sampled responses: both right, one in each style, one pair a problem.
+    """Returns at most `count` pairs of sampled responses: both right, one in each style, one pair per problem.
 
-    The judge likes the short style but is noisy: it takes the short one with probability `agreement`.
+    The judge is noisy: it prefers the short style with probability `agreement`.
     """
     judge = random.Random(f"judge {seed}")
     pairs: list[dict[str, str]] = []
@@ -100,8 +100,10 @@ def score(verdict: Verdict, generated: Sequence[dict[str, Any]]) -> Score:
 
 
 def write_model(characters: str, folder: Path) -> None:
-    """An untrained Llama of 0.3M parameters: a config.json, from which `train` draws the weights, and a
-    tokenizer with one token a character."""
+    """Writes the config.json of a Llama of 0.3M parameters, and a tokenizer with one token per character.
+
+    `train` draws the weights.
+    """
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     raw = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     raw.decoder = decoders.Fuse()
@@ -110,7 +112,7 @@ def write_model(characters: str, folder: Path) -> None:
 
 
 def write_llama(tokenizer: PreTrainedTokenizerFast, folder: Path, **shape: Any) -> None:
-    """A tokenizer and the config.json of a Llama of 3 layers with 4 heads for it."""
+    """Writes a tokenizer, and the config.json of a Llama of 3 layers with 4 heads for it."""
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A sweep: one full run for each line of a file, as a job array, each on one node; a table of all runs afterwards.
+# A sweep as a job array: one full run on one node for each line of a file, and then a table of all runs.
 #   SPO_CONFIG=my.yaml SPO_OUT=/shared/study SPO_STUDY=lines.txt bash slurm/array_study.sh [sbatch options]
 # on the login node, from the repository's root. A line holds overrides as `train` takes them, such as
 #   loss.name=simpo spo.lambda=0.5
-# Empty lines and those that begin with # do not count. Three jobs are submitted, each with the options given: the
-# reference pass, which all runs share (a run whose line alters model or data names a reference.cache of its own); the
-# array, whose task N writes SPO_OUT/N, SPO_AT_ONCE of them at a time (default: all); the table SPO_OUT/summary.txt.
+# Empty lines and lines that begin with # are ignored. Three jobs are submitted, each with the given options:
+# 1. the reference pass, which all runs share (a run that changes the model or data must set its own reference.cache);
+# 2. the array, whose task N writes SPO_OUT/N, SPO_AT_ONCE tasks at a time (default: all);
+# 3. the table SPO_OUT/summary.txt.
 #SBATCH --job-name=spo-study
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -21,15 +22,15 @@
 
 home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/lib.sh
-source "$home/slurm/lib.sh" || { echo "error: run it from the repository's root, or name it in SPO_HOME" >&2 && exit 2; }
+source "$home/slurm/lib.sh" || { echo "error: run this script from the root of the repository, or set SPO_HOME to it" >&2 && exit 2; }
 
 submit() {
     local reference array summary after=()
-    [[ -z ${SLURM_JOB_ID:-} ]] || die 2 "run it with bash on the login node: it submits the jobs itself"
+    [[ -z ${SLURM_JOB_ID:-} ]] || die 2 "this script submits jobs itself; run it with bash on the login node, not with sbatch"
     check_variables
-    ((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides"
+    ((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides; add one for each run"
     mkdir -p "$SPO_OUT"
-    printf '%s\n' "${lines[@]}" >"$SPO_OUT/study.txt" # task N must find line N, whatever becomes of the file
+    printf '%s\n' "${lines[@]}" >"$SPO_OUT/study.txt" # task N must find line N even if the original file changes
     export SPO_STUDY=$SPO_OUT/study.txt
     if wants_reference; then
         reference=$(SPO_STUDY_PART=reference sbatch --parsable "$@" "$0")
@@ -59,7 +60,7 @@ case ${SPO_STUDY_PART:-submit} in
     task)
         line=${lines[SLURM_ARRAY_TASK_ID - 1]}
         SPO_OUT=$study/$SLURM_ARRAY_TASK_ID SPO_OVERRIDES="${SPO_OVERRIDES:-} $line"
-        if wants_reference && [[ $line != *reference.cache=* ]]; then # filled by the first job
+        if wants_reference && [[ $line != *reference.cache=* ]]; then # the first job has filled the cache
             SPO_CACHE=$study/reference SPO_STEPS=${SPO_STEPS/reference/}
         fi
         begin 400
@@ -69,7 +70,7 @@ case ${SPO_STUDY_PART:-submit} in
         SPO_OUT=$study/shared
         begin 1
         launch 1 1 "$SPO_OUT/logs/summary.log" "$SPO_PYTHON" "$home/slurm/summary.py" "$study" ||
-            die $? "no table: $(tail -n1 "$SPO_OUT/logs/summary.log")"
+            die $? "the table could not be made: $(tail -n1 "$SPO_OUT/logs/summary.log")"
         cat "$study/summary.txt"
         ;;
 esac

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Llama-3-70B by SPO on 32 H100s: reference pass, training, export to Hugging Face, answers to held-out prompts.
+# SPO of Llama-3-70B on 32 H100s: reference pass, training, export to Hugging Face, answers to held-out prompts.
 #   SPO_CONFIG=my.yaml SPO_OUT=/shared/spo-70b SPO_PROMPTS=held-out.jsonl sbatch slurm/spo_70b.sh
-# from the repository's root. It goes on by itself after time limit, preemption and lost nodes; see slurm/README.md.
+# from the root of the repository. Resumes by itself after time limit, preemption and lost nodes; see slurm/README.md.
 #SBATCH --job-name=spo-70b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -17,8 +17,8 @@
 
 home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/lib.sh
-source "$home/slurm/lib.sh" || { echo "error: submit from the repository's root, or name it in SPO_HOME" >&2 && exit 2; }
+source "$home/slurm/lib.sh" || { echo "error: submit from the root of the repository, or set SPO_HOME to it" >&2 && exit 2; }
 
 : "${SPO_LAYOUT=parallel.tensor=8 parallel.pipeline=2 parallel.sequence=true}" # and data parallel 2
-begin 3000 # GB: two checkpoints with optimizer state, one of them being written, and the export
+begin 3000 # GB for two checkpoints with optimizer state, one of them being written, and the export
 run_steps

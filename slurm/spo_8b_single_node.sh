@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Llama-3-8B by SPO on one node of 8 H100s; otherwise as spo_70b.sh.
+# SPO of Llama-3-8B on one node of 8 H100s; otherwise the same as spo_70b.sh.
 #   SPO_CONFIG=my.yaml SPO_OUT=/shared/spo-8b sbatch slurm/spo_8b_single_node.sh
 #SBATCH --job-name=spo-8b
 #SBATCH --nodes=1
@@ -16,7 +16,7 @@
 
 home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/lib.sh
-source "$home/slurm/lib.sh" || { echo "error: submit from the repository's root, or name it in SPO_HOME" >&2 && exit 2; }
+source "$home/slurm/lib.sh" || { echo "error: submit from the root of the repository, or set SPO_HOME to it" >&2 && exit 2; }
 
 : "${SPO_LAYOUT=parallel.tensor=4 parallel.sequence=true}" # and data parallel 2
 begin 400

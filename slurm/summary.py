@@ -1,6 +1,7 @@
-"""The table after a study: `summary.py FOLDER` reads FOLDER/study.txt and the runs FOLDER/N, writes FOLDER/summary.txt.
+"""Writes the table of a study: `summary.py FOLDER` reads FOLDER/study.txt and the runs FOLDER/N.
 
-A line for each run: how it ended and the last evaluation on the first held-out set (of training where there is none).
+The table is FOLDER/summary.txt. Each line has a run's state and its last metrics on the first held-out set, or on
+training batches without one.
 """
 
 import json
@@ -14,7 +15,7 @@ METRICS = ("loss", "rewards/accuracies", "rewards/margins", "spo/gap", "spo/chos
 
 
 def row(folder: Path, overrides: str) -> list[str]:
-    """Of one run: number, state, step, metrics, overrides; a run that never began says why."""
+    """Returns the cells of one run: number, state, step, metrics and overrides, with the reason if it is not done."""
     run = folder / "run"
     if not (run / "metrics.jsonl").is_file():
         log = folder / "logs/job.log"
@@ -26,12 +27,12 @@ def row(folder: Path, overrides: str) -> list[str]:
     last = known.last(known.eval_sets[0] if known.eval_sets else None)
     values = [f"{last[name]:.4f}" if last.get(name) is not None else "-" for name in METRICS]
     why = "" if known.state == "done" else f"   <- {status.get('reason', '')}"
-    steps = known.last(None)["step"]  # status.json has that of the newest checkpoint
+    steps = known.last(None)["step"]  # status.json has the step of the newest checkpoint
     return [folder.name, known.state, str(steps), *values, overrides + why]
 
 
 def table(study: Path) -> str:
-    """The whole table, columns aligned."""
+    """Returns the table with aligned columns."""
     lines = (study / "study.txt").read_text().splitlines()
     rows = [["run", "state", "step", *METRICS, "overrides"]]
     rows += [row(study / str(number), overrides) for number, overrides in enumerate(lines, 1)]

@@ -1,4 +1,4 @@
-"""What a whole test session shares: the server that forks the tests' processes, and the account of what they cost."""
+"""Starts the server that forks the tests' processes, records the cost of each test, and sorts the tests."""
 
 import gc
 import os
@@ -17,19 +17,19 @@ _server = pytest.StashKey[subprocess.Popen[bytes]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs())
-    if hasattr(config, "workerinput"):  # a process of pytest-xdist: the server of the main one is its server
+    if hasattr(config, "workerinput"):  # a pytest-xdist worker uses the server of the main process
         return
     os.environ[WARM_SOCKET] = f"{tempfile.mkdtemp()}/warm"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     script = Path(__file__).parent / "support" / "warm.py"
     config.stash[_server] = subprocess.Popen([sys.executable, str(script), os.environ[WARM_SOCKET]], env=environment)
-    while not os.path.exists(os.environ[WARM_SOCKET]):  # it listens at once
+    while not os.path.exists(os.environ[WARM_SOCKET]):  # created when the server listens
         assert config.stash[_server].poll() is None
 
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # a command collects garbage when it starts: it need not look at what was imported
+    gc.freeze()  # commands collect garbage at their start, which need not scan imported modules
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -39,7 +39,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 LONGEST_FIRST = ("slurm", "parallel", "examples", "bench", "train")
-"""Folders whose modules take longest: where they start last, one process of pytest-xdist waits for the other."""
+"""Folders whose modules take longest; if they started last, one pytest-xdist worker would wait for the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

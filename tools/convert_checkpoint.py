@@ -1,4 +1,4 @@
-"""Converts a checkpoint: `megatron-spo convert` under the name of a script."""
+"""Converts a checkpoint; the same as `megatron-spo convert`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Plans a run before a GPU is touched: `megatron-spo plan` under the name of a script."""
+"""Plans a run without using GPUs; the same as `megatron-spo plan`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fills the reference cache of a configuration: `megatron-spo reference` under the name of a script."""
+"""Fills the reference cache of a configuration; the same as `megatron-spo reference`."""
 
 import sys
 

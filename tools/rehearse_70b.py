@@ -1,4 +1,4 @@
-"""Rehearses the 70B of examples/llama3_70b on 32 GPUs: `megatron-spo rehearse` under the name of a script."""
+"""Rehearses the 70B model of examples/llama3_70b on 32 GPUs; the same as `megatron-spo rehearse`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Studies, and laws fitted to their tables: `megatron-spo scaling` under the name of a script."""
+"""Runs studies and fits laws to their tables; the same as `megatron-spo scaling`."""
 
 import sys
 

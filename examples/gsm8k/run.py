@@ -1,7 +1,7 @@
-"""Real pairs: does the held-out chosen log-prob collapse on GSM8K answers, and does SPO hold it?
+"""Real pairs: does the held-out chosen log-prob collapse on GSM8K answers, and does SPO prevent it?
 
-A small Llama with a tokenizer of its own is trained on solved problems, then the control, DPO and SimPO, each
-without and with SPO, run on pairs of model answers. A share of the problems is held out with all their pairs.
+A small Llama with its own tokenizer is trained on solved problems. Then the control, and DPO and SimPO without and
+with SPO, are trained on pairs of model answers. Some problems are held out with all their pairs.
 """
 
 import json
@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # a script's own path is its folder; the examples import each other
+sys.path.insert(0, str(HERE.parents[1]))  # for `import examples`: a script has only its own folder on the path
 
 from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
@@ -40,7 +40,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Sizes of the data and lengths of the training."""
 
     vocabulary: int = 1024
     sft_steps: int = 400
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None
 
 
 def write_data(stages: Stages, pairs_file: Path, sft_file: Path, scale: Scale, seed: int) -> None:
-    """The untrained model and its tokenizer, and the pairs split by problem; no problem is on both sides."""
+    """Writes the untrained model with its tokenizer, and training and held-out pairs of different problems."""
     pairs, solved = read_input(pairs_file, "rejected"), read_input(sft_file, "completion")
     problems = sorted({row["prompt"] for row in pairs})
     held_out = set(random.Random(f"held out {seed}").sample(problems, scale.held_out_problems))
@@ -85,18 +85,18 @@ def write_data(stages: Stages, pairs_file: Path, sft_file: Path, scale: Scale, s
 
 
 def read_input(path: Path, field: str) -> list[dict[str, Any]]:
-    """The rows of a given file, which must have `prompt` and `field`."""
+    """Reads a file whose rows must have `prompt` and `field`."""
     if not path.is_file():
-        raise common.StageFailed(f"{path} does not exist")
+        raise common.StageFailed(f"{path} does not exist; see examples/gsm8k/README.md")
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         if "prompt" not in row or field not in row:
-            raise common.StageFailed(f"{path} line {number}: needs the fields `prompt` and `{field}`")
+            raise common.StageFailed(f"{path} line {number}: the fields `prompt` and `{field}` are required")
     return rows
 
 
 def write_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
-    """An untrained Llama of 0.9M parameters as a config.json, and a byte-level BPE trained on `texts`."""
+    """Writes the config.json of a Llama of 0.9M parameters, and a byte-level BPE tokenizer trained on `texts`."""
     raw = Tokenizer(BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -112,7 +112,7 @@ def write_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
 
 
 def train(stages: Stages, scale: Scale, seed: int) -> None:
-    """SFT, the reference cache, then the runs on the pairs, several at a time."""
+    """Runs SFT, fills the reference cache, and trains on the pairs with several runs at a time."""
     config = HERE / "preference.yaml"
     shared = stages.fill_reference(config, scale, seed, stages.train_sft(HERE / "sft.yaml", scale, seed))
 
@@ -123,8 +123,10 @@ def train(stages: Stages, scale: Scale, seed: int) -> None:
 
 
 def measure(stages: Stages, name: str) -> dict[str, Any]:
-    """One row of results.json: the last evaluation on the held-out pairs; log-probs in nats a response, the
-    cross-entropy (CE) in nats a token."""
+    """Returns a row of results.json: the last evaluation on the held-out pairs.
+
+    Log-probs are in nats per response, the cross-entropy (CE) in nats per token.
+    """
     last = common.metrics_lines(stages.out / name, "eval")[-1]
     return {
         "name": name,
@@ -139,7 +141,7 @@ def measure(stages: Stages, name: str) -> dict[str, Any]:
 
 
 def before(stages: Stages) -> dict[str, Any]:
-    """The row of the SFT model that all runs start from, by the reference's share in the control's evaluation."""
+    """Returns the row of the SFT model that all runs start from, computed from the control's evaluation."""
     control = common.metrics_lines(stages.out / "sft_on_chosen", "eval")[-1]
     return {
         "name": "sft",
@@ -154,7 +156,7 @@ def before(stages: Stages) -> dict[str, Any]:
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
+    """Returns the rows as a table for the terminal."""
 
     def cell(value: float | None, digits: str) -> str:
         return "-" if value is None else format(value, digits)

@@ -1,4 +1,4 @@
-"""The quickstart's page and picture, and what may be said: every sentence is computed from the numbers."""
+"""Writes the quickstart's page and figure; every sentence about the result is computed from the numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,9 +45,9 @@ SHIFTS = {
 ABOUT = (
     "Three-digit addition with a worked scratchpad, in a long and a short style. sft is the model that all "
     "runs start from. The pairs were sampled from it: both responses right, one in each style; the judge "
-    "takes the short one in 75%. sft_on_chosen, the control, is plain SFT on the chosen responses. A win "
-    "is a response that is right and short. Log-prob changes are means over held-out pairs, in nats a response; "
-    "scores are of held-out problems."
+    "prefers the short one in 75%. sft_on_chosen, the control, is plain SFT on the chosen responses. A win "
+    "is a response that is right and short. Log-prob changes are means over held-out pairs, in nats per response; "
+    "scores are means over held-out problems."
 )
 
 
@@ -61,7 +61,7 @@ def write_page(out: Path, rows: Sequence[Row]) -> list[str]:
     curves = [figures.draw_curves(shift_curves(out, rows, metric), title) for metric, title in SHIFTS.items()]
     parts = [
         paragraph(ABOUT),
-        section("What was measured", *map(paragraph, sentences)),
+        section("Results", *map(paragraph, sentences)),
         section("Table", table(list(HEADERS.values()), [table_row(row) for row in rows])),
         section("Responses to held-out problems", *bars, grid=True),
         section("Log-probs of held-out pairs (dashed: without SPO)", legend(colours), *curves, grid=True),
@@ -71,7 +71,7 @@ def write_page(out: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def write_picture(out: Path, rows: Sequence[Row]) -> None:
-    """OUT/displacement.svg: what SPO prevents, in two panels, for a README."""
+    """Writes OUT/displacement.svg, which shows in two panels what SPO prevents."""
     names = [row["name"] for row in rows]
     with matplotlib.rc_context(figures.STYLE):
         figure, (left, right) = figures.new_figure(2)
@@ -83,7 +83,7 @@ def write_picture(out: Path, rows: Sequence[Row]) -> None:
 
 
 def shift_curves(out: Path, rows: Sequence[Row], metric: str) -> list[Curve]:
-    """A curve for each run on the pairs, from 0 at step 0; runs without SPO are dashed."""
+    """Returns a curve for each run on the pairs, from 0 at step 0; runs without SPO are dashed."""
     curves = []
     for name in (row["name"] for row in rows):
         points = [(line["step"], line[metric]) for line in metrics_lines(out / name, "eval") if metric in line]
@@ -93,30 +93,30 @@ def shift_curves(out: Path, rows: Sequence[Row], metric: str) -> list[Curve]:
 
 
 def colour(name: str) -> str:
-    """One colour a loss, paler without SPO."""
+    """Returns the colour of a run: one per loss, paler without SPO."""
     loss = name.removesuffix("+spo")
     return COLOURS[loss] if loss != name or loss.startswith("sft") else COLOURS[loss] + "99"
 
 
 def bases(rows: Sequence[Row]) -> list[str]:
-    """The losses that were run without and with SPO."""
+    """Returns the losses that were run without and with SPO."""
     names = [row["name"] for row in rows]
     return [name for name in names if f"{name}+spo" in names]
 
 
 def greedy_win(out: Path, name: str) -> float:
-    """Share of greedy responses that are right and in the preferred style."""
+    """Returns the share of greedy responses that are right and in the preferred style."""
     return task.score(read_jsonl(out / f"{name}-greedy.jsonl")).win
 
 
 def table_row(row: Row) -> list[str]:
-    """The cells of one row."""
+    """Returns the table cells of one row."""
     digits = {"chosen_shift": "+.1f", "rejected_shift": "+.1f", "seconds": ".0f"}
     return [row["name"], *(format(row[key], digits.get(key, ".3f")) for key in HEADERS if key != "name")]
 
 
 def verdict(rows: Sequence[Row], greedy_wins: Mapping[str, float]) -> list[str]:
-    """What the numbers say, and no more."""
+    """Returns sentences that state what the numbers show."""
     by_name = {row["name"]: row for row in rows}
     base, control = bases(rows), "sft_on_chosen"
     spo = [f"{name}+spo" for name in base]
@@ -135,7 +135,7 @@ def verdict(rows: Sequence[Row], greedy_wins: Mapping[str, float]) -> list[str]:
         return float(by_name[name]["win"])
 
     best = max(spo, key=accuracy)
-    colder = " For the control, a colder temperature is another way to the preferred style."
+    colder = " For the control, a lower temperature also leads to the preferred style."
     colder = colder if greedy_wins[control] > win(control) else ""
     stays = "above" if accuracy(control) > accuracy(best) else "not above"
     return [
@@ -148,5 +148,5 @@ def verdict(rows: Sequence[Row], greedy_wins: Mapping[str, float]) -> list[str]:
         f"{accuracy(best):.3f}).",
         f"Decoded greedily, the control wins {greedy_wins[control]:.3f}, and with SPO "
         f"{listed(spo, lambda name: greedy_wins[name])}.{colder}",
-        "One small model, one seed: this shows the mechanism, not its size elsewhere.",
+        "One small model, one seed: this shows the mechanism, but not its size for other models.",
     ]

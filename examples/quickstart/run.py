@@ -1,4 +1,4 @@
-"""The quickstart: from an untrained model to SPO against its base losses, through the user's commands alone.
+"""The quickstart: compares SPO with its base losses, from an untrained model on, using only `megatron-spo` commands.
 
 Random small Llama -> SFT on worked additions -> pairs sampled from that model -> reference cache -> seven
 runs -> export -> responses to new problems -> scores. Run it with `make quickstart`; see README.md.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # a script's own path is its folder; the examples import each other
+sys.path.insert(0, str(HERE.parents[1]))  # for `import examples`: a script has only its own folder on the path
 
 from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
@@ -28,7 +28,7 @@ LOSSES = {
 }
 SPO_LAMBDA = 1.5  # one setting, in the unit `relative`, for all three losses
 VARIANTS = common.variants(LOSSES, SPO_LAMBDA)
-JUDGE_AGREEMENT = 0.75  # how often the judge takes the preferred style
+JUDGE_AGREEMENT = 0.75  # how often the judge prefers the short style
 COLUMNS = (
     "accuracy",
     "accuracy_t1",
@@ -43,7 +43,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything; `samples` are responses a problem."""
+    """Sizes of the data and lengths of the training; `samples` is the number of responses per problem."""
 
     sft_problems: int = 300
     sft_steps: int = 600
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None
 
 
 def write_data(stages: Stages, scale: Scale, seed: int, task: Task = task) -> None:
-    """The untrained model, and problems for each purpose; no problem serves two."""
+    """Writes the untrained model, and different problems for SFT, pairs and test."""
     counts = (scale.sft_problems, scale.pair_problems + scale.held_out_problems, scale.test_problems)
     for_sft, for_pairs, for_test = task.draw_problems(counts, seed)
     task.write_model(stages.out / "model")
@@ -88,7 +88,7 @@ def write_data(stages: Stages, scale: Scale, seed: int, task: Task = task) -> No
 
 
 def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path, task: Task = task) -> None:
-    """Samples from the SFT model, judged into training and held-out pairs of different problems."""
+    """Samples from the SFT model and judges the samples into training and held-out pairs of different problems."""
     options = sampling(scale.samples, seed, max_new_tokens=task.MAX_NEW_TOKENS)
     sampled = read_jsonl(stages.generate("samples", model, stages.file("pair_problems"), *options))
     parts = {"pairs": sampled[: scale.pair_problems], "pairs_heldout": sampled[scale.pair_problems :]}
@@ -97,15 +97,15 @@ def make_pairs(stages: Stages, scale: Scale, seed: int, model: Path, task: Task 
         pairs = task.preference_pairs(rows, wanted[name], JUDGE_AGREEMENT, seed)
         if len(pairs) < wanted[name]:
             raise common.StageFailed(
-                f"{len(pairs)} {name} from the samples, {wanted[name]} are needed: the SFT model is too "
-                "weak; try another --seed"
+                f"{name}: the samples give {len(pairs)} pairs, but {wanted[name]} are needed, because the SFT model is "
+                "too weak; try another --seed"
             )
         write_jsonl(stages.file(name), pairs)
     stages.say(f"pairs: {scale.pairs}, and {scale.held_out_pairs} held out")
 
 
 def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -> None:
-    """The reference cache, then every run with its responses to the test problems, several at a time."""
+    """Fills the reference cache, then trains every run and samples its responses, several runs at a time."""
     config = HERE / "preference.yaml"
     shared = stages.fill_reference(config, scale, seed, sft_model)
 
@@ -123,7 +123,7 @@ def train_and_answer(stages: Stages, scale: Scale, seed: int, sft_model: Path) -
 def sampling(
     samples: int, seed: int, *, temperature: float = 1, max_new_tokens: int = task.MAX_NEW_TOKENS
 ) -> list[str]:
-    """Options of `generate`."""
+    """Returns options of `generate`."""
     options = {
         "temperature": temperature,
         "samples": samples,
@@ -135,7 +135,7 @@ def sampling(
 
 
 def measure(stages: Stages, name: str) -> dict[str, Any]:
-    """One row of results.json: shares over the test problems; the last shifts on the held-out pairs, nats."""
+    """Returns a row of results.json: shares of the test problems, and the last shifts on the held-out pairs in nats."""
     greedy = task.score(read_jsonl(stages.file(f"{name}-greedy")))
     sampled = task.score(read_jsonl(stages.file(f"{name}-t1")))
     evaluations = common.metrics_lines(stages.out / name, "eval")
@@ -154,7 +154,7 @@ def measure(stages: Stages, name: str) -> dict[str, Any]:
 
 
 def results_table(rows: list[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
+    """Returns the rows as a table for the terminal."""
     digits = {"chosen_shift": "+.1f", "rejected_shift": "+.1f", "seconds": ".0f"}
     cells = [[row["name"], *(format(row[c], digits.get(c, ".3f")) for c in COLUMNS)] for row in rows]
     return common.text_table(["run", *COLUMNS], cells)

@@ -3,7 +3,7 @@
     long    078+345=  8+5+0=3c1;7+4+1=2c1;0+3+1=4c0>423      every column spelled out: digit+digit+carry
     short   078+345=  850=3c1;741=2c1;031=4c0>423            the same without the plus signs
 
-Columns run from the ones upwards; `3c1` reads "write 3, carry 1"; the answer follows `>`.
+Columns go from the ones upwards; `3c1` means "write 3, carry 1"; the answer follows `>`.
 """
 
 import random
@@ -22,7 +22,7 @@ COLUMNS = {LONG: re.compile(r"\d\+\d\+\d=\dc\d"), SHORT: re.compile(r"\d{3}=\dc\
 
 @dataclass(frozen=True)
 class Problem:
-    """Two numbers that are written with `digits` digits."""
+    """An addition of two numbers, written with `digits` digits each."""
 
     first: int
     second: int
@@ -43,14 +43,14 @@ class Problem:
 
 
 def draw_problems(counts: Sequence[int], seed: int, digits: int = 3) -> list[list[Problem]]:
-    """Lists of `counts` problems each; no problem occurs twice, within a list or across lists."""
+    """Returns lists of `counts` problems; no problem occurs twice, within a list or across lists."""
     codes = random.Random(f"problems {seed}").sample(range(10 ** (2 * digits)), sum(counts))
     drawn = (Problem(code // 10**digits, code % 10**digits, digits) for code in codes)
     return [[next(drawn) for _ in range(count)] for count in counts]
 
 
 def solution(problem: Problem, style: str) -> str:
-    """The worked answer in one of the two styles."""
+    """Returns the worked answer in one of the two styles."""
     columns, carry = [], 0
     for column in range(problem.digits):
         first, second = (number // 10**column % 10 for number in (problem.first, problem.second))
@@ -62,7 +62,7 @@ def solution(problem: Problem, style: str) -> str:
 
 
 def style_of(problem: Problem, response: str, finished: bool) -> str | None:
-    """The style of a response, None where it is malformed (or never ended)."""
+    """Returns the style of a response, or None if it is malformed or did not end."""
     worked, found, answer = response.partition(">")
     columns = worked.split(";")
     if not (finished and found and answer.isdecimal() and len(columns) == problem.digits):
@@ -71,12 +71,12 @@ def style_of(problem: Problem, response: str, finished: bool) -> str | None:
 
 
 def is_right(problem: Problem, response: str, finished: bool) -> bool:
-    """Whether the response ends in the right sum."""
+    """Returns whether the response ends in the right sum."""
     return finished and response.endswith(">" + problem.answer)
 
 
 def verdict(prompt: str, response: str, finished: bool) -> tuple[str | None, bool]:
-    """The style of a response, and whether it is right."""
+    """Returns the style of a response, and whether it is right."""
     problem = Problem.from_prompt(prompt)
     return style_of(problem, response, finished), is_right(problem, response, finished)
 

@@ -1,6 +1,6 @@
-"""Scores of sampled solutions of GSM8K, also where none is right: do the calculations hold that a solution shows?
+"""Scores sampled solutions of GSM8K, even if none is right: are the calculations in a solution right?
 
-GSM8K's solutions show each as <<48/2=24>>, which can be checked by itself.
+GSM8K's solutions show each calculation as <<48/2=24>>, which can be checked by itself.
 """
 
 import ast
@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_spo.evaluate import scores
 
-MAX_NEW_TOKENS = 256  # of 1024 kinds; 96 in 100 of the chosen solutions are shorter
+MAX_NEW_TOKENS = 256  # with a vocabulary of 1024; 96% of the chosen solutions are shorter
 CALCULATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
-ROUNDED = 0.01  # share, or units, by which a solution may round
+ROUNDED = 0.01  # allowed rounding error of a result, relative or absolute
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -26,15 +26,15 @@ OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Of a set of solutions.
+    """Scores of a set of solutions.
 
     Attributes:
-        accuracy: share that ends and whose final answer is right.
-        malformed: share that never ended or gives no number.
-        calculations: shown in a solution, on average.
-        hold: share of all shown calculations that are right.
-        sound: share of solutions that end, show a calculation, and show none that is wrong.
-        rep_4: mean share of a solution's runs of 4 words that are repetitions.
+        accuracy: Share of solutions that end with the right final answer.
+        malformed: Share of solutions that did not end or give no number.
+        calculations: Mean number of calculations in a solution.
+        hold: Share of all calculations that are right.
+        sound: Share of solutions that end, show at least one calculation, and show no wrong one.
+        rep_4: Mean share of a solution's runs of 4 words that are repetitions.
     """
 
     accuracy: float
@@ -46,7 +46,7 @@ class Score:
 
 
 def score(generated: Sequence[dict[str, Any]]) -> Score:
-    """Scores of rows with `chosen` (a right solution), `responses` and `finished`, as `generate` writes them."""
+    """Scores rows with `chosen` (a right solution), `responses` and `finished`, as written by `generate`."""
     responses = [row["responses"] for row in generated]
     finished = [row["finished"] for row in generated]
     found = scores.score(generated, responses, finished)
@@ -64,7 +64,7 @@ def score(generated: Sequence[dict[str, Any]]) -> Score:
 
 
 def holds(calculation: str, result: str) -> bool:
-    """Whether numbers, + - * / and brackets give the stated result; what cannot be read does not hold."""
+    """Returns whether a calculation of numbers, + - * / and brackets gives the result; False if it cannot be parsed."""
     try:
         value, stated = (_value(ast.parse(text.strip(), mode="eval").body) for text in (calculation, result))
         return math.isclose(value, stated, rel_tol=ROUNDED, abs_tol=ROUNDED)

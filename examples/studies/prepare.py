@@ -1,15 +1,15 @@
-"""Data of the studies: `prepare.py DATA SEED [TASK]` makes DATA as the quickstart does, by a task of tasks.py [sums].
+"""Data of the studies: `prepare.py DATA SEED [TASK]` writes DATA like the quickstart, for a task of tasks.py [sums].
 
-DATA then holds the SFT model (sft-hf), pairs.jsonl, its first 150, 300 and 600 (pairs_150.jsonl, ...),
+DATA then holds the SFT model (sft-hf), pairs.jsonl, its first 150, 300 and 600 pairs (pairs_150.jsonl, ...),
 pairs_heldout.jsonl, test_problems.jsonl, and sft_scores.json, the scores before any training on pairs. A second call
-goes on where the first stopped.
+resumes where the first stopped.
 """
 
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own path is its folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import examples`
 
 from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl  # noqa: E402

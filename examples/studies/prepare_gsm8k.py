@@ -1,8 +1,8 @@
-"""Data of gsm8k.yaml: `prepare_gsm8k.py DATA SEED PAIRS SFT` makes DATA as examples/gsm8k does, from its two files.
+"""Data of gsm8k.yaml: `prepare_gsm8k.py DATA SEED PAIRS SFT` writes DATA like examples/gsm8k, from its two files.
 
-DATA then holds the SFT model (sft-hf), pairs.jsonl, pairs_heldout.jsonl, test_problems.jsonl (no pair of which is
-trained on) and sft_scores.json, the scores before any training on pairs. SEED chooses the problems that are held out
-and the pairs that are trained on: as many as the runs need, each once. A second call goes on where the first stopped.
+DATA then holds the SFT model (sft-hf), pairs.jsonl, pairs_heldout.jsonl, test_problems.jsonl (problems without a
+training pair) and sft_scores.json, the scores before any training on pairs. SEED chooses the held-out problems and the
+training pairs: as many as the runs need, each used once. A second call resumes where the first stopped.
 """
 
 import random
@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own path is its folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import examples`
 
 from examples import common  # noqa: E402
 from examples.common import Stages, read_jsonl, write_jsonl  # noqa: E402
@@ -19,7 +19,7 @@ from examples.studies import gsm8k_answers  # noqa: E402
 from examples.studies.score import write_scores  # noqa: E402
 
 PROBLEMS = 100
-PAIRS = 850  # 100 steps of 8 pairs; about 1 in 100 is longer than data.max_length and left out
+PAIRS = 850  # for 100 steps of 8 pairs; about 1% are longer than data.max_length and dropped
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def write_problems(stages: Stages, pairs: Path, seed: int) -> None:
-    """Problems without a pair to train on, each with one right solution."""
+    """Writes test problems without a training pair, each with one right solution."""
     trained = {row["prompt"] for row in read_jsonl(stages.file("pairs"))}
     free = {row["prompt"]: row["chosen"] for row in read_jsonl(pairs) if row["prompt"] not in trained}
     drawn = random.Random(f"problems {seed}").sample(sorted(free.items()), PROBLEMS)

@@ -1,9 +1,8 @@
-"""Scores of one run: `score.py RUN REFERENCE PROBLEMS OUT.json SEED [TASK]` exports RUN beside itself and answers
-PROBLEMS, which are of a task of tasks.py [sums].
+"""Scores a run: `score.py RUN REFERENCE PROBLEMS OUT.json SEED [TASK]`, with a task of tasks.py [sums].
 
-OUT.json: the task's scores at each temperature, such as t0.5_win, and kl: mean log-prob ratio, nats an answer, of the
-answers at temperature 1 under the run's model and REFERENCE (Hugging Face folders). One
-process answers at all temperatures, all problems in one batch.
+RUN is exported to a folder `hf` next to it, and answers PROBLEMS. OUT.json then holds the task's scores at each
+temperature, such as t0.5_win, and kl: the mean log-prob ratio in nats per answer of the answers at temperature 1, under
+the run's model and REFERENCE (a Hugging Face folder). All problems are answered in one batch.
 """
 
 import json
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own path is its folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `import examples`
 
 import torch  # noqa: E402
 
@@ -27,7 +26,7 @@ TEMPERATURES = (0.0, 0.5, 1.0)
 
 
 def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path, seed: int, task: Scored) -> None:
-    """Scores of a model in Hugging Face format."""
+    """Writes the scores of a model in Hugging Face format to `out`."""
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     _, rows, prompts = map(list, zip(*tokenize_prompts(problems, tokenizer), strict=True))
     scores: dict[str, float] = {}
@@ -46,14 +45,17 @@ def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path,
 
 
 def answer_tokens(tokenizer: Any, answer: Response) -> list[int]:
-    """Those of the text, and the end where it was reached; a model may have made the same text of other tokens."""
+    """Returns the tokens of an answer's text, and the end token if it ended.
+
+    The model may have generated the same text from other tokens.
+    """
     ids: list[int] = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id] if answer.finished else ids
 
 
 @torch.inference_mode()
 def log_probs(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
-    """[answers]: each answer's log-prob, summed over its tokens."""
+    """Returns each answer's log-prob in nats, summed over its tokens: fp64 [answers]."""
     width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     counted = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -61,7 +63,7 @@ def log_probs(model: Any, prompts: list[list[int]], answers: list[list[int]]) ->
         end = len(prompt) + len(answer)
         ids[i, :end] = torch.tensor(prompt + answer)
         counted[i, len(prompt) : end] = True
-    logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float().cpu()  # padding is behind: nothing sees it
+    logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float().cpu()  # right padding is not attended to
     found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return found.where(counted[:, 1:], 0.0).sum(1).double()
 
@@ -70,7 +72,7 @@ def main() -> None:
     task = SCORED[sys.argv[6] if len(sys.argv) > 6 else "sums"]
     run, reference, problems, out = map(Path, sys.argv[1:5])
     model = run.with_name("hf")
-    shutil.rmtree(model, ignore_errors=True)  # of an earlier training
+    shutil.rmtree(model, ignore_errors=True)  # left by an earlier training
     convert(run, model, "hf")
     write_scores(model, reference, problems, out, int(sys.argv[5]), task)
 

@@ -1,11 +1,11 @@
-"""Tables and a picture of a scored study, in Markdown.
+"""Prints Markdown tables of a scored study, and draws a plot.
 
-    summary.py TABLE.csv AXIS OUT.svg            a row a choice of AXIS: means over the seeds, their range in brackets
-    summary.py TABLE.csv AXIS --show METRIC ...  the same of these metrics
-    summary.py TABLE.csv AXIS --by OTHER METRIC  a row a choice of AXIS, a column a choice of OTHER: means of METRIC
+    summary.py TABLE.csv AXIS OUT.svg            a row per choice of AXIS: means over the seeds, their range in brackets
+    summary.py TABLE.csv AXIS --show METRIC ...  the same for these metrics
+    summary.py TABLE.csv AXIS --by OTHER METRIC  a row per choice of AXIS, a column per choice of OTHER: means of METRIC
 
-The picture has a line a choice, a point a temperature: how often the answer is right, and how often it is right and in
-the preferred style.
+The plot has a line per choice with a point per temperature: the share of right answers (x) and the share of answers
+that are right and in the preferred style (y).
 """
 
 import argparse
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def markdown(table: pd.DataFrame, axis: str, columns: Mapping[str, str]) -> str:
-    """A row a choice, in the order of the study; `columns`: metrics and their headings."""
+    """Returns a table with a row per choice, in the order of the study; `columns` maps metrics to headings."""
     lines = [f"| {axis} | seeds | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for choice, rows in table.groupby(axis, sort=False):
         cells = [_cell(rows[key]) for key in columns]
@@ -39,7 +39,7 @@ def markdown(table: pd.DataFrame, axis: str, columns: Mapping[str, str]) -> str:
 
 
 def crossed(table: pd.DataFrame, axis: str, by: str, metric: str) -> str:
-    """A row a choice of one axis, a column a choice of the other, in the order of the study."""
+    """Returns a table with a row per choice of one axis and a column per choice of the other, in the study's order."""
     means = table.pivot_table(index=axis, columns=by, values=metric, sort=False)
     lines = [f"| {axis} | " + " | ".join(map(str, means.columns)) + " |", "|---" * (len(means.columns) + 1) + "|"]
     lines += [f"| {choice} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for choice, row in means.iterrows()]
@@ -53,7 +53,7 @@ def _cell(values: pd.Series) -> str:
 
 
 def draw(table: pd.DataFrame, axis: str, out: Path) -> None:
-    """One line a choice, from temperature 0 (the marker) to 1."""
+    """Draws one line per choice, from temperature 0 (the marker) to 1."""
     mpl.rcParams["svg.fonttype"] = "none"
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]

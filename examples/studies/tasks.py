@@ -1,4 +1,4 @@
-"""The tasks of the scored studies, by name, how much data each needs, and how each one's answers are scored."""
+"""The tasks of the scored studies by name, with the size of their data and the way their answers are scored."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,12 +12,12 @@ from examples.styles import Task
 TASKS: dict[str, tuple[Task, Scale]] = {
     "sums": (task, Scale()),
     "six-digits": (six_digits, Scale(sft_problems=600, sft_steps=1000)),
-    "programs": (programs, Scale(pair_problems=1200, held_out_problems=240)),  # two of three give a pair
+    "programs": (programs, Scale(pair_problems=1200, held_out_problems=240)),  # two thirds of the problems give a pair
 }
 
 
 class Scored(Protocol):
-    """How answers are drawn and scored, as a module; `score` gives a dataclass of numbers."""
+    """How answers are sampled and scored, as a module; `score` returns a dataclass of numbers."""
 
     MAX_NEW_TOKENS: int
 

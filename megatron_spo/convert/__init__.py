@@ -1,1 +1,1 @@
-"""Checkpoints from and to other formats."""
+"""Conversion of models and checkpoints between Hugging Face, Megatron, NeMo 2 and PEFT formats."""

@@ -1,4 +1,4 @@
-"""Adapters from a checkpoint: merged into the model they were trained on, or as PEFT keeps them."""
+"""LoRA adapters of a checkpoint: merged into their base model, or exported in PEFT's format."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from megatron_spo.model.transforms import Shape
 
 @dataclass(frozen=True)
 class _Merged(Lazy):
-    """W + scale * B A in fp32, then in the format of W."""
+    """W + scale * B A, computed in fp32 and cast to the dtype of W."""
 
     weight: Lazy
     a: Lazy
@@ -49,10 +49,10 @@ class _Merged(Lazy):
 def merged_tensors(
     model: Mapping[str, Lazy], stored: StoredTensors, shape: ModelShape, lora: LoraConfig
 ) -> dict[str, Lazy]:
-    """Every Hugging Face tensor of a model, the adapters in `stored` merged into it.
+    """Returns the tensors of `model` by Hugging Face name, with the adapters in `stored` merged into them.
 
     Raises:
-        UserError: an adapter is not there.
+        UserError: If an adapter is missing.
     """
     tensors = dict(model)
     for module, a, b in _pairs(stored, shape, lora):
@@ -62,19 +62,19 @@ def merged_tensors(
 
 
 def check_origin(checkpoint: Checkpoint, origin: Path, shape: ModelShape) -> None:
-    """Refuse to merge adapters into another model than theirs.
+    """Checks that the model in `origin` is the one that the adapters were trained on.
 
     Raises:
-        UserError
+        UserError: If its weights differ.
     """
     check_base(checkpoint, weights_digest(shape.raw, {file.name: file_digest(file) for file in shard_files(origin)}))
 
 
 def write_peft(folder: Path, checkpoint: Path, shape: ModelShape, lora: LoraConfig, base: str) -> None:
-    """adapter_model.safetensors and adapter_config.json; `base` is the path or hub id of the model they belong to.
+    """Writes adapter_model.safetensors and adapter_config.json; `base` is the path or hub id of the base model.
 
     Raises:
-        UserError: an adapter is not in the checkpoint.
+        UserError: If the checkpoint lacks an adapter.
     """
     tensors = {}
     for module, a, b in _pairs(StoredTensors(checkpoint), shape, lora):
@@ -96,11 +96,11 @@ def write_peft(folder: Path, checkpoint: Path, shape: ModelShape, lora: LoraConf
 
 
 def _pairs(stored: StoredTensors, shape: ModelShape, lora: LoraConfig) -> Iterator[tuple[str, Lazy, Lazy]]:
-    """(Hugging Face module, A [r, in], B [out, r]), one after another."""
+    """Yields (Hugging Face module, A [r, in], B [out, r]) for each adapted module."""
     for site in sites(shape, lora.targets):
         for projection in site.adapted(lora.targets):
             keys = [site.key(projection, side) for side in "AB"]
             if absent := [key for key in keys if key not in stored]:
-                raise UserError(f"{stored.folder} lacks {absent[0]}, an adapter that its configuration calls for")
+                raise UserError(f"{stored.folder}: the adapter {absent[0]}, required by its configuration, is missing")
             a, b = (stored.part(key, (site.layer,)) for key in keys)
             yield site.modules[projection], a, b

@@ -1,4 +1,4 @@
-"""The model card of what a run has trained."""
+"""The model card of an exported run."""
 
 import json
 import re
@@ -34,12 +34,12 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def model_card(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) -> str:
-    """README.md of an export: how to use it, base model and its licence, loss, schedule, data, the last metrics.
+    """Returns the text of an export's README.md: usage, base model, licence, settings, data and last metrics.
 
     Args:
-        checkpoint: what was trained.
-        origin: folder of the model that the run began with.
-        adapters: the export holds the adapters alone.
+        checkpoint: The exported checkpoint.
+        origin: Folder of the model that the run started from.
+        adapters: Whether only the adapters are exported.
     """
     config = checkpoint.record["config"]
     base = base_name(config["model"]["path"])
@@ -78,17 +78,17 @@ def model_card(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) 
 
 
 def base_name(path: str) -> str:
-    """The hub id of the model at `path`, or the name of its folder; never a path."""
+    """Returns the hub id of the model at `path`, or the name of its folder; never a path."""
     folder = Path(path)
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return path
     if found := re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{folder.absolute()}/"):
-        return f"{found[1]}/{found[2]}"  # the hub's cache
+        return f"{found[1]}/{found[2]}"  # a folder in the hub's cache
     return folder.resolve().name
 
 
 def licence_of(origin: Path) -> dict[str, str]:
-    """The licence entries in the header of a model's README.md; none where it does not say."""
+    """Returns the licence entries in the header of a model's README.md; empty if there are none."""
     try:
         header = re.match(r"---\s*\n(.*?)\n---", (origin / "README.md").read_text(encoding="utf-8"), re.DOTALL)
         values = yaml.safe_load(header[1]) if header else None
@@ -104,7 +104,10 @@ def _table(left: str, right: str, entries: Mapping[str, Any]) -> list[str]:
 
 
 def _last_metrics(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """The last lines of metrics.jsonl up to the checkpoint, by a title; none where it has left its run directory."""
+    """Returns the last metrics up to the checkpoint, by section title.
+
+    Empty if the checkpoint was moved out of its run directory.
+    """
     path = checkpoint.path.parent.parent / "metrics.jsonl"
     last: dict[str, dict[str, Any]] = {}
     for text in path.read_text().splitlines() if path.exists() else ():

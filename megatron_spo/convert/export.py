@@ -1,4 +1,4 @@
-"""From a model or a training checkpoint, written in any layout, to another format; no processes and no GPU needed."""
+"""Converts a model, or a training checkpoint of any parallel layout, to another format on one machine without GPUs."""
 
 import shutil
 from pathlib import Path
@@ -16,28 +16,28 @@ from megatron_spo.model.hf_files import locate_model
 
 
 def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = False, workers: int = 1) -> list[str]:
-    """Write a model in another format; what is in memory of it is a few blocks of rows, whatever its size.
+    """Writes a model in another format, holding only a few blocks of rows in memory at a time.
 
-    The folder appears under its name when it is complete. Until then, finished files wait in `target`.partial, and the
-    same call resumes from them.
+    `target` appears when it is complete. Until then, finished files are kept in `target`.partial, and running the same
+    command again resumes from them.
 
     Args:
         source: Hugging Face folder, Megatron model folder, NeMo 2 checkpoint, run directory, or one checkpoint of it.
-        target: folder to write.
+        target: Folder to write.
         to: "hf", "megatron", "nemo", or "peft" for the adapters of a run.
-        verify: read what was written and compare every tensor with the source, bit for bit; compare the checksums of a
-            Hugging Face source, too, where its index has some.
-        workers: processes that write.
+        verify: Whether to read back the result and compare every tensor with the source bit for bit, and to check the
+            checksums in the index of a Hugging Face source.
+        workers: Number of processes that write.
 
     Returns:
-        What the user should know, one sentence each.
+        Messages for the user, one sentence each.
 
     Raises:
-        UserError: the source is not a model or damaged, the format is its own, or `target` exists and is not empty.
+        UserError: If the source is damaged or not a model, is already in the format `to`, or `target` is not empty.
     """
     source, target = Path(source), Path(target)
     if workers < 1:
-        raise UserError(f"--workers {workers}: at least one process must write")
+        raise UserError(f"--workers {workers} must be at least 1")
     _check_free(target)
     if to == "peft":
         return to_peft(source, target)
@@ -45,13 +45,13 @@ def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = F
     if verify and model.kind == "hf":
         check_sums(source)
     if model.kind == to:
-        raise UserError(f"{source} is in the format {to!r} already; choose another --to, or copy the folder")
+        raise UserError(f"{source} is already in the format {to!r}; choose another --to, or copy the folder")
     job = Conversion(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
     records = write_shards(job, model, workers)
     notes = FORMS[to].finish(job.model, model, records)
     if verify:
         _verify(model, job.model)
-        notes.append("verified: every tensor is equal to the source bit for bit")
+        notes.append("verified: every tensor equals the source bit for bit")
     total = sum(tensor.nbytes for tensor in model.tensors.values())
     if target.exists():
         target.rmdir()
@@ -61,22 +61,24 @@ def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = F
 
 
 def to_hf(source: Path, target: Path) -> None:
-    """Write the model of a run directory (its latest checkpoint) or of one checkpoint as a Hugging Face folder.
+    """Writes the model of a run directory (its latest checkpoint) or of one checkpoint as a Hugging Face folder.
 
     Raises:
-        UserError: as `convert`.
+        UserError: As for `convert`.
     """
     convert(source, target, "hf")
 
 
 def to_peft(source: Path, target: Path) -> list[str]:
-    """Write the adapters of a run directory or of one checkpoint as PEFT keeps them, with tokenizer and model card;
-    returns what the user should know.
+    """Writes the adapters of a run directory or of one checkpoint in PEFT's format, with tokenizer and model card.
+
+    Returns:
+        Messages for the user.
 
     Raises:
-        UserError: no checkpoint there, damaged, without adapters, or `target` exists and is not empty.
+        UserError: If the checkpoint is missing, damaged or has no adapters, or `target` exists and is not empty.
     """
-    from megatron_spo.convert.adapters import write_peft  # brings Megatron along, which takes seconds to load
+    from megatron_spo.convert.adapters import write_peft  # imports Megatron, which takes seconds
 
     _check_free(target)
     try:
@@ -86,7 +88,7 @@ def to_peft(source: Path, target: Path) -> list[str]:
     config = checkpoint.record.get("config")
     lora = LoraConfig.model_validate(config["lora"]) if config else LoraConfig()
     if config is None or not lora.rank:
-        raise UserError(f"{source} was trained with all weights and has no adapters (lora.rank: 0); use --to hf")
+        raise UserError(f"{source} has no adapters, because all weights were trained (lora.rank: 0); use --to hf")
     origin = locate_model(config["model"]["path"])
     with new_folder(target) as folder:
         notes = sides_of(checkpoint, origin, adapters=True).write(folder)
@@ -104,8 +106,8 @@ def _verify(model: Model, written: Path) -> None:
     if again.kind == "hf":
         check_sums(written)
     if again.tensors.keys() != model.tensors.keys():
-        raise UserError(f"{written} holds other tensors than its source; remove it and convert again")
+        raise UserError(f"{written}: the set of tensors differs from the source; remove the folder and convert again")
     for name, tensor in model.tensors.items():
         if not same(tensor, again.tensors[name]):
-            raise UserError(f"{written}: {name} differs from the source; the disk may be faulty: remove it and convert "
-                            "again")  # fmt: skip
+            raise UserError(f"{written}: {name} differs from the source, possibly because of a faulty disk; remove the "
+                            "folder and convert again")  # fmt: skip

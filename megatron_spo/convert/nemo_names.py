@@ -1,4 +1,4 @@
-"""NeMo 2 checkpoints: recognise them, and read what their context says of the model; NeMo itself is not needed."""
+"""Detects NeMo 2 checkpoints and reads the model configuration from their context; NeMo itself is not needed."""
 
 import json
 import tempfile
@@ -12,10 +12,10 @@ from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.errors import UserError
 
 PREFIX = "module."
-"""Of every key in `weights`."""
+"""Prefix of every key in `weights`."""
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "mixtral": "Mixtral",
            "qwen3_moe": "Qwen3"}  # fmt: skip
-"""Family -> beginning of its NeMo classes, Model and Config."""
+"""Family -> prefix of its NeMo classes, such as LlamaModel and LlamaConfig."""
 _ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM"}
 _EXPECTED = {
     "add_bias_linear": False, "gated_linear_unit": True, "layernorm_zero_centered_gamma": False,
@@ -26,70 +26,70 @@ _EXPECTED = {
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a NeMo 2 checkpoint."""
+    """Returns whether a folder is a NeMo 2 checkpoint."""
     return (folder / "context").is_dir() and (folder / "weights").is_dir()
 
 
 def refuse_legacy(path: Path) -> None:
-    """Name the way for a checkpoint of NeMo 1: a tar file `.nemo`, or its content.
+    """Refuses a NeMo 1 checkpoint: a `.nemo` tar file, or its extracted content.
 
     Raises:
-        UserError
+        UserError: If `path` is one; the message says how to convert it.
     """
     if path.suffix == ".nemo" or (path / "model_weights").is_dir():
-        raise UserError(f"{path} is a checkpoint of NeMo 1, which is not built; convert it to Hugging Face's format "
+        raise UserError(f"{path} is a NeMo 1 checkpoint, which is not supported; convert it to Hugging Face format "
                         "with NeMo 1 (convert_*_nemo_to_hf.py in scripts/checkpoint_converters of its repository), or "
-                        "take the Hugging Face model that it came from")  # fmt: skip
+                        "use the Hugging Face model that it was made from")  # fmt: skip
 
 
 def side_folders(folder: Path) -> tuple[Path, ...]:
-    """Where tokenizer and generation config are, and may be missing."""
+    """Returns the folders of the tokenizer and of the generation config; either may be missing."""
     return folder / "context" / "nemo_tokenizer", folder / "context" / "artifacts"
 
 
 def hf_config(folder: Path, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of the model that a NeMo 2 checkpoint holds.
+    """Returns the content of config.json for the model in a NeMo 2 checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        rows: of its embedding, for a checkpoint that does not say how large its vocabulary is.
-        dtype: of its weights.
+        folder: Folder of the checkpoint.
+        rows: Rows of its embedding, used as the vocabulary size if the checkpoint does not give one.
+        dtype: Dtype of its weights.
 
     Raises:
-        UserError: its context cannot be read, or calls for something that is not built.
+        UserError: If its context cannot be read, or asks for something that is not supported.
     """
     path = folder / "context" / "model.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         config, name = content["config"], content["_target_"].rsplit(".", 1)[-1].removesuffix("Model")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}, which a NeMo 2 checkpoint has, cannot be read ({error})") from None
+        raise UserError(f"{path} cannot be read as the configuration of a NeMo 2 checkpoint ({error})") from None
     families = [family for family, beginning in CLASSES.items() if beginning == name]
     if not families:
-        raise UserError(f"{path}: {name}Model is not built; built are {', '.join(sorted(set(CLASSES.values())))}")
+        raise UserError(f"{path}: {name}Model is not supported; supported: {', '.join(sorted(set(CLASSES.values())))}")
     family = families[-1] if config.get("num_moe_experts") else families[0]
-    _refuse_unbuilt(path, config, family)
+    _refuse_unsupported(path, config, family)
     try:
         return _hf_config(family, config, rows, dtype) | _generation(folder)
     except KeyError as error:
-        raise UserError(f"{path} lacks config.{error.args[0]}") from None
+        raise UserError(f"{path}: config.{error.args[0]} is missing") from None
 
 
-def _refuse_unbuilt(path: Path, config: dict[str, Any], family: str) -> None:
+def _refuse_unsupported(path: Path, config: dict[str, Any], family: str) -> None:
     expected = _EXPECTED | {"add_qkv_bias": family == "qwen2", "qk_layernorm": family.startswith("qwen3")}
     for key, only in expected.items():
         if (value := config.get(key, only)) != only:
-            raise UserError(f"{path}: {key} = {value!r} is not built for {family} models; only {only!r}")
+            raise UserError(f"{path}: {key} = {value!r} is not supported for {family} models; it must be {only!r}")
     activation = (config.get("activation_func") or {}).get("_target_", "silu")
     if not activation.endswith("silu"):
-        raise UserError(f"{path}: activation_func = {activation!r} is not built; only silu (SwiGLU)")
+        raise UserError(f"{path}: activation_func = {activation!r} is not supported; it must be silu (SwiGLU)")
 
 
 def shape_of(text: str) -> ModelShape:
-    """The shape of a model whose config.json has this text.
+    """Returns the shape of a model whose config.json has this text.
 
     Raises:
-        UserError: as `read_model_shape`.
+        UserError: As for `read_model_shape`.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(text)
@@ -149,7 +149,7 @@ def _experts(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    """Ids of the special tokens, from the generation config."""
+    """Returns the ids of the special tokens in the generation config."""
     path = folder / "context" / "artifacts" / "generation_config.json"
     given = json.loads(path.read_text()) if path.exists() else {}
     return {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in given}

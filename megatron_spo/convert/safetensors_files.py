@@ -1,4 +1,4 @@
-"""Safetensors files, read and written without ever holding (or mapping) more than a few rows."""
+"""Reads and writes safetensors files without holding (or mapping) more than a few rows at a time."""
 
 import json
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def lazy(stored: Mapping[str, StoredTensor]) -> dict[str, Lazy]:
-    """Tensors of a model folder, to be read by rows."""
+    """Returns the tensors of a model folder as lazy tensors, which are read row by row."""
     return {name: InFile(one.file, one.start, one.shape, DTYPES[one.dtype]) for name, one in stored.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> list[int | str]:
-    """Write a file that holds these tensors; returns its size and xxh3_128.
+    """Writes tensors to a file; returns its size in bytes and its xxh3_128 checksum.
 
-    Tensors of wider numbers come first, so that every one is aligned.
+    Tensors with wider dtypes come first, so that every tensor is aligned.
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,4 +1,4 @@
-"""What goes with a model's weights: tokenizer, chat templates, processor, generation config, licence, model card."""
+"""Side files of a model: tokenizer, chat templates, processor, generation config, licence and model card."""
 
 import json
 import shutil
@@ -34,14 +34,14 @@ _MEGATRON = ("common.pt", "metadata.json", SEAL, "*.distcp")
 
 @dataclass(frozen=True)
 class Sides:
-    """The side files of a model, and what its training adds to them.
+    """The side files of a model, and what training adds to them.
 
     Attributes:
-        folders: where they are; a file of a later folder counts more.
-        tokenizer: folder of another tokenizer, which takes the place of the model's.
-        chat_template: text of the template that the model was trained with, where it is not the tokenizer's.
-        ends: token ids that the model was trained to end its answers with.
-        card: text of README.md, in place of the one of the folders.
+        folders: Folders of the files; a file in a later folder overrides one in an earlier folder.
+        tokenizer: Folder of another tokenizer, which replaces the model's.
+        chat_template: Text of the template used in training, if it is not the tokenizer's.
+        ends: Token ids with which the model was trained to end its answers.
+        card: Text of README.md, which replaces the one in the folders.
     """
 
     folders: tuple[Path, ...]
@@ -51,10 +51,10 @@ class Sides:
     card: str | None = None
 
     def write(self, target: Path) -> list[str]:
-        """Write all of them into the folder `target`; returns what the user should know.
+        """Writes all of them into the folder `target`; returns messages for the user.
 
         Raises:
-            UserError: one cannot be read.
+            UserError: If a file cannot be copied.
         """
         notes = []
         try:
@@ -63,7 +63,7 @@ class Sides:
             if self.tokenizer is not None:
                 _copy([path for path in self.tokenizer.iterdir() if _matches(path, _TOKENIZER)], target)
         except (OSError, shutil.Error) as error:
-            raise UserError(f"a file beside the weights cannot be copied: {error}") from error
+            raise UserError(f"a file next to the weights cannot be copied: {error}") from error
         if self.chat_template is not None:
             write_chat_template(target, self.chat_template)
         if self.card is not None:
@@ -71,11 +71,11 @@ class Sides:
         return notes + self._add_ends(target)
 
     def _add_ends(self, target: Path) -> list[str]:
-        """Make sure that what stops at eos_token_id stops where the model was trained to."""
+        """Adds the tokens of `ends` to eos_token_id, so that generation stops where the model was trained to stop."""
         if not self.ends:
             return []
         generation = read_generation_config(target)
-        if generation is None:  # then transformers takes them from config.json
+        if generation is None:  # transformers then reads these keys from config.json
             raw = read_config(self.folders[0]) if (self.folders[0] / CONFIG).exists() else {}
             keys = ("bos_token_id", "eos_token_id", "pad_token_id")
             generation = {key: raw[key] for key in keys if raw.get(key) is not None}
@@ -85,14 +85,14 @@ class Sides:
         ids = [*known, *added]
         generation["eos_token_id"] = ids if len(ids) > 1 else ids[0]
         (target / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        return [f"added {', '.join(map(str, added))} to eos_token_id in {GENERATION_CONFIG}: the model was trained to "
-                "end its answers with it"]  # fmt: skip
+        return [f"added {', '.join(map(str, added))} to eos_token_id in {GENERATION_CONFIG}, because the model was "
+                "trained to end its answers with it"]  # fmt: skip
 
 
 def write_chat_template(folder: Path, text: str) -> None:
-    """Make `text` the default chat template of the tokenizer in a folder; templates with other names stay.
+    """Makes `text` the default chat template of the tokenizer in a folder; templates with other names are kept.
 
-    transformers (5.24) takes chat_template.jinja and additional_chat_templates/ before those in tokenizer_config.json.
+    In transformers (5.24), chat_template.jinja and additional_chat_templates/ override tokenizer_config.json.
     """
     (folder / TEMPLATE).write_text(text, encoding="utf-8")
     path = folder / TOKENIZER_CONFIG
@@ -109,23 +109,23 @@ def write_chat_template(folder: Path, text: str) -> None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer in a folder has a default template."""
+    """Returns whether the tokenizer in a folder has a default chat template."""
     path = folder / TOKENIZER_CONFIG
     return (folder / TEMPLATE).exists() or (path.exists() and bool(read_json_object(path).get("chat_template")))
 
 
 def _named(templates: Any) -> Iterator[tuple[str, str]]:
-    """The names and texts of the templates in a tokenizer_config.json, which are one text or a list."""
+    """Yields the names and texts of the templates in a tokenizer_config.json; none if it holds one unnamed template."""
     for one in templates if isinstance(templates, list) else ():
         if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in ("name", "template")):
-            raise UserError(f"{TOKENIZER_CONFIG}: chat_template has an entry without name and template")
+            raise UserError(f"{TOKENIZER_CONFIG}: every entry of chat_template must have a name and a template")
         if Path(one["name"]).name != one["name"]:
-            raise UserError(f"{TOKENIZER_CONFIG}: chat template {one['name']!r} cannot be the name of a file")
+            raise UserError(f"{TOKENIZER_CONFIG}: the chat template name {one['name']!r} cannot be a file name")
         yield one["name"], one["template"]
 
 
 def _copy_all(folder: Path, target: Path, *, but: Sequence[str]) -> list[str]:
-    """Copy the side files of a model folder; returns a note about what is left out: other weights, and folders."""
+    """Copies the side files of a model folder; returns a note that names skipped files (other weights) and folders."""
     kept: list[Path] = []
     left_out: list[Path] = []
     converted = _converted(folder)
@@ -135,16 +135,16 @@ def _copy_all(folder: Path, target: Path, *, but: Sequence[str]) -> list[str]:
         other = path.is_dir() and path.name != TEMPLATES
         (left_out if other or _matches(path, (*_WEIGHTS, *_MEGATRON)) else kept).append(path)
     _copy(kept, target)
-    return [f"left out of {folder}: {', '.join(path.name for path in left_out)}"] if left_out else []
+    return [f"{folder}: not copied: {', '.join(path.name for path in left_out)}"] if left_out else []
 
 
 def _converted(folder: Path) -> set[str]:
-    """Names of the files that hold the weights of a model folder, which are no side files."""
+    """Returns the names of the files in a model folder that hold its weights."""
     if (folder / ".metadata").exists():
         return {path.name for path in folder.iterdir() if _matches(path, _MEGATRON)}
     try:
         return {path.name for path in shard_files(folder)} if has_weights(folder) else set()
-    except UserError:  # a run may have begun with random weights
+    except UserError:  # a run may have started from random weights
         return set()
 
 

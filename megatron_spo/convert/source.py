@@ -1,4 +1,4 @@
-"""Open a model of any format, as Hugging Face tensors that are read when they are asked for."""
+"""Opens a model of any format as lazy tensors with Hugging Face names."""
 
 import json
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ class Model:
     """A model to convert.
 
     Attributes:
-        kind: format that it is in: "hf", "megatron", "nemo", or "run" for a checkpoint of a training.
-        shape: its numbers.
-        tensors: all of its tensors, by their Hugging Face names, in the order of the model.
-        config: text of its config.json.
-        sides: its tokenizer, chat templates, generation config, and whatever else goes with the weights.
-        files: all that the tensors are read from.
-        notes: what a conversion leaves out or undoes, for the user.
+        kind: Its format: "hf", "megatron", "nemo", or "run" for a training checkpoint.
+        shape: Its shape.
+        tensors: All of its tensors by Hugging Face name, in model order.
+        config: Text of its config.json.
+        sides: Its tokenizer, chat templates, generation config and other side files.
+        files: The files that the tensors are read from.
+        notes: Messages for the user about what a conversion drops or reverts.
     """
 
     kind: str
@@ -52,14 +52,14 @@ class Model:
 
 
 def open_model(source: Path, *, check: bool = True) -> Model:
-    """The model in a Hugging Face folder, a Megatron model folder, a NeMo 2 checkpoint, a run or one checkpoint of it.
+    """Opens a Hugging Face folder, a Megatron model folder, a NeMo 2 checkpoint, a run, or one checkpoint of it.
 
     Args:
-        source: its path.
-        check: compare checksums where there are some; not needed where another process has done so.
+        source: Its path.
+        check: Whether to compare checksums; not needed if another process has done so.
 
     Raises:
-        UserError: it is none of these, damaged, or not built.
+        UserError: If it is none of these, damaged, or not supported.
     """
     nemo_names.refuse_legacy(source)
     if nemo_names.is_checkpoint(source):
@@ -74,7 +74,7 @@ def _open_sealed(folder: Path, check: bool) -> Checkpoint:
     try:
         if not check:
             return unchecked(folder)
-        return open_checkpoint(folder, scales=True)  # and never loads them
+        return open_checkpoint(folder, scales=True)  # accepted here, but never loaded
     except Damaged as error:
         raise UserError(f"{error}; name another checkpoint") from error
 
@@ -84,53 +84,53 @@ def _open_hf(folder: Path) -> Model:
     tensors, needless = model_tensors(folder, shape)
     check_tied(folder, shape.raw, stored_tensors(folder))
     read_generation_config(folder)
-    notes = tuple(f"left out {name}, which the model computes from others" for name in needless)
+    notes = tuple(f"dropped {name}, which the model computes from other tensors" for name in needless)
     text, files = (folder / CONFIG).read_text(encoding="utf-8"), tuple(shard_files(folder))
     return Model("hf", shape, lazy(tensors), text, Sides((folder,)), files, notes)
 
 
 def check_sums(folder: Path) -> None:
-    """Compare the checksums that `convert` leaves in the index of a Hugging Face folder.
+    """Checks the checksums that `convert` writes into the index of a Hugging Face folder.
 
     Raises:
-        UserError
+        UserError: If a file does not match.
     """
     index = folder / INDEX
     sums = json.loads(index.read_text())["metadata"].get("xxh3_128", {}) if index.exists() else {}
     for name, expected in sums.items():
         if checksum(folder / name) != expected:
-            raise UserError(f"{folder / name} does not match its checksum in {INDEX}; copy it again, or remove the "
-                            "checksums there if you have changed it")  # fmt: skip
+            raise UserError(f"{folder / name} does not match its checksum in {INDEX}; copy the file again, or remove "
+                            "the checksums from the index if you changed it")  # fmt: skip
 
 
 def same(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors are equal bit for bit, so also where they hold no numbers."""
+    """Returns whether two tensors are equal bit for bit, NaNs included."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return all(as_bytes(a) == as_bytes(b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
 
 
 def _stored_tensors(stored: StoredTensors, shape: ModelShape) -> tuple[dict[str, Lazy], tuple[str, ...]]:
-    """The Hugging Face tensors in a folder of Megatron's, and a note about the padding."""
+    """Returns the tensors of a Megatron folder by Hugging Face name, and notes about removed padding."""
     rows = mappings(shape)
     tensors: dict[str, Lazy] = {}
     notes: tuple[str, ...] = ()
     known = {row.key for row in rows}
-    parts = ("embedding", "decoder", "output_layer")  # the others are the optimizer's
+    parts = ("embedding", "decoder", "output_layer")  # all other keys belong to the optimizer
     if stray := sorted(key for key in stored.keys() - known if key.split(".")[0] in parts):
-        raise UserError(f"{stored.folder} holds {stray[0]}, which a {shape.family} model of its configuration does not "
-                        f"have ({len(stray)} such tensors)")  # fmt: skip
+        raise UserError(f"{stored.folder}: unexpected tensor {stray[0]}, which a {shape.family} model of its "
+                        f"configuration does not have ({len(stray)} such tensors)")  # fmt: skip
     for row in rows:
         if row.key not in stored:
-            raise UserError(f"{stored.folder} lacks {row.key}, which its model has; is model.path still the model that "
-                            "the run was started with?")  # fmt: skip
+            raise UserError(f"{stored.folder}: {row.key}, which its model has, is missing; check that model.path is "
+                            "still the model that the run was started from")  # fmt: skip
         whole = stored.part(row.key, row.at)
         expected = full_shape(row, shape, shape.vocab)
         fits = whole.shape[0] >= expected[0] if not row.at and len(expected) > 1 else whole.shape[0] == expected[0]
         if not fits or whole.shape[1:] != expected[1:]:
-            raise UserError(f"{stored.folder}: {row.key} has shape {whole.shape}, but its model calls for {expected}")
+            raise UserError(f"{stored.folder}: {row.key} has shape {whole.shape}, but its model expects {expected}")
         if whole.shape[0] > expected[0]:
-            notes = (f"left out the padding of the vocabulary: {whole.shape[0]} rows are {expected[0]} again",)
+            notes = (f"removed the vocabulary padding: {whole.shape[0]} rows became {expected[0]}",)
         for i, name in enumerate(row.sources):
             tensors[name] = Picked(whole, row.transform.runs(i, whole.shape))
     return tensors, notes
@@ -148,7 +148,8 @@ def _open_nemo(folder: Path) -> Model:
     stored = StoredTensors(folder / "weights", nemo_names.PREFIX)
     embedding = "embedding.word_embeddings.weight"
     if embedding not in stored:
-        raise UserError(f"{folder / 'weights'} lacks {nemo_names.PREFIX}{embedding}; only language models are built")
+        raise UserError(f"{folder / 'weights'}: {nemo_names.PREFIX}{embedding} is missing; only language models are "
+                        "supported")  # fmt: skip
     raw = nemo_names.hf_config(folder, stored.size(embedding)[0], stored.dtype(embedding))
     text = json.dumps(raw, indent=2) + "\n"
     shape = nemo_names.shape_of(text)
@@ -158,11 +159,18 @@ def _open_nemo(folder: Path) -> Model:
 
 
 def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) -> Sides:
-    """The side files of what a run has trained: those of the model that it began with, in the folder `origin`, with the
-    template and the end tokens of its data, and a model card; `adapters`: the card is one for adapters alone.
+    """Returns the side files of a trained model.
+
+    These are the files of the model that the run started from, the chat template and end tokens of its data, and a
+    model card.
+
+    Args:
+        checkpoint: Checkpoint of the run.
+        origin: Folder of the model that the run started from.
+        adapters: Whether the model card describes adapters only.
 
     Raises:
-        UserError: a file is not there any more.
+        UserError: If a file no longer exists.
     """
     config, record = checkpoint.record["config"], checkpoint.record
     tokenizer = config["model"]["tokenizer"]
@@ -171,7 +179,7 @@ def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) ->
         try:
             template = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{checkpoint.path} was trained with data.chat_template {file}, which cannot be read "
+            raise UserError(f"{checkpoint.path} was trained with data.chat_template = {file}, which cannot be read "
                             f"({error}); restore the file") from None  # fmt: skip
     return Sides(
         (origin,),
@@ -191,7 +199,7 @@ def _open_run(checkpoint: Checkpoint, check: bool) -> Model:
     files = tuple(sorted(checkpoint.path.glob("*.distcp")))
     raw: dict[str, Any] = dict(shape.raw)
     if lora.rank:
-        from megatron_spo.convert import adapters  # brings Megatron along, which takes seconds to load
+        from megatron_spo.convert import adapters  # imports Megatron, which takes seconds
 
         if check:
             adapters.check_origin(checkpoint, origin, shape)

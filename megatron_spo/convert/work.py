@@ -1,4 +1,4 @@
-"""Write the files of a conversion: by several processes, and only those that an earlier attempt has not finished."""
+"""Writes the files of a conversion with several processes, skipping those that an earlier attempt finished."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,14 @@ from megatron_spo.files import put_in_place, write_whole
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion as every process can begin it: from where, to which format and folder, files of which size."""
+    """A conversion, in a form that can be sent to worker processes.
+
+    Attributes:
+        source: Path of the model to convert.
+        to: Format to write.
+        folder: Working folder, `target`.partial.
+        shard_bytes: Largest size of a file of weights.
+    """
 
     source: Path
     to: str
@@ -32,19 +39,19 @@ class Conversion:
 
     @property
     def model(self) -> Path:
-        """The folder that becomes the model's."""
+        """Folder of the written files, which is renamed to the target at the end."""
         return self.folder / "model"
 
     def record(self, name: str) -> Path:
-        """Where it is noted that a file is finished."""
+        """Returns the path of the record that marks a file as finished."""
         return self.folder / "finished" / f"{name.replace('/', '.')}.json"
 
 
 def write_shards(job: Conversion, model: Model, workers: int) -> dict[str, Record]:
-    """Write all files of weights, and return their records by name.
+    """Writes all files of weights; returns their records by file name.
 
     Raises:
-        UserError: a tensor cannot be read, or the disk is full.
+        UserError: If a tensor cannot be read, or the disk is full.
     """
     shards = FORMS[job.to].shards(model, job.shard_bytes)
     _prepare(job, model, shards)
@@ -52,7 +59,7 @@ def write_shards(job: Conversion, model: Model, workers: int) -> dict[str, Recor
     if missing := sum(shards[i].nbytes for i in todo):
         free = shutil.disk_usage(job.folder).free
         if free < missing:
-            raise UserError(f"{job.folder} needs {missing:,} bytes and {free:,} are free; make room")
+            raise UserError(f"{job.folder} needs {missing:,} bytes, but only {free:,} are free; free some disk space")
     if workers == 1 or len(todo) < 2:
         _write_some(job, shards, todo)
     else:
@@ -61,7 +68,7 @@ def write_shards(job: Conversion, model: Model, workers: int) -> dict[str, Recor
 
 
 def _prepare(job: Conversion, model: Model, shards: Sequence[Shard]) -> None:
-    """A folder with nothing in it but what the same conversion has left."""
+    """Prepares the working folder, and empties it if an earlier attempt was a different conversion."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
     plan = [job.to, model.kind, model.config, stats, [(shard.name, shard.nbytes) for shard in shards]]
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
@@ -86,16 +93,16 @@ def _write_some(job: Conversion, shards: Sequence[Shard], todo: Sequence[int]) -
             put_in_place(partial, job.model / shard.name)
             write_whole(job.record(shard.name), json.dumps(record))
         except OSError as error:
-            raise UserError(f"{job.model / shard.name} could not be written ({error}); then the same command goes on "
-                            "from here") from error  # fmt: skip
+            raise UserError(f"{job.model / shard.name} cannot be written ({error}); fix the cause and run the same "
+                            "command again, which resumes from here") from error  # fmt: skip
 
 
 def _share_out(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], workers: int) -> None:
-    """Let processes write, each a part of about the same size."""
+    """Writes the files with several processes, each of which gets about the same number of bytes."""
     parts: list[list[int]] = [[] for _ in range(min(workers, len(todo)))]
     for i in sorted(todo, key=lambda i: -shards[i].nbytes):
         min(parts, key=lambda part: sum(shards[k].nbytes for k in part)).append(i)
-    context = multiprocessing.get_context("spawn")  # a fork of a process in which torch has threads may hang
+    context = multiprocessing.get_context("spawn")  # a fork may hang, because torch has started threads
     ours, theirs = zip(*(context.Pipe(duplex=False) for _ in parts), strict=True)
     processes = [
         context.Process(target=_worker, args=(job, part, pipe), daemon=True)
@@ -114,13 +121,13 @@ def _share_out(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], wo
 
 
 def _outcome(process: BaseProcess, pipe: Connection) -> None:
-    """Wait for a worker; raises what ended it."""
+    """Waits for a worker; raises its error, if it failed."""
     try:
         error = pipe.recv()
     except EOFError:
         process.join()
-        raise UserError(f"a process that wrote was ended from outside (exit code {process.exitcode}); the same command "
-                        "goes on from what is finished") from None  # fmt: skip
+        raise UserError(f"a worker process was killed (exit code {process.exitcode}); run the same command again to "
+                        "resume from the finished files") from None  # fmt: skip
     if error is not None:
         raise error
 
@@ -132,5 +139,5 @@ def _worker(job: Conversion, todo: Sequence[int], pipe: Connection) -> None:
         _write_some(job, FORMS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo)
     except Exception as error:
         outcome = error
-    with contextlib.suppress(BrokenPipeError):  # where the process that waits for this one has been killed
+    with contextlib.suppress(BrokenPipeError):  # the parent process was killed
         pipe.send(outcome)

@@ -1,1 +1,1 @@
-"""Answers of an exported model, on files alone: prompts in, responses out."""
+"""Generates and scores answers of exported models, reading and writing files only."""

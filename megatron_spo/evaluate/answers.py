@@ -1,4 +1,4 @@
-"""Files of answers: read, scored, compared, and handed on to AlpacaEval."""
+"""Reads, scores and compares files of answers, and converts them for AlpacaEval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +22,14 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """A file of answers and its scores; `rows` as `generate` wrote them, `lines` where each stands."""
+    """A file of answers and its scores.
+
+    Attributes:
+        path: The file.
+        lines: Line number of each row.
+        rows: The rows, as `generate` wrote them.
+        scores: Their scores.
+    """
 
     path: Path
     lines: list[int]
@@ -30,12 +37,12 @@ class Answers:
     scores: Scores
 
     def estimates(self) -> dict[str, Estimate]:
-        """Every mean that the file allows, with its interval."""
+        """Returns every mean that can be computed from the file, with its interval."""
         found = {name: estimate(self.scores.of_rows(name)) for name in AVERAGED}
         return {name: value for name, value in found.items() if value is not None}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything that was found, as plain data."""
+        """Returns all scores as JSON-serializable data."""
         return {
             "answers": str(self.path),
             "scores": {**self.scores.metrics(), **{name: asdict(one) for name, one in self.estimates().items()}},
@@ -44,12 +51,16 @@ class Answers:
 
 
 def read_answers(path: Path) -> Answers:
-    """The answers in a file that `generate` wrote, scored. Raises UserError naming the line that is none of these."""
+    """Reads and scores a file of answers written by `generate`.
+
+    Raises:
+        UserError: If a line is not a row of answers; the message names the line.
+    """
     lines, rows = [], []
     for line, row in read_rows(path):
         check_prompt(row, path, line)
         if problem := _problem(row.get("responses"), row.get("finished")):
-            raise UserError(f"{path} line {line}: {problem}; `megatron-spo generate` writes such files")
+            raise UserError(f"{path} line {line}: {problem}; use a file written by `megatron-spo generate`")
         lines.append(line)
         rows.append(row)
     scores = score(rows, [row["responses"] for row in rows], [row["finished"] for row in rows])
@@ -65,32 +76,41 @@ def _problem(responses: Any, finished: Any) -> str | None:
 
 
 def differences(one: Answers, other: Answers) -> dict[str, Estimate]:
-    """Mean of `other - one` over the same rows, with intervals. Raises UserError where the prompts are not the same."""
+    """Returns the mean of `other - one` over the same rows, with intervals.
+
+    Raises:
+        UserError: If the prompts differ.
+    """
     prompts = [[row["prompt"] for row in answers.rows] for answers in (one, other)]
     if len(prompts[0]) != len(prompts[1]):
         raise UserError(
-            f"{one.path} has {len(prompts[0])} rows, {other.path} {len(prompts[1])}; a difference is taken row by row: "
-            "answer the same prompts with both models"
+            f"{one.path} has {len(prompts[0])} rows and {other.path} has {len(prompts[1])}, but a comparison needs the "
+            "same rows; answer the same prompts with both models"
         )
     for i, (mine, theirs) in enumerate(zip(*prompts, strict=True)):
         if mine != theirs:
-            raise UserError(f"{other.path} line {other.lines[i]}: its prompt is not that of {one.path} line "
-                            f"{one.lines[i]}")  # fmt: skip
+            raise UserError(f"{other.path} line {other.lines[i]}: the prompt differs from {one.path} line "
+                            f"{one.lines[i]}; answer the same prompts with both models")  # fmt: skip
     found = {name: difference(other.scores.of_rows(name), one.scores.of_rows(name)) for name in AVERAGED}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def alpaca_eval(answers: Answers, generator: str) -> list[dict[str, str]]:
-    """The answers as AlpacaEval's judge reads them. Raises UserError for rows that it cannot hold."""
+    """Returns the answers in AlpacaEval's format.
+
+    Raises:
+        UserError: If a row has several responses or is not a single user message.
+    """
     outputs = []
     for line, row in zip(answers.lines, answers.rows, strict=True):
         where = f"{answers.path} line {line}"
         if len(row["responses"]) != 1:
-            raise UserError(f"{where}: {len(row['responses'])} responses; AlpacaEval judges one (--samples 1)")
+            raise UserError(f"{where}: {len(row['responses'])} responses, but AlpacaEval judges one; generate with "
+                            "--samples 1")  # fmt: skip
         prompt = row["prompt"]
         if not isinstance(prompt, str):
             if [message["role"] for message in prompt] != ["user"]:
-                raise UserError(f"{where}: AlpacaEval's instruction is a single message of the user")
+                raise UserError(f"{where}: AlpacaEval supports only prompts of a single user message")
             prompt = prompt[0]["content"]
         more = {"dataset": str(row["dataset"])} if "dataset" in row else {}
         outputs.append({**more, "instruction": prompt, "output": row["responses"][0], "generator": generator})
@@ -98,7 +118,7 @@ def alpaca_eval(answers: Answers, generator: str) -> list[dict[str, str]]:
 
 
 def table(answers: Sequence[Answers], compared: Mapping[str, Estimate]) -> str:
-    """What a screen shows: a score a line, with intervals, and the difference of two files."""
+    """Returns a table for the terminal: one score per line with intervals, and the difference of two files."""
     header = ["", *(file.path.name for file in answers), *(["difference, paired"] if compared else [])]
     columns = [file.estimates() for file in answers]
     lines = [header]
@@ -112,13 +132,13 @@ def table(answers: Sequence[Answers], compared: Mapping[str, Estimate]) -> str:
 
 
 def show(found: Estimate | None, value: float | None, *, sign: str = "") -> str:
-    """A number, with its interval where there is one."""
+    """Returns a number as text, with its interval if there is one."""
     if found is None:
         return "" if value is None else f"{value:{sign}.3f}"
     return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as columns of text; a row may be shorter than the first."""
+    """Returns rows of cells as aligned columns of text; a row may be shorter than the first."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows)

@@ -1,7 +1,7 @@
-"""The final answer of a text, and whether it is the expected one.
+"""Extracts the final answer of a text and compares it with the expected one.
 
-Numbers are compared by their exact values here; other mathematics by math-verify, which is imported when the first row
-needs it.
+Numbers are compared by their exact values. Other mathematics is compared by math-verify, which is imported when the
+first row needs it.
 """
 
 import logging
@@ -16,13 +16,13 @@ _NUMBER = (
     rf"(?:\s(?P<scale>{'|'.join(_SCALES)})\b)?"
 )
 _NUMBERS = re.compile(_NUMBER)
-_UNIT = (  # words, of a text in which all white space is single spaces
+_UNIT = (  # words; the text has single spaces only
     r"(?:[ %°²³]|(?:[mgshlL]|[^\W\d_]{2,})\b|[(][^\d=()]*[)]|(?<=[^\W\d_]) ?\^?\{?[23]\}?|/(?=[^\W\d_]))*"
 )
 _ONE_NUMBER = re.compile(rf"(?:[^\W\d_]{{1,2}}\s*=\s*)?{_NUMBER}{_UNIT}[.!]?")
 _ENDS_IN_NUMBER = re.compile(rf"{_NUMBER}[\s.!%)*$]*\Z")
 _BOXED = "\\boxed{"
-_LATEX = (  # to plain text, in this order
+_LATEX = (  # replacements, applied in this order
     (re.compile(r"(?<=\d)(?:\{,\}|\\[,!; ])(?=\d{3}(?!\d))"), ""),  # thousands
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|textrm|operatorname)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"(?<=\d)\s*\\[dtc]?frac"), r" \\frac"),  # mixed numbers
@@ -36,16 +36,19 @@ _LATEX = (  # to plain text, in this order
 )
 _MATHEMATICS = re.compile(r"\\[a-zA-Z]|[\^√π]|\d\s*[-+*/,]\s*[\w(]|[(\[]\s*-?\d|[a-z]\s*=")
 _TOO_MUCH = re.compile(r"\^\s*\{[^{}]*\^|\^\s*\w+\s*\^|\^\s*\{?\s*-?\d{4,}|\)\s*\^\s*\{?\s*\d{3,}|\d{3,}\s*!")
-"""Powers and factorials whose evaluation has no end in sight."""
+"""Powers and factorials whose evaluation could take forever."""
 _PATIENCE = 120
-"""Seconds: a last resort, far from what an expression takes, since a score must not depend on how busy a machine is."""
+"""Timeout in seconds, far above what an expression takes: a score must not depend on the load of the machine."""
 _LONGEST = 300
-"""Characters of a number, or of an expression that is compared as mathematics."""
+"""Most characters of a number, or of an expression that is compared as mathematics."""
 
 
 def final_answer(text: str) -> str | None:
-    """What a text gives as its result: the first number after the last `####` (all of the line if it has none), what is
-    in the last \\boxed{}, else its last number."""
+    """Returns the result that a text gives, or None.
+
+    This is the first number after the last `####` (the whole line if it has no number) or the content of the last
+    \\boxed{}, whichever comes later; without either, it is the last number.
+    """
     if (result := marked(text)) is not None:
         return _first_number(result) or result if _marked_by_hashes(text) else result
     numbers = list(_NUMBERS.finditer(_plain_text(text)))
@@ -53,8 +56,10 @@ def final_answer(text: str) -> str | None:
 
 
 def is_match(text: str, expected: str) -> bool:
-    """Whether a text's final answer, or all of it, is the expected one: by value where it is a number, else by its
-    words or as mathematics."""
+    """Returns whether a text's final answer, or the whole text, is the expected one.
+
+    Numbers are compared by value, anything else by its words or as mathematics.
+    """
     given = final_answer(text)
     wanted = number_of(expected)
     if wanted is not None:
@@ -67,13 +72,16 @@ def is_match(text: str, expected: str) -> bool:
 
 
 def number_of(text: str) -> Fraction | None:
-    """The value of a text that is one number: with a currency, percent sign or unit, in LaTeX or markdown or not."""
+    """Returns the value of a text that is a single number, or None.
+
+    The number may have a currency, percent sign or unit, and may be written in LaTeX or markdown.
+    """
     found = _ONE_NUMBER.fullmatch(" ".join(_plain_text(text).split()))
     return None if found is None else _value(found)
 
 
 def marked(text: str) -> str | None:
-    """The result that a text marks by the later of `####` and \\boxed{}."""
+    """Returns the result that a text marks by `####` or \\boxed{}, whichever comes later; None without a mark."""
     if _marked_by_hashes(text):
         return text[text.rfind("####") + 4 :].strip().partition("\n")[0].strip() or None
     boxed = text.rfind(_BOXED)
@@ -86,7 +94,7 @@ def marked(text: str) -> str | None:
 
 
 def number_at_end(text: str) -> str | None:
-    """The number in which a text ends, None where it ends otherwise."""
+    """Returns the number that a text ends in, or None."""
     found = _ENDS_IN_NUMBER.search(_plain_text(text))
     return None if found is None else final_answer(found[0])
 
@@ -101,14 +109,14 @@ def _first_number(text: str) -> str | None:
 
 
 def _plain_text(text: str) -> str:
-    """A text without LaTeX's and markdown's marks, as far as numbers and their units need it."""
+    """Removes the LaTeX and markdown markup that would hide numbers and their units."""
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
     return text
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    if len(found[0]) > _LONGEST:  # Python converts no numbers of thousands of digits
+    if len(found[0]) > _LONGEST:  # Python refuses to convert numbers of thousands of digits
         return None
     under = int(found["under"] or 1)
     if under == 0:
@@ -123,7 +131,7 @@ def _words(text: str) -> str:
 
 
 def _same_mathematics(given: str, expected: str) -> bool:
-    """Whether math-verify takes two expressions for equal; False for what it cannot read or would not finish."""
+    """Returns whether math-verify finds two expressions equal; False if it cannot parse them or might not finish."""
     both = (given, expected)
     if any(len(one) > _LONGEST or _TOO_MUCH.search(one) for one in both):
         return False
@@ -131,7 +139,7 @@ def _same_mathematics(given: str, expected: str) -> bool:
         return False
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs what it cannot read, with tracebacks
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs tracebacks of parse errors
     try:
         found, right = (parse(f"${one}$", parsing_timeout=_PATIENCE) for one in both)
         return bool(found and right) and bool(verify(right, found, timeout_seconds=_PATIENCE))

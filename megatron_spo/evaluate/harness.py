@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a Hugging Face model folder (extra `eval`)."""
+"""Runs lm-evaluation-harness on a Hugging Face model folder (extra `eval`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,10 @@ from megatron_spo.evaluate.generate import load_model, load_tokenizer
 
 
 def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, Any]:
-    """The harness's own results of its tasks on the model: registered names, or YAML files of tasks.
+    """Returns the harness's results of tasks, given as registered names or YAML files.
 
-    Raises UserError where the harness is not installed or does not know a task.
+    Raises:
+        UserError: If the harness is not installed or does not know a task.
     """
     try:
         import lm_eval
@@ -23,7 +24,7 @@ def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, A
     files = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
     if missing := [file for file in files if not Path(file).is_file()]:
         raise UserError(f"task file {missing[0]} does not exist")
-    manager = TaskManager(include_defaults=len(files) < len(tasks))  # reading all of its own tasks takes seconds
+    manager = TaskManager(include_defaults=len(files) < len(tasks))  # indexing all built-in tasks takes seconds
     for task in tasks:
         if task not in files and task not in manager.all_tasks:
             raise UserError(f"lm-evaluation-harness has no task {task!r}; `lm_eval ls tasks` lists them")
@@ -33,12 +34,12 @@ def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, A
         task_manager=manager,
         log_samples=False,
     )
-    assert found is not None  # None on ranks other than 0: this is one process
+    assert found is not None  # it is None only on ranks other than 0
     return {key: found[key] for key in ("results", "versions", "n-shot", "n-samples", "configs", "config")}
 
 
 def table(found: dict[str, Any]) -> str:
-    """A task's metric a line, with its standard error."""
+    """Returns a table for the terminal, one metric per line with its standard error."""
     lines = [["task", "metric", "value"]]
     for task, metrics in found["results"].items():
         for key, value in metrics.items():

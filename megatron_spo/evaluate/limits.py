@@ -1,4 +1,4 @@
-"""What a model can take: token ids of its embedding, and so many tokens as it has positions."""
+"""Limits of a model: the size of its vocabulary and the length of its context."""
 
 import sys
 from collections.abc import Sequence
@@ -17,32 +17,32 @@ NO_LIMIT = sys.maxsize
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Of the model in `folder`: rows of its embedding, and tokens of its context (NO_LIMIT where none is known)."""
+    """The limits of the model in `folder`: its vocabulary size and context length (NO_LIMIT if unknown)."""
 
     folder: Path
     vocab: int
     positions: int
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], new_tokens: int, where: Sequence[str]) -> None:
-        """Refuse prompts (token ids) that the model cannot continue by `new_tokens`; `where` names each in the message.
+        """Checks that the model can continue each prompt (token ids) by `new_tokens`.
 
         Raises:
-            UserError
+            UserError: If it cannot; the message names the prompt by its entry in `where`.
         """
         for prompt, place in zip(prompts, where, strict=True):
             self._check_ids(max(prompt), place)
             if len(prompt) + new_tokens > self.positions:
                 room = self.positions - len(prompt)
                 remedy = f"set --max-new-tokens to {room} at most, or shorten" if room > 0 else "shorten"
-                raise UserError(f"{place}: the prompt has {len(prompt)} tokens, which with {new_tokens} new ones "
-                                f"exceed the context of {self.positions} of the model in {self.folder}; {remedy} "
-                                "the prompt")  # fmt: skip
+                raise UserError(f"{place}: the prompt of {len(prompt)} tokens and {new_tokens} new tokens exceed the "
+                                f"context of {self.positions} tokens of the model in {self.folder}; {remedy} the "
+                                "prompt")  # fmt: skip
 
     def check_pairs(self, dataset: "TokenizedSet") -> None:
-        """Refuse a data set with a token that the embedding lacks.
+        """Checks that all tokens of a data set are in the model's vocabulary.
 
         Raises:
-            UserError
+            UserError: If one is not; the message names the row.
         """
         for index in range(len(dataset)):
             example = dataset.get(index)
@@ -51,15 +51,15 @@ class ModelLimits:
 
     def _check_ids(self, highest: int, where: str) -> None:
         if highest >= self.vocab:
-            raise UserError(f"{where}: token {highest} is beyond the vocabulary of {self.vocab} of the model in "
-                            f"{self.folder}; the tokenizer belongs to another model")  # fmt: skip
+            raise UserError(f"{where}: token {highest} exceeds the vocabulary of {self.vocab} of the model in "
+                            f"{self.folder}; use the tokenizer of this model")  # fmt: skip
 
 
 def limits_of(folder: Path) -> ModelLimits:
-    """The limits of the model in a Hugging Face folder, whose files are checked.
+    """Checks the files of a Hugging Face folder and returns the limits of its model.
 
     Raises:
-        UserError: the folder is damaged, or transformers refuses its config.json.
+        UserError: If the folder is damaged, or transformers cannot read its config.json.
     """
     check_folder(folder)
     text = config_of(folder).get_text_config()
@@ -67,20 +67,20 @@ def limits_of(folder: Path) -> ModelLimits:
 
 
 def config_of(folder: Path) -> Any:
-    """config.json as transformers reads it.
+    """Returns the config.json of a folder as a transformers configuration.
 
     Raises:
-        UserError: transformers refuses it.
+        UserError: If transformers cannot read it.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # whatever its validation raises
+    except Exception as error:  # its validation raises many types
         raise does_not_load(folder, error) from error
 
 
 def does_not_load(folder: Path, error: Exception) -> UserError:
-    """The error for a folder that transformers refuses, with its reason on one line."""
+    """Returns the error for a folder that transformers cannot load, with the reason on one line."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"{folder} does not load as a Hugging Face model: {reason}")
+    return UserError(f"{folder} cannot be loaded as a Hugging Face model: {reason}")

@@ -1,4 +1,4 @@
-"""How a Hugging Face model ranks the pairs of a preference set: transformers' forward over the trainer's tokens."""
+"""Scores the pairs of a preference set under a Hugging Face model, on the same tokens as in training."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,10 +26,14 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class PairScores:
-    """Log-probs of a set of pairs, summed over response tokens: fp64 [pairs, 2], chosen and rejected.
+    """Log-probs in nats of a set of pairs, summed over response tokens; arrays are [pairs, 2], chosen and rejected.
 
-    logps: under the model.  reference: under the reference, None without one.  tokens: int64, how many were summed.
-    where: file and line of each pair.  dropped: the rows that were left out.
+    Attributes:
+        logps: Under the model, fp64.
+        reference: Under the reference, fp64; None without one.
+        tokens: Number of summed tokens, int64.
+        where: File and line of each pair.
+        dropped: The rows that were left out.
     """
 
     logps: NDArray[np.float64]
@@ -39,10 +43,10 @@ class PairScores:
     dropped: list[Dropped] = field(default_factory=list)
 
     def values(self) -> dict[str, NDArray[np.float64]]:
-        """[pairs] values whose means are the metrics.
+        """Returns [pairs] values, the means of which are the metrics.
 
-        The trainer's names mean what they mean in held-out lines. `accuracy/sum` and `accuracy/mean` need no reference:
-        the chosen response's summed, or mean, log-prob is the higher one.
+        The names are those of held-out lines in metrics.jsonl. `accuracy/sum` and `accuracy/mean` need no reference:
+        they count pairs whose chosen response has the higher summed or mean log-prob.
         """
         noise = ROUNDING * np.abs(self.logps)
         means = self.logps / self.tokens
@@ -57,11 +61,11 @@ class PairScores:
         return found
 
     def estimates(self) -> dict[str, Estimate]:
-        """Means with intervals over the pairs."""
+        """Returns the means over the pairs, with intervals."""
         return {name: one for name, values in self.values().items() if (one := estimate(values)) is not None}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything that was found, as plain data."""
+        """Returns all scores as JSON-serializable data."""
         rows = []
         for i, where in enumerate(self.where):
             row: dict[str, Any] = {"where": where}
@@ -73,13 +77,13 @@ class PairScores:
         return {"scores": {name: asdict(one) for name, one in self.estimates().items()}, "rows": rows}
 
     def table(self) -> str:
-        """What a screen shows: a metric a line, with its interval."""
+        """Returns a table for the terminal, one metric per line with its interval."""
         lines = [[name, show(one, None)] for name, one in self.estimates().items()]
         return aligned([*lines, ["pairs", str(len(self.where))]])
 
 
 def _higher(gap: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 where a gap is positive, 0 where negative, one half within the noise."""
+    """Returns 1 for each positive gap, 0 for each negative one and 0.5 for each within the noise."""
     return np.where(np.abs(gap) <= noise, 0.5, (gap > 0).astype(np.float64))
 
 
@@ -138,7 +142,7 @@ def _max_length(asked: int | None, limits: Sequence[ModelLimits]) -> int:
 
 
 def score_pairs(model: Any, reference: Any | None, dataset: TokenizedSet, batch_size: int) -> PairScores:
-    """Both sides of every pair under the model, and under the reference where there is one (transformers models)."""
+    """Scores both sides of every pair under a transformers model, and under the reference if there is one."""
     tokens = np.stack([dataset.chosen_tokens, dataset.rejected_tokens], axis=1)
     return PairScores(
         logps=response_logps(model, dataset, batch_size),
@@ -151,11 +155,10 @@ def score_pairs(model: Any, reference: Any | None, dataset: TokenizedSet, batch_
 
 @torch.inference_mode()
 def response_logps(model: Any, dataset: TokenizedSet, batch_size: int) -> NDArray[np.float64]:
-    """fp64 [pairs, 2]: log p of the chosen and rejected responses, summed over their tokens."""
+    """Returns the log-probs of the chosen and rejected responses in nats, summed over their tokens: fp64 [pairs, 2]."""
     lengths = dataset.prompt_tokens[:, None] + np.stack([dataset.chosen_tokens, dataset.rejected_tokens], axis=1)
-    order = np.argsort(
-        -lengths, axis=None, kind="stable"
-    )  # similar lengths together; the longest first shows its memory
+    # batches of similar lengths, the longest first, so that too little memory shows at once
+    order = np.argsort(-lengths, axis=None, kind="stable")
     found = np.zeros(lengths.size)
     for start in tqdm(range(0, lengths.size, batch_size), desc="pairs", unit="batch", disable=None):
         jobs = order[start : start + batch_size]
@@ -165,13 +168,13 @@ def response_logps(model: Any, dataset: TokenizedSet, batch_size: int) -> NDArra
 
 
 def _sequence(dataset: TokenizedSet, job: int) -> tuple[NDArray[np.int32], int]:
-    """Token ids of prompt and response, and the prompt's length; jobs go chosen, rejected, chosen, ..."""
+    """Returns the token ids of prompt and response, and the prompt's length; jobs alternate chosen and rejected."""
     example = dataset.get(job // 2)
     return (example.rejected_ids if job % 2 else example.chosen_ids), example.prompt_length
 
 
 def _batch_logps(model: Any, sequences: Sequence[NDArray[np.int32]], prompts: Sequence[int]) -> list[float]:
-    """Sums over the responses; logits are only made from the shortest prompt's end on."""
+    """Returns the summed log-prob of each response; logits are computed only from the end of the shortest prompt on."""
     width, first = max(map(len, sequences)), min(prompts) - 1
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -1,8 +1,8 @@
-"""Scores of generated answers: pure functions over text, and what chance leaves open about their means.
+"""Scores generated answers by pure functions of their text, and estimates means with confidence intervals.
 
-A row is what `generate` writes, or any mapping with the keys read here: `answer` (what is right), `reference`, `chosen`
-or `completion` (an answer to compare with). Words are runs of letters and digits, single signs, and single Chinese or
-Japanese characters.
+A row is one written by `generate`, or any mapping with the keys read here: `answer` (the right answer), `reference`,
+`chosen` or `completion` (an answer to compare with). Words are runs of letters and digits, single punctuation marks,
+and single Chinese or Japanese characters.
 """
 
 import re
@@ -18,18 +18,18 @@ from megatron_spo.evaluate.final_answers import final_answer, is_match, marked, 
 _SINGLE = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters: no spaces between words
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
 DRAWS = 2000
-"""Resamplings of a bootstrap interval."""
+"""Number of resamplings of a bootstrap interval."""
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """One answer.
+    """Scores of one answer.
 
     Attributes:
-        exact_match: whether the final answer is the expected one; None where the row has none.
-        malformed: cut off by the length limit, empty, or without a final answer where a number is expected.
-        rep_4: share of the runs of 4 words that occurred before in the same answer, 0 to 1.
-        length_ratio: words of the answer per word of the reference answer; None where the row has none.
+        exact_match: Whether the final answer is the expected one; None if the row has no expected answer.
+        malformed: Whether the answer was cut off by the length limit, is empty, or lacks an expected number.
+        rep_4: Share of the runs of 4 words that occurred before in the same answer, 0 to 1.
+        length_ratio: Words of the answer per word of the reference answer; None if the row has no reference answer.
     """
 
     exact_match: bool | None
@@ -39,17 +39,18 @@ class AnswerScore:
 
 
 AVERAGED = tuple(field.name for field in fields(AnswerScore))
-"""What is averaged over the rows, and so has an interval."""
+"""Names of the scores that are averaged over rows and have an interval."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the rows of the means over their answers, under the names of AnswerScore; None where no row has any.
+    """Means over the rows of the means over their answers, named as in AnswerScore; None if no row has a value.
 
     Attributes:
-        distinct_1, distinct_2: different words, and runs of 2, as a share of all of them in all answers together. They
-            fall as answers are added: compare equal numbers of answers only.
-        answers: of each row, the scores of its answers.
+        distinct_1: Number of different words, as a share of all words in all answers. It falls as answers are added:
+            compare only equal numbers of answers.
+        distinct_2: The same for runs of 2 words.
+        answers: Scores of the answers of each row.
     """
 
     exact_match: float | None
@@ -61,11 +62,11 @@ class Scores:
     answers: tuple[tuple[AnswerScore, ...], ...]
 
     def metrics(self) -> dict[str, float]:
-        """The means that there are, by name."""
+        """Returns the means that are not None, by name."""
         return {name: value for name, value in vars(self).items() if name != "answers" and value is not None}
 
     def of_rows(self, name: str) -> NDArray[np.float64]:
-        """[rows] mean of an AnswerScore's attribute over each row's answers; NaN where a row has none."""
+        """Returns the mean of a score over each row's answers: fp64 [rows], NaN for rows without a value."""
         return np.array(_row_means(self.answers, name), dtype=np.float64)
 
 
@@ -82,10 +83,10 @@ class Estimate:
 def score(
     rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]]
 ) -> Scores:
-    """Scores of the answers to each row; `finished`: whether an answer ended by itself.
+    """Returns the scores of the answers to each row; `finished` says whether each answer ended by itself.
 
     Raises:
-        ValueError: there is no answer, or the three sequences differ in shape.
+        ValueError: If there is no answer, or the three sequences differ in shape.
     """
     scored = []
     for row, texts, ends in zip(rows, answers, finished, strict=True):
@@ -108,7 +109,7 @@ def score(
 
 
 def score_answer(text: str, finished: bool, expected: str | None, reference: str | None) -> AnswerScore:
-    """Scores of one answer; see AnswerScore."""
+    """Returns the scores of one answer; see AnswerScore."""
     given = final_answer(text)
     without = given is None if expected is not None and number_of(expected) is not None else not text.strip()
     words = len(split_words(reference)) if reference else 0
@@ -121,25 +122,28 @@ def score_answer(text: str, finished: bool, expected: str | None, reference: str
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text."""
+    """Returns the words of a text, punctuation marks included."""
     return _WORD.findall(text)
 
 
 def repeated(text: str, n: int) -> float:
-    """Share of a text's runs of n words that are repetitions, 0 to 1; 0 for a text of fewer words."""
+    """Returns the share of a text's runs of n words that are repetitions, 0 to 1; 0 for a text of fewer words."""
     runs = _runs(split_words(text), n)
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
-    """Different runs of n words as a share of all in the texts together; 0 where there is none."""
+    """Returns the number of different runs of n words as a share of all runs in the texts; 0 without any."""
     runs = [run for text in texts for run in _runs(split_words(text), n)]
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
 def expected_answer(row: Mapping[str, Any]) -> str | None:
-    """The right final answer: of `answer` (all of it unless it marks one), else the mark or the number that the row's
-    reference answer ends in; None where there is neither."""
+    """Returns the right final answer of a row, or None.
+
+    It is the result marked in `answer` (all of `answer` if nothing is marked), else the result marked in the reference
+    answer or the number that the reference answer ends in.
+    """
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
@@ -150,7 +154,10 @@ def expected_answer(row: Mapping[str, Any]) -> str | None:
 
 
 def reference_text(row: Mapping[str, Any]) -> str | None:
-    """The answer to compare lengths with: `reference`, `chosen` or `completion`, or an `answer` that is worked out."""
+    """Returns the answer to compare lengths with, or None.
+
+    It is `reference`, `chosen` or `completion`, or an `answer` that marks its result, and so contains a derivation.
+    """
     for key in ("reference", "chosen", "completion"):
         if text := message_text(row.get(key)):
             return text
@@ -159,7 +166,7 @@ def reference_text(row: Mapping[str, Any]) -> str | None:
 
 
 def message_text(value: Any) -> str:
-    """A string, or what the assistant says last in a list of messages; empty for anything else."""
+    """Returns a string as it is, or the content of the last of a list of messages; empty for anything else."""
     if isinstance(value, str):
         return value
     last = value[-1] if isinstance(value, list) and value else None
@@ -168,9 +175,10 @@ def message_text(value: Any) -> str:
 
 
 def estimate(values: NDArray[np.float64], *, seed: int = 0) -> Estimate | None:
-    """Mean of [rows] values with a percentile bootstrap over the rows; NaNs are left out; None where all are.
+    """Returns the mean of [rows] values with a percentile bootstrap interval over the rows; None if all are NaN.
 
-    Where all values are equal, so are the bounds: the sample then says nothing of what it has not met.
+    NaNs are ignored. If all values are equal, the interval has no width: the sample then holds no information about
+    the variation of other data.
     """
     known = values[~np.isnan(values)]
     if not len(known):
@@ -185,7 +193,7 @@ def estimate(values: NDArray[np.float64], *, seed: int = 0) -> Estimate | None:
 
 
 def difference(one: NDArray[np.float64], other: NDArray[np.float64], *, seed: int = 0) -> Estimate | None:
-    """Mean of `one - other` of the same rows, [rows] each; rows that either lacks are left out."""
+    """Returns the mean of `one - other` over the same rows, [rows] each; rows with a NaN in either are ignored."""
     return estimate(one - other, seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model in a process of its own: its memory goes with it, and its end is not ours."""
+"""Generates answers in a separate process, which frees all its memory, and whose crash does not end this process."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,9 +17,10 @@ _CONTEXT.set_forkserver_preload([__name__])  # so that only the first answers of
 def answer_apart(
     folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, engine: str
 ) -> list[list[Response]]:
-    """What `generate_by` gives for these prompts (token ids) with the model in a Hugging Face folder.
+    """Calls `generate_by` for prompts (token ids) in a separate process.
 
-    Raises whatever the other process has raised, or BrokenProcessPool where it was killed.
+    Raises:
+        Exception: Whatever the process raised; BrokenProcessPool if it was killed.
     """
     with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
         return pool.submit(_answer, folder, prompts, sampling, engine, torch.get_num_threads()).result()

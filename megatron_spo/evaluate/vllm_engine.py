@@ -1,7 +1,7 @@
-"""Responses by vLLM, where it is installed: the model is split over the visible GPUs, and requests are batched by vLLM.
+"""Generates responses with vLLM, which splits the model over the visible GPUs and does its own batching.
 
-Its random numbers are its own, so that samples differ from those of transformers; they too follow from (seed, row,
-sample number) alone.
+vLLM has its own random numbers, so samples differ from those of transformers. They, too, depend only on (seed, row,
+sample number).
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,24 @@ from megatron_spo.errors import UserError
 from megatron_spo.evaluate.generate import Response, Sampling, cut, end_tokens
 
 SHARE_OF_FREE = 0.9
-"""Of the GPUs' free memory that vLLM takes: a training may hold the rest."""
+"""Share of the GPUs' free memory for vLLM; a training run may need the rest."""
 SHARE_OF_HOST = 0.3
-"""Of a computer's memory that vLLM takes where there is no GPU."""
+"""Share of the host's memory for vLLM if there is no GPU."""
 
 
 def generate_by_vllm(
     folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[Response]]:
-    """`sampling.samples` responses to each prompt (token ids), in the order of the prompts.
+    """Returns `sampling.samples` responses to each prompt (token ids), in the order of the prompts.
 
     Raises:
-        UserError: vLLM is not installed.
+        UserError: If vLLM is not installed.
     """
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise UserError(f"generate: --engine vllm needs vLLM ({error}); install it in the environment of this command, "
-                        "or leave --engine out") from error  # fmt: skip
+        raise UserError(f"generate: --engine vllm requires vLLM ({error}); install it in this environment, or omit "
+                        "--engine") from error  # fmt: skip
     config = AutoConfig.from_pretrained(folder)
     visible = max(torch.cuda.device_count(), 1)
     ranks = max(n for n in range(1, visible + 1) if config.num_attention_heads % n == 0)
@@ -53,12 +53,12 @@ def generate_by_vllm(
     engine: Any = LLM(
         model=str(folder),
         tensor_parallel_size=ranks,
-        dtype=config.dtype or "auto",  # its own choice would turn fp32 into 16 bits
+        dtype=config.dtype or "auto",  # vLLM's default would turn fp32 into 16 bits
         gpu_memory_utilization=memory_share(),
     )
     try:
         outputs = engine.generate([{"prompt_token_ids": list(prompts[row])} for row, _ in jobs], settings)
-    finally:  # a process of multiprocessing would wait at its end for vLLM's, which nothing else ends there
+    finally:  # in a multiprocessing child nothing else ends vLLM's processes, and its exit would wait for them
         engine.llm_engine.engine_core.shutdown()
     # vLLM ends a response with its stop token, as transformers does
     found = [cut(tokenizer, output.outputs[0].token_ids, stops) for output in outputs]
@@ -66,6 +66,9 @@ def generate_by_vllm(
 
 
 def memory_share() -> float:
-    """Of each device's memory, what vLLM may take of the fullest one; vLLM refuses to start where it is not free."""
+    """Returns the share of each device's memory that is free for vLLM on the fullest device.
+
+    vLLM refuses to start if the share it is given is not free.
+    """
     found = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
     return min((SHARE_OF_FREE * free / total for free, total in found), default=SHARE_OF_HOST)

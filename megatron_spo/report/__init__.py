@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs, made from their run directories alone."""
+"""Reports: one self-contained HTML page about one or several runs, made from their run directories."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from megatron_spo.report.sections import make_sections
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Writes the page `out` about the run directories `runs`. Raises UserError if one of them is none."""
+    """Writes the page `out` about the run directories `runs`; raises UserError if one of them is not readable."""
     if not runs:
-        raise UserError("report: name at least one run directory")
+        raise UserError("report: no run directory given; name at least one")
     read = read_runs([Path(run) for run in runs])
     write_page(Path(out), "SPO: " + ", ".join(read), make_sections(read))

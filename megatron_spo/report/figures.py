@@ -1,4 +1,4 @@
-"""Pictures as SVG text: they follow the page's text colour, so they are readable on light and dark."""
+"""Draws figures as SVG text that use the page's text colour, and so are readable in light and dark mode."""
 
 import io
 import re
@@ -25,16 +25,16 @@ PALETTE = (
     "#8c8c22",
     "#2091a0",
 )
-"""Each stands out from white and from black by 3:1 or more."""
+"""Colours with a contrast of at least 3:1 against both white and black."""
 SIDES = {"chosen": PALETTE[0], "rejected": PALETTE[1]}
 ALARM = "#c44e52"
 MAX_POINTS = 400
-"""Points of a drawn curve: a picture shows no more."""
-TEXT = "#010203"  # stands for the page's text colour until the SVG is written
-SIZE = (5.2, 3.4)  # inches; small, so that the lettering stays readable when a phone scales the picture down
+"""Most points of a drawn curve; more would not be visible."""
+TEXT = "#010203"  # placeholder, replaced by the text colour when the SVG is written
+SIZE = (5.2, 3.4)  # inches; small, so that labels stay readable when a phone scales the figure down
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "megatron-spo",  # the same picture gives the same bytes
+    "svg.hashsalt": "megatron-spo",  # makes the output reproducible
     "font.family": "sans-serif",
     "font.size": 12,
     "text.color": TEXT,
@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """`faint` curves lie behind the others; `alarms` are points to mark."""
+    """A curve to draw; `faint` curves are drawn paler and without a label, `alarms` are points to mark."""
 
     label: str
     colour: str
@@ -61,12 +61,12 @@ class Curve:
 
 
 def run_colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each run."""
+    """Returns a colour for each run."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
 def draw_curves(curves: Sequence[Curve], title: str) -> str:
-    """SVG of curves over optimizer steps."""
+    """Returns an SVG of curves over optimizer steps."""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure()
         plot_curves(axes, curves, title)
@@ -74,7 +74,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> str:
 
 
 def draw_bars(values: Mapping[str, float], colours: Mapping[str, str], title: str) -> str:
-    """SVG of one horizontal bar a run, shares from 0 to 1."""
+    """Returns an SVG with one horizontal bar per run, for shares from 0 to 1."""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure()
         plot_bars(axes, values, colours, title)
@@ -82,13 +82,13 @@ def draw_bars(values: Mapping[str, float], colours: Mapping[str, str], title: st
 
 
 def new_figure(panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with panels side by side."""
+    """Returns a figure with panels side by side."""
     figure = Figure(figsize=(SIZE[0] * panels, SIZE[1]), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def plot_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
-    """Lines over the step; a curve of one point is a dot."""
+    """Draws curves over the step; a curve of one point becomes a dot."""
     for curve in curves:
         steps, values = zip(*thinned(curve.points), strict=True)
         axes.plot(
@@ -108,7 +108,7 @@ def plot_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
 
 
 def thinned(points: Points) -> Points:
-    """At most MAX_POINTS points, among them the extremes of every stretch."""
+    """Returns at most MAX_POINTS points, among them the minimum and maximum of every section of the curve."""
     if len(points) <= MAX_POINTS:
         return points
     stretches, kept = MAX_POINTS // 2, []
@@ -119,11 +119,11 @@ def thinned(points: Points) -> Points:
 
 
 def draw_shifts(sides: Mapping[str, Sequence[float]]) -> str:
-    """SVG of the distributions of the pairs' log-prob changes, a colour for each side; 0 is before the training."""
+    """Returns an SVG of the distributions of log-prob changes in nats, one colour per side; 0 means no change."""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure()
         everything = np.concatenate([np.asarray(values, dtype=float) for values in sides.values()])
-        low, high = np.quantile(everything, [0.005, 0.995])  # a few far pairs must not squeeze all others into one bar
+        low, high = np.quantile(everything, [0.005, 0.995])  # a few outliers must not compress all others into one bar
         edges = np.linspace(min(low, 0.0), max(high, 0.0) + 1e-9, 41).tolist()
         for side, values in sides.items():
             shown = np.clip(values, edges[0], edges[-1])
@@ -135,7 +135,7 @@ def draw_shifts(sides: Mapping[str, Sequence[float]]) -> str:
 
 
 def draw_stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], title: str) -> str:
-    """SVG of one horizontal bar a run, made of named parts."""
+    """Returns an SVG with one horizontal bar per run, stacked from named parts."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0], 1.2 + 0.45 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -152,7 +152,7 @@ def draw_stacked(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, 
 
 
 def plot_bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str], title: str) -> None:
-    """Horizontal bars from 0 to 1, the first on top, each with its value."""
+    """Draws horizontal bars from 0 to 1, the first on top, each with its value."""
     names = list(values)[::-1]
     axes.barh(names, [values[name] for name in names], color=[colours[name] for name in names])
     for place, name in enumerate(names):
@@ -161,13 +161,13 @@ def plot_bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str
 
 
 def page_svg(figure: Figure) -> str:
-    """SVG element for a page: as wide as its place, transparent, lettering in the page's colour."""
+    """Returns an SVG element for a page: scaled to its container, transparent, text in the page's colour."""
     svg = _svg(figure, transparent=True).replace(TEXT, "currentColor")
     return re.sub(r"^<svg[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg)
 
 
 def file_svg(figure: Figure) -> str:
-    """SVG for a file of its own: dark lettering on white, whatever surrounds it."""
+    """Returns an SVG for a separate file: dark text on white."""
     return _svg(figure, transparent=False).replace(TEXT, "#222222")
 
 

@@ -1,4 +1,4 @@
-"""The HTML around tables and pictures: one file, no network, light and dark, readable on a phone."""
+"""Builds HTML pages of tables and figures: one file without external resources, for light and dark mode and phones."""
 
 import html
 import re
@@ -53,7 +53,7 @@ pre { font: .875rem/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> str:
-    """HTML table that scrolls by itself where it is wider than the screen; `words`: of text, not of numbers."""
+    """Returns an HTML table, which scrolls if it is wider than the screen; `words` is for text instead of numbers."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     start = '<table class="words">' if words else "<table>"
@@ -61,49 +61,49 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool =
 
 
 def paragraph(text: str) -> str:
-    """Plain text as a paragraph."""
+    """Returns plain text as an HTML paragraph."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def note(text: str) -> str:
-    """How to read what is beside it."""
+    """Returns an explanatory note as an HTML paragraph."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 def heading(text: str) -> str:
-    """A title within a section."""
+    """Returns a heading within a section."""
     return f"<h3>{html.escape(text)}</h3>"
 
 
 def legend(colours: Mapping[str, str]) -> str:
-    """Names with their colours."""
+    """Returns a legend of names and their colours."""
     entries = "".join(f'<span><i style="background:{c}"></i>{html.escape(name)}</span> ' for name, c in colours.items())
     return f'<div class="legend">{entries}</div>'
 
 
 def captioned(caption: str, picture: str) -> str:
-    """A picture under its title, where that may be too long for the picture."""
+    """Returns a figure under a caption, which may be longer than a title within the figure could be."""
     return f"<figure><figcaption>{html.escape(caption)}</figcaption>{picture}</figure>"
 
 
 def grid(*parts: str) -> str:
-    """Parts side by side where the screen is wide."""
+    """Returns parts side by side if the screen is wide enough."""
     return '<div class="grid">' + "\n".join(parts) + "</div>"
 
 
 def folded(title: str, *parts: str) -> str:
-    """Parts that a click on the title shows."""
+    """Returns parts that are hidden until the title is clicked."""
     return f"<details><summary>{html.escape(title)}</summary>" + "\n".join(parts) + "</details>"
 
 
 def texts(named: Mapping[str, str]) -> str:
-    """Names and the texts that they have, as they are written."""
+    """Returns a list of names and preformatted texts."""
     entries = (f"<dt>{html.escape(name)}</dt><dd><pre>{html.escape(text)}</pre></dd>" for name, text in named.items())
     return "<dl>" + "".join(entries) + "</dl>"
 
 
 def section(title: str, *parts: str, grid: bool = False) -> str:
-    """A titled section of HTML parts; `grid` lays them side by side where the screen is wide."""
+    """Returns a titled section of HTML parts; `grid` puts them side by side if the screen is wide enough."""
     body = "\n".join(parts)
     name = re.sub(r"\W+", "-", title.lower()).strip("-")
     start = f'<h2 id="{name}">{html.escape(title)}</h2>\n'
@@ -111,7 +111,7 @@ def section(title: str, *parts: str, grid: bool = False) -> str:
 
 
 def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
-    """Writes the page, complete or not at all, with links to its sections. Raises UserError where that cannot be."""
+    """Writes the page atomically, with links to its sections; raises UserError if it cannot be written."""
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -1,4 +1,4 @@
-"""The numbers of a report: runs grouped by what they are but for the seed, their last lines, their speed."""
+"""Computes the numbers of a report: runs grouped over seeds, their last metrics and their speed."""
 
 import os
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ T_95 = (
 """Student's t, two-sided 95%, for 2 to 30 runs (degrees of freedom 1 to 29)."""
 NORMAL_95 = 1.96
 PARTS = ("data", "forward_backward", "communication", "optimizer", "other")
-"""Of a step's time: `seconds/PART` in its line."""
+"""Parts of a step's time, `seconds/PART` in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     name: str
     runs: dict[str, Run]
 
     @property
     def state(self) -> str:
-        """The states of its runs, each once."""
+        """The different states of its runs."""
         return ", ".join(dict.fromkeys(run.state for run in self.runs.values()))
 
     @property
     def eval_sets(self) -> list[str]:
-        """The held-out sets of its runs."""
+        """Names of the held-out sets of its runs."""
         return list(dict.fromkeys(name for run in self.runs.values() for name in run.eval_sets))
 
 
 def group_runs(runs: dict[str, Run]) -> list[Group]:
-    """Groups in the order of their first runs; a run of unknown configuration is alone."""
+    """Returns groups in the order of their first runs; a run without a configuration forms its own group."""
     members: dict[object, dict[str, Run]] = {}
     for name, run in runs.items():
         members.setdefault(run.group or name, {})[name] = run
@@ -56,7 +56,7 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def summary(values: Sequence[float]) -> str:
-    """A number; of several runs the mean and the half-width of its 95% interval (Student's t over the runs)."""
+    """Returns a number as text; for several runs, the mean ± half of its 95% interval (Student's t over the runs)."""
     if not values:
         return ""
     if len(values) == 1:
@@ -66,20 +66,20 @@ def summary(values: Sequence[float]) -> str:
 
 
 def last_values(group: Group, data: str | None, metric: str) -> list[float]:
-    """The metric of each run's last line of a held-out set, or of training (None)."""
+    """Returns a metric from each run's last line for a held-out set, or for training (None)."""
     lines = [run.last(data) for run in group.runs.values()]
     return [line[metric] for line in lines if is_number(line.get(metric))]
 
 
 def seconds_by_part(run: Run) -> dict[str, float]:
-    """Mean seconds of a step by part, without the first line, which warms up; empty where it was not measured."""
+    """Returns the mean seconds per step by part, without the first line (warm-up); empty if they were not measured."""
     lines = run.of(None)[1:] or run.of(None)
     measured = {part: [line[f"seconds/{part}"] for line in lines if f"seconds/{part}" in line] for part in PARTS}
     return {part: mean(values) for part, values in measured.items() if values}
 
 
 def speed_row(run: Run) -> list[str]:
-    """Cells: seconds a step, tokens and pairs a second, the share of each part."""
+    """Returns table cells: seconds per step, tokens and pairs per second, and the share of each part."""
     lines = [line for line in run.of(None)[1:] or run.of(None) if line.get("seconds")]
     if not lines:
         return []

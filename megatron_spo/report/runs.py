@@ -1,4 +1,4 @@
-"""Reads run directories: metrics.jsonl, config.yaml, status.json, and what else a run may have written."""
+"""Reads run directories: metrics.jsonl, config.yaml, status.json and the optional files."""
 
 import json
 import math
@@ -12,19 +12,20 @@ from megatron_spo.errors import UserError
 
 Points = list[tuple[int, float]]
 APART = ("output", "training.seed")
-"""The keys in which runs of one group may differ."""
+"""Keys in which runs of one group may differ."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run; what it did not write is empty.
+    """One run; attributes are empty if the run did not write the file.
 
     Attributes:
-        lines: of metrics.jsonl.
-        config: flat keys such as `loss.beta`, values as JSON text.
-        status, provenance: status.json and provenance.json, flat.
-        held_out: by the data set's name, its pairs at the last evaluation: {"step", "pairs", "worst"}.
-        samples: lines of samples.jsonl.
+        lines: Lines of metrics.jsonl.
+        config: Flat keys such as `loss.beta`, values as JSON text.
+        status: status.json, flat.
+        provenance: provenance.json, flat.
+        held_out: Pairs of each held-out set at the last evaluation: {"step", "pairs", "worst"}.
+        samples: Lines of samples.jsonl.
     """
 
     lines: list[dict[str, Any]]
@@ -36,12 +37,12 @@ class Run:
 
     @property
     def state(self) -> str:
-        """As status.json says."""
+        """The state in status.json, or "unknown"."""
         return self.status.get("state", '"unknown"').strip('"')
 
     @property
     def group(self) -> tuple[tuple[str, str], ...]:
-        """Equal for runs that differ in their seed alone; () where the configuration is not known."""
+        """A key that is equal for runs that differ only in their seed; () if there is no configuration."""
         return tuple(sorted((key, value) for key, value in self.config.items() if key not in APART))
 
     @property
@@ -51,48 +52,48 @@ class Run:
 
     @property
     def alarms(self) -> list[dict[str, Any]]:
-        """Alarm lines."""
+        """The alarm lines."""
         return self.of_kind("alarm")
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of a kind."""
+        """Returns the lines of a kind."""
         return [line for line in self.lines if line["kind"] == kind]
 
     def of(self, data: str | None) -> list[dict[str, Any]]:
-        """The lines of a held-out set, or of training (None)."""
+        """Returns the lines of a held-out set, or of training (None)."""
         return [line for line in self.of_kind("train" if data is None else "eval") if line.get("name") == data]
 
     def points(self, metric: str, data: str | None) -> Points:
-        """(step, value) of a metric on a held-out set, or in training (None); only finite values."""
+        """Returns the finite (step, value) of a metric on a held-out set, or in training (None)."""
         return finite_points(self.of(data), metric)
 
     def last(self, data: str | None) -> dict[str, Any]:
-        """The last line of a held-out set, or of training (None)."""
+        """Returns the last line of a held-out set, or of training (None)."""
         return (self.of(data) or [{"step": 0}])[-1]
 
 
 def finite_points(lines: Sequence[Mapping[str, Any]], metric: str) -> Points:
-    """(step, value) of a metric, where a line has it and it is finite."""
+    """Returns (step, value) of every line with a finite value of the metric."""
     return [(line["step"], line[metric]) for line in lines if is_number(line.get(metric))]
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Returns whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, Run]:
-    """Runs by name: the folder's name, or the path where names would repeat."""
+    """Reads runs; returns them by folder name, or by path if names would repeat."""
     names = [folder.resolve().name for folder in folders]
     unique = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     return {name: read_run(folder) for name, folder in zip(unique, folders, strict=True)}
 
 
 def read_run(folder: Path) -> Run:
-    """One run directory; UserError names the file that is missing or unreadable."""
+    """Reads one run directory; raises UserError naming the file that is missing or unreadable."""
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(
-            f"{folder} is not a run directory: it has no metrics.jsonl; name a directory that `train` wrote"
+            f"{folder} is not a run directory: it has no metrics.jsonl; name a directory written by `train`"
         )
     return Run(
         lines=_read_lines(folder / "metrics.jsonl", "metrics line", ("kind", "step")),
@@ -110,7 +111,7 @@ def _read_whole(path: Path, parse: Any) -> Any:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error})") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it must hold keys and values")
+        raise UserError(f"{path} is damaged: it must be a mapping of keys to values")
     return found
 
 
@@ -125,8 +126,10 @@ def _read_pairs(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, what: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of a file, each with the keys (of an evaluation a name, too); an unfinished last one (a run still
-    writing, or killed) is left out."""
+    """Returns the lines of a file and checks that each has the keys (and an evaluation a name).
+
+    An unfinished last line, of a run that is still writing or was killed, is skipped.
+    """
     lines = []
     for number, text in enumerate(_lines_of(path), 1):
         try:
@@ -141,7 +144,7 @@ def _read_lines(path: Path, what: str, keys: Sequence[str]) -> list[dict[str, An
 
 
 def _lines_of(path: Path) -> list[str]:
-    """Lines as written: splitlines would also split at separators that JSON leaves as they are within a text."""
+    """Returns the lines of a file, split only at newlines: splitlines also splits at characters within JSON strings."""
     if not path.is_file():
         return []
     try:
@@ -152,7 +155,7 @@ def _lines_of(path: Path) -> list[str]:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one with dotted keys and values as JSON text."""
+    """Flattens nested mappings to one with dotted keys and values as JSON text."""
     if not isinstance(values, dict):
         return {prefix: json.dumps(values, ensure_ascii=False)}
     flat: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The sections of a report; a run that lacks a part has no such section."""
+"""Builds the sections of a report; a section without data is omitted."""
 
 import json
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from megatron_spo.report.runs import Run, finite_points, is_number
 
 METRICS = {
     "loss": "Loss",
-    "rewards/accuracies": "Share of pairs ranked as the judge did",
+    "rewards/accuracies": "Share of pairs ranked as by the judge",
     "spo/chosen_shift": "Change of log p(chosen), nats",
     "spo/rejected_shift": "Change of log p(rejected), nats",
     "spo/both_down": "Share of pairs where both fell",
-    "spo/gap": "Gap g - v, nats a chosen token",
+    "spo/gap": "Gap g - v, nats per chosen token",
     "spo/lambda": "Lambda",
-    "policy/entropy": "Entropy, nats a token",
+    "policy/entropy": "Entropy, nats per token",
 }
-"""What is drawn and tabulated: name in metrics.jsonl -> title of the picture."""
+"""Metrics that are plotted and tabulated: name in metrics.jsonl -> title of the plot."""
 GENERATION = {
     "generation/exact_match": "Exact match",
     "generation/malformed": "Malformed",
@@ -39,11 +39,11 @@ GENERATION = {
 }
 MAX_TEXT = 2000
 MAX_SHOWN = 10
-"""Worst pairs, and prompts of samples, of one run and data set."""
+"""Most worst pairs, and most sampled prompts, that are shown per run and data set."""
 
 
 def make_sections(runs: dict[str, Run]) -> list[str]:
-    """All sections that the runs give reason for."""
+    """Returns all sections for which the runs have data."""
     groups = group_runs(runs)
     by_group = run_colours([group.name for group in groups])
     colours = {name: by_group[group.name] for group in groups for name in group.runs}
@@ -63,7 +63,7 @@ def make_sections(runs: dict[str, Run]) -> list[str]:
 
 
 def results(groups: Sequence[Group]) -> list[str]:
-    """The last line of every group on its training batch and on each held-out set."""
+    """Returns a table of every group's last metrics on the training batch and on each held-out set."""
     places = [(group, data) for group in groups for data in (None, *group.eval_sets)]
     shown = [metric for metric in METRICS if any(last_values(group, data, metric) for group, data in places)]
     rows = []
@@ -73,37 +73,37 @@ def results(groups: Sequence[Group]) -> list[str]:
         rows.append([group.name, data or "last batch", ", ".join(map(str, steps)), *numbers, group.state])
     parts = [table(["run", "data", "step", *shown, "state"], rows)]
     if any(len(group.runs) > 1 for group in groups):
-        parts.append(note("Runs that differ in their seed alone share a row: mean ± half of the 95% interval."))
+        parts.append(note("Runs that differ only in their seed share a row: mean ± half of the 95% interval."))
     return parts
 
 
 def alarms(runs: dict[str, Run]) -> str:
-    """Every alarm of every run."""
+    """Returns a table of every alarm of every run."""
     rows = []
     for name, run in runs.items():
         for line in run.alarms:
             numbers = [f"{line[key]:.4g}" if is_number(line.get(key)) else "" for key in ("value", "bound")]
             message = line.get("message") or f"step {line['step']}: {line.get('reason') or line.get('alarm') or ''}"
             rows.append([name, message, _text(line.get("metric")), *numbers])
-    header = ["run", "alarm", "metric", "value", "bound"]  # the text first, for narrow screens
+    header = ["run", "alarm", "metric", "value", "bound"]  # the message comes first, for narrow screens
     return section("Alarms", table(header, rows, words=True)) if rows else ""
 
 
 def curves(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, str]) -> str:
-    """Every metric over the steps, all runs in one picture."""
+    """Returns plots of every metric over the steps, with all runs in one plot."""
     figures = [
         draw_curves(drawn, title)
         for metric, title in METRICS.items()
         if (drawn := metric_curves(runs, metric, colours))
     ]
-    reading = "Held-out sets are strong, training batches faint." if any(run.eval_sets for run in runs.values()) else ""
+    reading = "Faint curves are training batches." if any(run.eval_sets for run in runs.values()) else ""
     if any(run.alarms for run in runs.values()):
         by_group = {**by_group, "alarm (triangle)": ALARM}
     return section("Curves", legend(by_group), *([note(reading)] if reading else []), grid(*figures)) if figures else ""
 
 
 def metric_curves(runs: dict[str, Run], metric: str, colours: dict[str, str]) -> list[Curve]:
-    """A curve for each run and data set; training lies faint behind held-out."""
+    """Returns a curve for each run and data set; training is faint if there are held-out curves."""
     drawn = []
     for name, run in runs.items():
         held_out = {data: points for data in run.eval_sets if (points := run.points(metric, data)) and len(points) > 1}
@@ -116,13 +116,13 @@ def metric_curves(runs: dict[str, Run], metric: str, colours: dict[str, str]) ->
 
 
 def alarm_points(run: Run, metric: str, data: Sequence[str | None]) -> list[tuple[int, float]]:
-    """Where alarms about a metric are, on data sets of these names."""
+    """Returns the (step, value) of alarms about a metric on the data sets `data`."""
     found = [line for line in run.alarms if line.get("metric") == metric and line.get("data") in data]
     return finite_points(found, "value")
 
 
 def generation(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, str]) -> str:
-    """Scores of the answers that were sampled during the training."""
+    """Returns plots of the scores of answers that were sampled during training."""
     figures = []
     for metric, title in GENERATION.items():
         drawn = []
@@ -136,7 +136,7 @@ def generation(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str
 
 
 def shifts(runs: dict[str, Run]) -> str:
-    """How far each held-out pair moved, as distributions."""
+    """Returns plots of the distribution of the held-out pairs' log-prob changes."""
     figures = []
     for name, run in runs.items():
         for data, found in run.held_out.items():
@@ -146,12 +146,12 @@ def shifts(runs: dict[str, Run]) -> str:
             }
             if any(sides.values()):
                 figures.append(captioned(f"{name}, {data}, step {found['step']}", draw_shifts(sides)))
-    reading = "Change of each held-out pair's log-probs against the reference; the dashed line is before the training."
+    reading = "Change of each held-out pair's log-probs from the reference; the dashed line marks no change."
     return section("Held-out pairs", legend(SIDES), note(reading), grid(*figures)) if figures else ""
 
 
 def worst_pairs(runs: dict[str, Run]) -> str:
-    """The pairs whose chosen answer lost most."""
+    """Returns the texts of the pairs whose chosen answer lost most log-prob."""
     parts = []
     for name, run in runs.items():
         for data, found in run.held_out.items():
@@ -168,7 +168,7 @@ def _worst(row: dict[str, Any]) -> str:
 
 
 def samples(runs: dict[str, Run]) -> str:
-    """The first and the last answers to the same prompts."""
+    """Returns the first and the last answers to the sampled prompts."""
     parts = []
     for name, run in runs.items():
         by_prompt: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -193,17 +193,17 @@ def _verdict(sample: dict[str, Any]) -> str:
 
 
 def speed(runs: dict[str, Run]) -> str:
-    """Where the time of a step goes, and what it gets done."""
+    """Returns the throughput of each run, and the parts of its step time."""
     rows = [[name, *cells] for name, run in runs.items() if (cells := speed_row(run))]
     if not rows:
         return ""
-    header = ["run", "seconds a step", "tokens/s", "pairs/s"]
+    header = ["run", "seconds per step", "tokens/s", "pairs/s"]
     measured = {name: seconds for name, run in runs.items() if (seconds := seconds_by_part(run))}
     if not measured:
         return section("Speed", table(header, [row[: len(header)] for row in rows]))
     colours = dict(zip(PARTS, PALETTE, strict=False))
     names = {part: part.replace("_", " + ") for part in PARTS}
-    picture = draw_stacked(measured, colours, "Seconds a step")
+    picture = draw_stacked(measured, colours, "Seconds per step")
     return section(
         "Speed",
         table([*header, *names.values()], rows),
@@ -213,7 +213,7 @@ def speed(runs: dict[str, Run]) -> str:
 
 
 def differences(runs: dict[str, Run]) -> str:
-    """The configuration keys whose values are not the same in all runs."""
+    """Returns a table of the configuration keys whose values differ between runs."""
     keys = sorted({key for run in runs.values() for key in run.config})
     rows = [[key, *(run.config.get(key, "") for run in runs.values())] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
@@ -221,14 +221,14 @@ def differences(runs: dict[str, Run]) -> str:
 
 
 def provenance(run: Run) -> str:
-    """State, versions and fingerprints, and the whole configuration of a run."""
+    """Returns the status, provenance and configuration of a run."""
     known = {"status": run.status, "provenance": run.provenance, "configuration": run.config}
     shown = {title: [f"{key}: {value}" for key, value in values.items()] for title, values in known.items() if values}
     return texts({title: "\n".join(lines) for title, lines in shown.items()})
 
 
 def _text(value: Any) -> str:
-    """A text or a list of messages as text, shortened where it is very long."""
+    """Returns a text or a list of messages as text, shortened if it is very long."""
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         value = "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

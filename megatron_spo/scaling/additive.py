@@ -1,4 +1,7 @@
-"""L = E + sum over x of A_x / x^alpha_x: Chinchilla's law of N and D, and the power law with offset of one x."""
+"""L = E + sum over x of A_x / x^alpha_x: Chinchilla's law in N and D, and a power law with offset in one x.
+
+Source of Chinchilla's law and of the fitting method: Hoffmann et al. (arXiv 2203.15556).
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -21,20 +24,20 @@ from megatron_spo.scaling.law import (
 from megatron_spo.scaling.points import Columns
 
 DELTA = 1e-3
-"""Where Huber's loss of log L turns from square to linear, as Hoffmann et al. (arXiv 2203.15556) have it."""
+"""Error of log L at which the Huber loss changes from quadratic to linear, as in Hoffmann et al."""
 EXPONENTS = (-0.5, 0.05, 0.15, 0.25, 0.35, 0.45, 0.6, 0.8, 1.1, 1.5)
-"""Starts of each exponent; given the exponents, E and the A are a linear problem, solved without negative parts."""
+"""Initial values of each exponent; for given exponents, E and A_x follow from non-negative least squares."""
 POLISHED = 6
-"""The best starts, which are all followed to their minimum."""
+"""Number of best initial values from which the minimum is searched."""
 COLLINEAR = 0.05
-"""Least deviation of log D about a line in log N; below, the two terms cannot be told apart."""
+"""Least deviation of log D from a line in log N; below it, the two terms cannot be separated."""
 WIDEST_EXPONENT, WIDEST_OFFSET = 3.0, 0.5
-"""Largest ratio of an exponent's interval's ends, and largest width of E's interval as a share of the lowest loss."""
+"""Largest ratio of the bounds of an exponent, and largest width of E's interval as a share of the lowest loss."""
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
 
 class Additive:
-    """The law of the columns given; parameters E, then coefficients, then exponents."""
+    """The law for given size columns; its parameters are E, the coefficients and the exponents."""
 
     optional: tuple[str, ...] = ()
     outcome = "loss"
@@ -56,13 +59,15 @@ class Additive:
             line = np.polyfit(first, second, 1)
             if np.std(second - np.polyval(line, first)) < COLLINEAR:
                 raise Unidentified(
-                    f"{self.sizes[1]} is a power of {self.sizes[0]} in all points (exponent {line[0]:.2f}): their "
-                    "terms cannot be told apart; add runs of one size with several numbers of tokens"
+                    f"{self.sizes[1]} is a power of {self.sizes[0]} in all points (exponent {line[0]:.2f}), so their "
+                    "terms cannot be separated; add runs of one size with several numbers of tokens"
                 )
 
     def estimate(self, points: Columns, start: Values | None = None) -> Values:
-        """By BFGS from the best points of a grid, or from `start` alone. Sizes and losses are taken relative to their
-        geometric means, so that their units do not matter."""
+        """Fits by BFGS from the best points of a grid, or only from `start`.
+
+        Sizes and losses are divided by their geometric means, so that their units do not matter.
+        """
         logs = np.stack([np.log(points[size]) for size in self.sizes], 1)
         loss = np.log(points["loss"])
         centre, level = logs.mean(0), loss.mean()
@@ -78,7 +83,7 @@ class Additive:
         best = min(fits, key=lambda fit: fit.fun).x
         amounts, exponents = best[: 1 + len(self.sizes)], best[1 + len(self.sizes) :]
         logs_of_amounts = amounts + level + np.concatenate([[0.0], exponents * centre])
-        amounts = np.exp(np.clip(logs_of_amounts, -700, 700))  # a draw without curvature knows no bound
+        amounts = np.exp(np.clip(logs_of_amounts, -700, 700))  # unbounded for a draw without curvature
         return dict(zip(("E", *self.coefficients, *self.exponents), [*map(float, amounts), *map(float, exponents)],
                         strict=True))  # fmt: skip
 
@@ -92,24 +97,27 @@ class Additive:
         return np.log(points["loss"]) - np.log(self.predict(values, points))
 
     def size(self, points: Columns) -> np.ndarray:
-        """The compute, but for a constant factor."""
+        """Returns the compute, up to a constant factor."""
         return np.prod([points[size] for size in self.sizes], axis=0)
 
     def judge(self, values: Values, intervals: Intervals, points: Columns) -> None:
         for size, exponent in zip(self.sizes, self.exponents, strict=True):
             low, high = intervals[exponent]
             if values[exponent] <= 0:
-                raise Unidentified(f"{exponent} = {values[exponent]:.3g}: the loss does not fall with {size}")
+                raise Unidentified(
+                    f"{exponent} = {values[exponent]:.3g} is not positive: the loss does not fall with {size}; add "
+                    f"runs over a wider range of {size}"
+                )
             if low <= 0 or high / low > WIDEST_EXPONENT:
                 raise Unidentified(
-                    f"{exponent} may be anything from {low:.3g} to {high:.3g}: the loss bends too little over {size} "
-                    f"for its noise; add runs over a wider range of {size}, or more seeds"
+                    f"{exponent} has the interval {low:.3g} to {high:.3g}, which is too wide: the curvature of the "
+                    f"loss over {size} is small against its noise; add runs over a wider range of {size}, or more seeds"
                 )
         low, high = intervals["E"]
         if high - low > WIDEST_OFFSET * points["loss"].min():
             raise Unidentified(
-                f"E may be anything from {low:.3g} to {high:.3g}: no point is near enough to the floor of the loss to "
-                "show the curvature; add runs of larger compute"
+                f"E has the interval {low:.3g} to {high:.3g}, which is too wide: no point is close enough to the "
+                "irreducible loss; add runs of larger compute"
             )
 
     def conclude(self, values: Values, draws: Sequence[Values], points: Columns, ask: Ask) -> dict[str, Any]:
@@ -126,7 +134,7 @@ class Additive:
         return {"compute_optimal": optimum}
 
     def _optimum(self, values: Values, flops: float) -> dict[str, float]:
-        """The N and D of the lowest loss with flops = 6 N D."""
+        """Returns the N and D of the lowest loss for flops = 6 N D (Hoffmann et al., section 3.3)."""
         product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
         ratio = values["alpha"] * values["A"] / (values["beta"] * values["B"])
         n = float(ratio ** (1 / (values["alpha"] + values["beta"])) * product ** _share(values))
@@ -135,12 +143,12 @@ class Additive:
 
 
 def _share(values: Values) -> float:
-    """N grows with this power of the compute: beta / (alpha + beta)."""
+    """Returns the exponent with which the optimal N grows with compute, beta / (alpha + beta)."""
     return values["beta"] / (values["alpha"] + values["beta"])
 
 
 def _grid(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-    """The POLISHED best of all starts; x [points, sizes] and y [points] are centred logs."""
+    """Returns the POLISHED best initial values; x [points, sizes] and y [points] are centred logs."""
     starts = []
     for exponents in itertools.product(EXPONENTS, repeat=x.shape[1]):
         terms = np.column_stack([np.ones(len(y)), np.exp(-x * exponents)])
@@ -150,7 +158,7 @@ def _grid(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
 
 
 def _huber(point: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
-    """Huber's loss of y against the log of a sum of exponentials, in units of DELTA, and its gradient."""
+    """Returns the Huber loss of y against the log of a sum of exponentials, divided by DELTA, and its gradient."""
     amounts, exponents = point[: 1 + x.shape[1]], point[1 + x.shape[1] :]
     terms = np.column_stack([np.full(len(y), amounts[0]), amounts[1:] - x * exponents])
     error = np.logaddexp.reduce(terms, axis=1) - y

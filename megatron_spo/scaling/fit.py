@@ -1,4 +1,4 @@
-"""Fits a law to points: parameters, intervals, the error of extrapolating, what follows; or refuses with the reason."""
+"""Fits a law to points: parameters, bootstrap intervals, extrapolation error and conclusions; or says why it cannot."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +15,16 @@ from megatron_spo.scaling.stability import STABILITY
 
 LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, POWER, OVEROPTIMIZATION, STABILITY)}
 BOOTSTRAP = 1000
-"""Refits of points drawn with replacement, by default."""
+"""Default number of bootstrap refits."""
 HELD_OUT = 0.2
-"""Share of the points, the largest, that a second fit does not see; all of one size together."""
+"""Share of the largest points that are held out to test extrapolation; points of equal size stay together."""
 TRIES = 20
-"""Draws, per refit wanted, among which those must be that determine the law at all."""
+"""Most draws per bootstrap refit, since some draws do not determine the law."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """`report` is what FIT.json holds; the rest is for pictures."""
+    """A fitted law; `report` is the content of FIT.json, the rest is for plots."""
 
     law: Law
     points: Columns
@@ -33,10 +33,17 @@ class Fit:
 
 
 def fit(law: Law, points: Points, ask: Ask, *, bootstrap: int = BOOTSTRAP, seed: int = 0) -> Fit:
-    """Fit a law.
+    """Fits a law.
+
+    Args:
+        law: Law to fit.
+        points: Points to fit it to.
+        ask: Further quantities to compute.
+        bootstrap: Number of bootstrap refits.
+        seed: Seed of the bootstrap.
 
     Raises:
-        UserError: the points are wrong, or do not determine the law (Unidentified): the message says why.
+        UserError: If the points are invalid, or do not determine the law (Unidentified); the message says why.
     """
     columns = points.columns
     law.check(columns)
@@ -60,7 +67,7 @@ def fit(law: Law, points: Points, ask: Ask, *, bootstrap: int = BOOTSTRAP, seed:
 
 
 def extrapolate(law: Law, points: Columns) -> dict[str, Any]:
-    """The errors, on the largest points, of a fit to the others."""
+    """Returns the errors on the largest points of a fit to the others."""
     size = law.size(points)
     bound = np.sort(size)[-max(1, round(HELD_OUT * len(size)))]
     large = size >= bound
@@ -71,14 +78,14 @@ def extrapolate(law: Law, points: Columns) -> dict[str, Any]:
         law.check(rest)
     except Unidentified as error:
         raise Unidentified(
-            f"without the {large.sum()} largest points, which test the extrapolation, nothing is determined: {error}"
+            f"without the {large.sum()} largest points, which test extrapolation, the law is not determined: {error}"
         ) from None
     errors = law.residuals(law.estimate(rest), {name: column[large] for name, column in points.items()})
     return {"points": int(large.sum()), **summary(law, errors)}
 
 
 def resample(law: Law, points: Columns, values: Values, count: int, seed: int) -> list[Values]:
-    """Parameters of `count` draws of the points with replacement; a draw that cannot determine them is drawn again."""
+    """Returns the parameters of `count` bootstrap draws; a draw that does not determine them is repeated."""
     draws: list[Values] = []
     number = len(_any(points))
     generator = np.random.default_rng(seed)
@@ -93,18 +100,19 @@ def resample(law: Law, points: Columns, values: Values, count: int, seed: int) -
                 found = law.estimate(drawn, values)
             except UserError:
                 continue
-            if found.keys() == values.keys():  # a cause that does not vary in a draw has no coefficient there
+            if found.keys() == values.keys():  # a draw in which a cause does not vary has no coefficient for it
                 draws.append(found)
                 progress.update()
     if len(draws) < count:
         raise Unidentified(
-            f"of {TRIES * count} draws from the points only {len(draws)} determine the law: too few points bear it"
+            f"only {len(draws)} of {TRIES * count} bootstrap draws determine the law: it depends on too few points; "
+            "add runs"
         )
     return draws
 
 
 def summary(law: Law, residuals: np.ndarray) -> dict[str, Any]:
-    """Of seen minus predicted."""
+    """Returns statistics of the residuals (observed minus predicted)."""
     size = np.abs(residuals)
     return {
         "unit": law.unit,

@@ -1,4 +1,4 @@
-"""What a law is to the fit, and the checks that several laws share."""
+"""The interface of a law, and checks that several laws share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,18 @@ Intervals = Mapping[str, tuple[float, float]]
 
 
 class Unidentified(UserError):
-    """The data do not determine the law's parameters; the message says why and what would."""
+    """Raised if the data do not determine a law's parameters; the message says why, and what would help."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is computed from the fitted law: optimal sizes at `flops`, lambda for `stable_steps` steps."""
+    """What to compute from the fitted law.
+
+    Attributes:
+        flops: Compute budgets for which the optimal sizes are wanted (law chinchilla).
+        stable_steps: Numbers of steps for which a stable lambda is wanted (law stability).
+        at: Values of the other causes for `stable_steps`; by default their geometric means.
+    """
 
     flops: Sequence[float] = ()
     stable_steps: Sequence[float] = ()
@@ -31,10 +37,12 @@ class Law(Protocol):
     """A law with parameters; all methods are pure.
 
     Attributes:
-        required, optional: the columns it reads.
-        outcome: the column that it predicts.
-        unit: of the residuals.
-        size_name: what `size` is.
+        name: Name of the law.
+        required: Columns that it needs.
+        optional: Columns that it uses if they exist.
+        outcome: Column that it predicts.
+        unit: Unit of the residuals.
+        size_name: Label of `size`.
     """
 
     name: str
@@ -45,25 +53,25 @@ class Law(Protocol):
     size_name: str
 
     def check(self, points: Columns) -> None:
-        """Raises Unidentified where these points cannot determine the parameters, whatever their values."""
+        """Raises Unidentified if these points cannot determine the parameters, whatever the outcome."""
 
     def estimate(self, points: Columns, start: Values | None = None) -> Values:
-        """The parameters that fit best; `start` is a fit of similar points."""
+        """Returns the best parameters; `start` is a fit of similar points."""
 
     def residuals(self, values: Values, points: Columns) -> np.ndarray:
-        """Of each point: seen minus predicted, in the unit that the fit minimises (`unit`)."""
+        """Returns observed minus predicted for each point, in the unit that the fit minimises (`unit`)."""
 
     def predict(self, values: Values, points: Columns) -> np.ndarray:
-        """In the unit of the points."""
+        """Returns the predicted outcome of each point."""
 
     def size(self, points: Columns) -> np.ndarray:
-        """By what the largest points are held out."""
+        """Returns the size of each point; the largest points are held out to test extrapolation."""
 
     def judge(self, values: Values, intervals: Intervals, points: Columns) -> None:
-        """Raises Unidentified where the fitted parameters mean nothing."""
+        """Raises Unidentified if the fitted parameters are not meaningful."""
 
     def conclude(self, values: Values, draws: Sequence[Values], points: Columns, ask: Ask) -> dict[str, Any]:
-        """Further entries of the result; `draws` are the bootstrap's parameters."""
+        """Returns further entries of the report; `draws` are the bootstrap's parameters."""
 
 
 LEVEL = 0.95
@@ -71,13 +79,13 @@ LEVEL = 0.95
 
 
 def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """Percentiles that hold LEVEL of the bootstrap's numbers."""
+    """Returns the percentiles that enclose LEVEL of the bootstrap's numbers."""
     low, high = np.percentile(numbers, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return float(low), float(high)
 
 
 def require_positive(points: Columns, names: Sequence[str]) -> None:
-    """Raises UserError naming the first point at which one of these columns is not above 0."""
+    """Raises UserError naming the first point at which one of these columns is not positive."""
     for name in names:
         if (bad := np.flatnonzero(points[name] <= 0)).size:
             raise UserError(f"{name} must be positive; point {bad[0] + 1} has {points[name][bad[0]]:g}")
@@ -86,10 +94,12 @@ def require_positive(points: Columns, names: Sequence[str]) -> None:
 def require_distinct(points: Columns, name: str, least: int) -> None:
     """Raises Unidentified for fewer distinct values of a column than are needed."""
     if (count := len(np.unique(points[name]))) < least:
-        raise Unidentified(f"{count} distinct {name}: at least {least} are needed; add runs with other {name}")
+        raise Unidentified(
+            f"{name} has {count} distinct values, but at least {least} are needed; add runs with other {name}"
+        )
 
 
 def require_points(points: Columns, least: int) -> None:
     """Raises Unidentified for fewer points than are needed."""
     if (count := len(next(iter(points.values())))) < least:
-        raise Unidentified(f"{count} points: at least {least} are needed")
+        raise Unidentified(f"{count} points, but at least {least} are needed; add runs")

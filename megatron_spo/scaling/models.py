@@ -1,4 +1,4 @@
-"""A family of models for a study: one shape with other sizes, random weights, and a tokenizer in common."""
+"""Writes a family of models for a study: different sizes of one architecture, random weights, a common tokenizer."""
 
 import json
 import shutil
@@ -14,10 +14,10 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 
 
 def write_models(study: Study) -> None:
-    """Writes OUT/models/NAME in Hugging Face format; what is there already stays.
+    """Writes OUT/models/NAME in Hugging Face format, skipping models that exist.
 
     Raises:
-        UserError: for a key that the model does not have, a shape that is not built, or a folder of another shape.
+        UserError: If config.json lacks a key, a shape is not supported, or a folder has a model of another shape.
     """
     if study.models is None:
         return
@@ -25,7 +25,8 @@ def write_models(study: Study) -> None:
     base = json.loads((Path(study.models.like) / "config.json").read_text())
     for name, changes in study.models.sizes.items():
         if unknown := [key for key in changes if key not in base]:
-            raise UserError(f"{study.path}: models.sizes.{name}: {study.models.like}/config.json has no {unknown[0]}")
+            raise UserError(f"{study.path}: models.sizes.{name}: {study.models.like}/config.json has no {unknown[0]}; "
+                            "use its keys")  # fmt: skip
         _write(study.models, study.out / "models" / name, {**base, **changes})
 
 
@@ -34,13 +35,13 @@ def _write(models: ModelsSpec, folder: Path, config: dict[str, Any]) -> None:
     record = folder / "made_from.json"
     if record.is_file():
         if record.read_text() != text:
-            raise UserError(f"{folder} was made with other sizes; remove it, or name another `out`")
+            raise UserError(f"{folder} holds a model of other sizes; remove it, or set another `out`")
         return
     with new_folder(folder) as partial:
         shutil.copytree(models.like, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
         (partial / "config.json").write_text(text)
         read_model_shape(partial)
-        from transformers import AutoConfig, AutoModelForCausalLM, set_seed  # takes seconds, and most studies need none
+        from transformers import AutoConfig, AutoModelForCausalLM, set_seed  # takes seconds; most studies need none
 
         set_seed(models.seed)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial)).save_pretrained(partial)

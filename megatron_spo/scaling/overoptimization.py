@@ -1,4 +1,4 @@
-"""R(d) = d (alpha - beta log d), d = sqrt(KL): over-optimisation of direct alignment (arXiv 2406.02900)."""
+"""R(d) = d (alpha - beta log d), d = sqrt(KL): over-optimization of direct alignment (arXiv 2406.02900)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from megatron_spo.scaling.points import Columns
 
 
 class Overoptimization:
-    """`kl`: nats from the reference, >= 0; `reward`: any score, less that of the reference (which so has 0)."""
+    """The law of columns `kl` (nats from the reference, >= 0) and `reward` (any score minus that of the reference)."""
 
     name = "overoptimization"
     required: tuple[str, ...] = ("kl", "reward")
@@ -33,12 +33,12 @@ class Overoptimization:
         if (kl < 0).any():
             raise UserError(f"kl must not be negative; point {np.flatnonzero(kl < 0)[0] + 1} has {kl.min():g}")
         if (reward[kl == 0] != 0).any():
-            raise UserError("at kl = 0 the reward must be 0: subtract the reference's own from every reward")
+            raise UserError("reward must be 0 at kl = 0; subtract the reference's reward from every reward")
         require_points({"kl": kl[kl > 0]}, 5)
         require_distinct({"kl": kl[kl > 0]}, "kl", 3)
 
     def estimate(self, points: Columns, start: Values | None = None) -> Values:
-        """Least squares; the law is linear in its parameters."""
+        """Fits by least squares, since the law is linear in its parameters."""
         (alpha, beta), *_ = np.linalg.lstsq(_terms(points), points["reward"])
         return {"alpha": float(alpha), "beta": float(beta)}
 
@@ -49,15 +49,15 @@ class Overoptimization:
         return points["reward"] - self.predict(values, points)
 
     def size(self, points: Columns) -> np.ndarray:
-        """The distance from the reference."""
+        """Returns the KL divergence from the reference."""
         return points["kl"]
 
     def judge(self, values: Values, intervals: Intervals, points: Columns) -> None:
         low, high = intervals["beta"]
         if low <= 0:
             raise Unidentified(
-                f"beta may be anything from {low:.3g} to {high:.3g}: no bend of the reward over sqrt(kl) is seen, so "
-                "nothing is over-optimised yet; add runs further from the reference"
+                f"beta has the interval {low:.3g} to {high:.3g}, but must be positive: the points show no "
+                "over-optimization (no curvature of the reward over sqrt(kl)); add runs further from the reference"
             )
 
     def conclude(self, values: Values, draws: Sequence[Values], points: Columns, ask: Ask) -> dict[str, Any]:
@@ -69,13 +69,13 @@ class Overoptimization:
 
 
 def _terms(points: Columns) -> np.ndarray:
-    """[points, 2]: d and - d log d, the latter 0 at 0."""
+    """Returns d and -d log d of each point, [points, 2]; the latter is 0 at d = 0."""
     d = np.sqrt(points["kl"])
     return np.column_stack([d, -d * np.log(np.where(d > 0, d, 1.0))])
 
 
 def _peak(values: Values) -> float:
-    """The KL of the highest reward: log d = alpha / beta - 1."""
+    """Returns the KL of the highest reward, at which log d = alpha / beta - 1."""
     return float(np.exp(2 * np.clip(values["alpha"] / values["beta"] - 1, -50, 50)))
 
 

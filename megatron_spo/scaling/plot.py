@@ -1,4 +1,4 @@
-"""A fit in two panels: seen over predicted, and the residuals over the size that extrapolation is judged by."""
+"""Draws a fit in two panels: observed over predicted, and residuals over the size used to test extrapolation."""
 
 import matplotlib
 import numpy as np
@@ -9,7 +9,7 @@ from megatron_spo.scaling.fit import Fit
 
 
 def draw(fit: Fit) -> str:
-    """SVG for a file of its own. Runs that never crossed a bound (stability) are hollow."""
+    """Returns an SVG for a file. Runs that never crossed the bound (law stability) have hollow markers."""
     law, points, values = fit.law, fit.points, fit.values
     seen = points[law.outcome]
     predicted, left = law.predict(values, points), law.residuals(values, points)
@@ -25,10 +25,10 @@ def draw(fit: Fit) -> str:
         fits.plot(ends, ends, color=grey, linewidth=1)
         if ends[0] > 0:
             fits.set(xscale="log", yscale="log")
-            for axis in (fits.xaxis, fits.yaxis):  # 30, not 3 x 10^1, which takes the room of three labels
+            for axis in (fits.xaxis, fits.yaxis):  # "30" instead of the much wider "3 x 10^1"
                 axis.set_major_formatter(LogFormatter())
                 axis.set_minor_formatter(LogFormatter())
-        fits.set(title=law.name, xlabel=f"{law.outcome}, predicted", ylabel=f"{law.outcome}, seen")
+        fits.set(title=law.name, xlabel=f"{law.outcome}, predicted", ylabel=f"{law.outcome}, observed")
         residuals.axhline(0, color=grey, linewidth=1)
         if law.size(points).min() > 0:
             residuals.set(xscale="log")

@@ -1,4 +1,4 @@
-"""The points of a fit: columns of numbers from a CSV or Parquet file, such as the table of a study."""
+"""Reads the points of a fit from a CSV or Parquet file, such as the table of a study."""
 
 import csv
 import math
@@ -15,35 +15,42 @@ from megatron_spo.errors import UserError
 Columns = Mapping[str, np.ndarray]
 """Arrays of equal length by name."""
 CONFIG_KEYS = {"lr": "optimizer.lr", "beta": "loss.beta", "lambda": "spo.lambda"}
-"""What the table of a study calls a column; either name is read."""
+"""Column name of a law -> its name in the table of a study; both are accepted."""
 WORDS = {"true": 1.0, "false": 0.0}
 
 
 @dataclass(frozen=True)
 class Points:
-    """`columns` by the names of the law; `left_out`: rows of runs that did not end (state is not done)."""
+    """Points of a fit.
+
+    Attributes:
+        columns: Columns, by the law's names.
+        left_out: Number of skipped rows, those of runs that are not done.
+    """
 
     columns: Columns
     left_out: int = 0
 
 
 def read_points(path: Path, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> Points:
-    """Finite numbers of the columns asked for.
+    """Reads columns of finite numbers.
 
     Args:
-        path: .parquet, or CSV with a header.
-        required, optional: the law's names of columns.
-        names: the file's names of columns, by the law's, where they differ.
+        path: Parquet file (.parquet), or CSV file with a header.
+        required: Columns that the law needs.
+        optional: Columns that the law uses if they exist.
+        names: Names of columns in the file, by the law's names, if they differ.
 
     Raises:
-        UserError: naming the column that is missing, or the line (CSV: of the file; Parquet: row + 1) with a value
-            that is no finite number.
+        UserError: If a column is missing or a value is not a finite number; the message names the column, or the line
+            (in a Parquet file, row + 1).
     """
     rows = _read(path)
     header = list(rows[0])
     if unknown := sorted(set(names) - {*required, *optional}):
         raise UserError(
-            f"--column {unknown[0]}=...: this law has no such column; it reads {', '.join([*required, *optional])}"
+            f"--column {unknown[0]}=...: the law has no column {unknown[0]!r}; it reads "
+            f"{', '.join([*required, *optional])}"
         )
     found: dict[str, str] = {}
     for name in [*required, *optional]:
@@ -53,11 +60,12 @@ def read_points(path: Path, required: Sequence[str], optional: Sequence[str], na
             found[name] = present[0]
         elif name in required or name in names:
             raise UserError(
-                f"{path}: no column {candidates[0]!r}; it has {', '.join(header)}. --column {name}=NAME names another"
+                f"{path}: column {candidates[0]!r} is missing; the file has {', '.join(header)}. Set --column "
+                f"{name}=NAME to read another one"
             )
     kept = [(line, row) for line, row in enumerate(rows, 2) if row.get("state", "done") == "done"]
     if not kept:
-        raise UserError(f"{path}: no row of a run that is done")
+        raise UserError(f"{path}: no row has the state done; wait for the runs to finish")
     columns = {
         name: np.array([_number(row[column], path, line, column) for line, row in kept])
         for name, column in found.items()
@@ -73,11 +81,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file, strict=True))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file of points") from None
+        raise UserError(f"{path}: the file of points does not exist") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV (or Parquet, by its ending): {error}") from None
+        raise UserError(f"{path} cannot be read as CSV (or as Parquet, if it ends in .parquet): {error}") from None
     if not rows:
-        raise UserError(f"{path}: has no rows")
+        raise UserError(f"{path} has no rows")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`scaling fit` and `scaling study` as functions of their options."""
+"""Implements the commands `scaling fit` and `scaling study`."""
 
 import argparse
 import json
@@ -23,16 +23,16 @@ from megatron_spo.scaling.table import make_table, shown
 
 
 def fit_points(options: argparse.Namespace) -> str:
-    """Write FIT.json and the picture; returns the parameters as a text."""
+    """Writes FIT.json and the plot; returns the parameters as text."""
     law = LAWS[options.law]
     if options.bootstrap < 100:
-        raise UserError(f"--bootstrap {options.bootstrap}: at least 100, for the ends of the intervals")
+        raise UserError(f"--bootstrap {options.bootstrap} must be at least 100, which the intervals need")
     for number in (*options.flops, *options.stable_steps):
         if not 0 < number < float("inf"):
             raise UserError(f"--flops and --stable-steps must be positive, not {number:g}")
     for name, given in (("flops", options.flops), ("stable_steps", options.stable_steps), ("at", options.at)):
         if given and law.name != ("chinchilla" if name == "flops" else "stability"):
-            raise UserError(f"--{name.replace('_', '-')} has no meaning for the law {law.name}")
+            raise UserError(f"--{name.replace('_', '-')} is not supported with --law {law.name}; omit it")
     points = read_points(options.points, law.required, law.optional, options.column)
     ask = Ask(options.flops, options.stable_steps, number_pairs(options.at, "--at"))
     found = fit(law, points, ask, bootstrap=options.bootstrap, seed=options.seed)
@@ -47,13 +47,13 @@ def fit_points(options: argparse.Namespace) -> str:
 
 
 def run_study(options: argparse.Namespace) -> bool:
-    """Run what is asked for and print the table; whether all runs asked for are done."""
+    """Runs a study and prints its table; returns whether all requested runs are done."""
     if options.workers < 1:
-        raise UserError(f"--workers {options.workers}: at least 1")
+        raise UserError(f"--workers {options.workers} must be at least 1")
     study = read_study(options.study)
     runs = [run for run in study.runs if not options.only or run.number in options.only]
     if missing := sorted(set(options.only or ()) - {run.number for run in runs}):
-        raise UserError(f"--only {missing[0]}: the study has runs 1 to {len(study.runs)}")
+        raise UserError(f"--only {missing[0]}: the study has only runs 1 to {len(study.runs)}")
     if not options.table:
         if not options.list:
             write_models(study)
@@ -73,7 +73,11 @@ def run_study(options: argparse.Namespace) -> bool:
 
 
 def run_all(study: Study, runs: Sequence[StudyRun], workers: int) -> None:
-    """Several runs at a time, each with its share of the cores; KeyboardInterrupt when told to end, all saved."""
+    """Runs `workers` runs at a time, each with its share of the cores.
+
+    Raises:
+        KeyboardInterrupt: On SIGINT or SIGTERM, after the runs have saved and ended.
+    """
     runner = Runner(threads=max(1, len(os.sched_getaffinity(0)) // workers))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
@@ -93,7 +97,7 @@ def run_all(study: Study, runs: Sequence[StudyRun], workers: int) -> None:
 
 
 def number_pairs(given: Mapping[str, str], option: str) -> dict[str, float]:
-    """Values of NAME=VALUE as positive numbers; UserError names one that is not."""
+    """Returns the values of NAME=VALUE options as positive numbers; raises UserError naming one that is not."""
     return {name: _positive(value, f"{option} {name}={value}") for name, value in given.items()}
 
 
@@ -103,5 +107,5 @@ def _positive(text: str, where: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise UserError(f"{where}: must be a positive number")
+        raise UserError(f"{where} must be a positive number")
     return number

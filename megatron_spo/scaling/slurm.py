@@ -1,4 +1,4 @@
-"""A study as a job array: the lines that slurm/array_study.sh reads, one run each."""
+"""Submits a study as a job array: writes the lines of overrides that slurm/array_study.sh reads, one per run."""
 
 import shlex
 import subprocess
@@ -13,21 +13,22 @@ CACHE = "reference.cache="
 
 
 def submit(study: Study, *, really: bool) -> None:
-    """Write OUT/lines.txt and print the command that submits it, or run that command.
+    """Writes OUT/lines.txt, and prints the command that submits it, or runs that command.
 
-    Task N of the array trains run N into OUT/N/run, where a later call of `scaling study` finds it done, does what
-    `after` asks for and makes the table. The array's own first job fills a reference cache for all runs.
+    Task N of the array trains run N into OUT/N/run. A later call of `scaling study` finds it done, runs the steps of
+    `after` and writes the table. The array's first job fills a reference cache for all runs.
 
     Raises:
-        UserError: a step of `before` is neither done nor a reference pass; runs share caches in groups; no script.
+        UserError: If a step of `before` is neither done nor a reference pass, only some runs share a cache, or the
+            script does not exist.
     """
     _check_before(study)
     caches = [_cache(run) for run in study.runs]
     shared = len(set(caches)) == 1
     if not shared and len(set(caches)) < len(caches):
         raise UserError(
-            f"{study.path}: some runs share a reference.cache, not all do; two tasks would fill it at once. Take "
-            "one cache for all, give each run its own, or fill them first: megatron-spo reference"
+            f"{study.path}: only some runs share a reference.cache, and two tasks would fill it at the same time; use "
+            "one cache for all runs, one for each run, or fill them first with megatron-spo reference"
         )
     lines = [" ".join(shlex.quote(one) for one in run.overrides if not (shared and one.startswith(CACHE)))
              for run in study.runs]  # fmt: skip
@@ -39,10 +40,10 @@ def submit(study: Study, *, really: bool) -> None:
         print(shlex.join(command))
         return
     if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT}: no such file; submit from the repository's root")
+        raise UserError(f"{SCRIPT} does not exist; submit from the root of the repository")
     done = subprocess.run(command)
     if done.returncode:
-        raise UserError(f"{SCRIPT} ended with code {done.returncode}; what it said stands above")
+        raise UserError(f"{SCRIPT} failed with exit code {done.returncode}; see its output above")
 
 
 def _check_before(study: Study) -> None:
@@ -50,8 +51,8 @@ def _check_before(study: Study) -> None:
         for step, place in steps_of(study, run):
             if step.shared and "reference" not in step.words and not is_done(run, step, place):
                 raise UserError(
-                    f"{study.path}: step {step.name} of `before` is not done, and the job array would not do it: run "
-                    f"it first, {shlex.join(step.words)}, and take it out of the study"
+                    f"{study.path}: step {step.name} of `before` is not done, and the job array does not run it; run "
+                    f"{shlex.join(step.words)} first, and remove the step from the study"
                 )
 
 

@@ -1,10 +1,10 @@
-"""Steps until a run's displacement crosses a bound, log-linear in what it was trained with (a Tobit model).
+"""Number of steps until a run's displacement crosses a bound, log-linear in the training settings (a Tobit model).
 
     log steps = c + sum over x of c_x * t_x + sigma * normal noise
 
-t is the log of lr, beta and N, and log(1 + lambda), for lambda may be 0. A run that ended before it crossed the bound
-says only that it would have taken longer (right-censored): leaving it out, or taking its end for a crossing, would make
-stable settings look worse.
+t is the log of lr, beta and N, and log(1 + lambda), since lambda may be 0. A run that ended before it crossed the bound
+is right-censored: it would have taken longer. Omitting it, or treating its end as a crossing, would make stable
+settings look worse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ from megatron_spo.scaling.points import Columns
 
 CAUSES = ("lr", "beta", "lambda", "N")
 STABLE = 0.9
-"""Probability with which a run of the predicted lambda stays within the bound."""
+"""Probability that a run with the predicted lambda stays within the bound."""
 WIDEST = 20.0
-"""Largest width of a coefficient's interval: of an exponent, beyond which it says nothing."""
+"""Largest width of a coefficient's interval; a wider one is not informative."""
 
 
 class Stability:
-    """`steps`: until the crossing, or done without one; `crossed`: 1 or 0; causes that never vary are left out."""
+    """The law of columns `steps` (until the crossing, or the end) and `crossed` (1 or 0), and the causes that vary."""
 
     name = "stability"
     required: tuple[str, ...] = ("steps", "crossed")
@@ -47,24 +47,25 @@ class Stability:
     def check(self, points: Columns) -> None:
         crossed = points["crossed"]
         if not np.isin(crossed, (0, 1)).all():
-            raise UserError("crossed must be 1 (or true) or 0 (or false)")
+            raise UserError("crossed must be 1 (or true) or 0 (or false) in every row")
         require_positive(points, [name for name in ("steps", "lr", "beta", "N") if name in points])
         if "lambda" in points and (points["lambda"] < 0).any():
             raise UserError("lambda must not be negative")
         causes = varied(points)
         if not causes:
-            raise Unidentified(f"no cause varies: at least one of {', '.join(CAUSES)} must")
+            raise Unidentified(f"no cause varies; add runs that vary at least one of {', '.join(CAUSES)}")
         if not crossed.any():
-            raise Unidentified("no run crossed the bound, all are censored: train longer, or take a nearer bound")
+            raise Unidentified("no run crossed the bound (all are censored); train longer, or set a closer bound")
         require_points({"steps": points["steps"][crossed == 1]}, len(causes) + 3)
         terms = _terms(points, causes)[crossed == 1]
         for i, name in enumerate(causes):
             require_distinct({name: terms[:, 1 + i]}, name, 2)
         if np.linalg.matrix_rank((terms - terms.mean(0))[:, 1:], tol=1e-6) < len(causes):
-            raise Unidentified(f"{', '.join(causes)} vary together among the runs that crossed: vary them one by one")
+            raise Unidentified(f"{', '.join(causes)} vary together among the runs that crossed the bound; vary them "
+                               "one by one")  # fmt: skip
 
     def estimate(self, points: Columns, start: Values | None = None) -> Values:
-        """Largest likelihood, by BFGS from the least-squares fit of all runs, over standardised causes."""
+        """Maximises the likelihood over standardised causes, by BFGS from the least-squares fit of all runs."""
         causes = varied(points)
         terms = _terms(points, causes)
         mean, scale = terms[:, 1:].mean(0), terms[:, 1:].std(0)
@@ -79,17 +80,17 @@ class Stability:
         return {**found, "sigma": float(np.exp(fit.x[-1]))}
 
     def predict(self, values: Values, points: Columns) -> np.ndarray:
-        """The median."""
+        """Returns the median number of steps."""
         causes = [name.removeprefix("c_") for name in values if name.startswith("c_")]
         return np.exp(_terms(points, causes) @ [values["c"], *(values[f"c_{name}"] for name in causes)])
 
     def residuals(self, values: Values, points: Columns) -> np.ndarray:
-        """A run that never crossed has one only as far as it contradicts the prediction."""
+        """Returns log residuals; that of a censored run is 0 unless it lasted longer than predicted."""
         error = np.log(points["steps"]) - np.log(self.predict(values, points))
         return np.where(points["crossed"] == 1, error, np.maximum(error, 0))
 
     def size(self, points: Columns) -> np.ndarray:
-        """N where it varies, else the first cause that does; never the steps, which are the outcome."""
+        """Returns N if it varies, else the first cause that varies."""
         causes = varied(points)
         return points["N" if "N" in causes else causes[0]]
 
@@ -97,19 +98,20 @@ class Stability:
         for name, (low, high) in intervals.items():
             if name.startswith("c_") and high - low > WIDEST:
                 raise Unidentified(
-                    f"{name} may be anything from {low:.3g} to {high:.3g}: too few runs crossed the bound at different "
-                    f"{name.removeprefix('c_')}"
+                    f"{name} has the interval {low:.3g} to {high:.3g}, which is too wide: too few runs crossed the "
+                    f"bound at different {name.removeprefix('c_')}; add such runs"
                 )
 
     def conclude(self, values: Values, draws: Sequence[Values], points: Columns, ask: Ask) -> dict[str, Any]:
         causes = varied(points)
         middle = {name: float(np.exp(np.log(points[name]).mean())) for name in causes if name != "lambda"}
         if unknown := sorted(set(ask.at or {}) - set(middle)):
-            raise UserError(f"--at {unknown[0]}=...: not a cause that varies here; these do: {', '.join(middle)}")
+            raise UserError(f"--at {unknown[0]}=...: {unknown[0]} does not vary in these points; set one of: "
+                            f"{', '.join(middle)}")  # fmt: skip
         at = middle | dict(ask.at or {})
         found: dict[str, Any] = {"censored": int((points["crossed"] == 0).sum()), "at": at}
         if ask.stable_steps and "lambda" not in causes:
-            raise UserError("--stable-steps: lambda does not vary in these points")
+            raise UserError("--stable-steps: lambda does not vary in these points; add runs with other lambdas")
         found["stable_lambda"] = [
             {
                 "steps": steps,
@@ -124,18 +126,18 @@ class Stability:
 
 
 def varied(points: Columns) -> list[str]:
-    """The causes with more than one value."""
+    """Returns the causes with more than one value."""
     return [name for name in CAUSES if name in points and len(np.unique(points[name])) > 1]
 
 
 def _terms(points: Columns, causes: Sequence[str]) -> np.ndarray:
-    """[points, 1 + causes]."""
+    """Returns the regressors [points, 1 + causes], the first one constant."""
     logs = [np.log1p(points[name]) if name == "lambda" else np.log(points[name]) for name in causes]
     return np.column_stack([np.ones(len(next(iter(points.values())))), *logs])
 
 
 def _unlikelihood(point: np.ndarray, x: np.ndarray, y: np.ndarray, crossed: np.ndarray) -> tuple[float, np.ndarray]:
-    """Minus the log likelihood, and its gradient; the last parameter is log sigma."""
+    """Returns minus the log likelihood and its gradient; the last parameter is log sigma."""
     sigma = np.exp(point[-1])
     z = (y - x @ point[:-1]) / sigma
     tail = norm.logsf(z)
@@ -146,7 +148,7 @@ def _unlikelihood(point: np.ndarray, x: np.ndarray, y: np.ndarray, crossed: np.n
 
 
 def _stable_lambda(values: Values, steps: float, at: Mapping[str, float]) -> float | None:
-    """The least lambda with which a run stays within the bound for so many steps; None where lambda does not help."""
+    """Returns the least lambda that keeps a run within the bound for `steps` steps; None if lambda does not help."""
     if values["c_lambda"] <= 0:
         return None
     others = values["c"] + sum(values[f"c_{name}"] * np.log(value) for name, value in at.items())
@@ -155,7 +157,7 @@ def _stable_lambda(values: Values, steps: float, at: Mapping[str, float]) -> flo
 
 
 def _lambda_interval(found: Sequence[float | None]) -> tuple[float, float] | None:
-    """None where some draws see no help from lambda: then no lambda can be promised."""
+    """Returns the interval, or None if lambda does not help in some draws."""
     numbers = [number for number in found if number is not None]
     return interval(numbers) if len(numbers) == len(found) else None
 

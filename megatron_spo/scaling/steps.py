@@ -1,7 +1,7 @@
-"""The commands of a study as subprocesses: done once, by whoever comes first, and known as done afterwards.
+"""Runs the commands of a study as subprocesses, each only once, and records which are done.
 
-A command's lock is held by the command itself: where the study is killed, commands that run go on to their end, and the
-next call waits for them instead of starting them again.
+The lock of a command is held by the command itself: if the study is killed, its running commands continue to their end,
+and the next call waits for them instead of starting them again.
 """
 
 import contextlib
@@ -20,12 +20,15 @@ from megatron_spo.files import write_whole
 from megatron_spo.scaling.study import PROGRAMS, Step, Study, StudyRun
 
 STOPPED = 75
-"""Exit code of `train` where it was told to end and the same command goes on."""
+"""Exit code of `train` if it was stopped and the same command resumes it."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step leaves its mark, lock and log; the mark holds `key`, a checksum of all commands so far."""
+    """The files of a step: mark (written when it is done), lock and log.
+
+    The mark holds `key`, a checksum of all commands up to this step.
+    """
 
     mark: Path
     lock: Path
@@ -39,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run did not come to its end."""
+    """Why a run failed: the step, its exit code and its error message."""
 
     step: str
     code: int
@@ -47,13 +50,13 @@ class Failure:
 
 
 def steps_of(study: Study, run: StudyRun, threads: int | None = None) -> list[tuple[Step, Place]]:
-    """A run's commands in their order; the threads of `train` are none of its identity."""
+    """Returns a run's commands in order; the number of threads is not part of their checksums."""
     own = [f"output={run.directory}", "logging.progress=false"]
     train = Step("train", (*PROGRAMS["megatron-spo"], "train", str(study.base), *run.overrides, *own))
     digest = hashlib.sha256(study.base.read_bytes())
     placed = []
     for step in (*run.before, train, *run.after):
-        digest.update(json.dumps(step.words[1:]).encode())  # without the interpreter: it may move
+        digest.update(json.dumps(step.words[1:]).encode())  # without the interpreter, whose path may change
         folder = study.out / "before" if step.shared else run.folder / "steps"
         place = Place(
             folder / step.name, folder / f".{step.name}.lock", folder / f"{step.name}.log", digest.hexdigest()
@@ -63,7 +66,7 @@ def steps_of(study: Study, run: StudyRun, threads: int | None = None) -> list[tu
 
 
 def is_done(run: StudyRun, step: Step, place: Place) -> bool:
-    """Also where a job script trained the run: then nothing of what comes before is needed."""
+    """Returns whether a step is done; if a job script trained the run, the steps before training count as done."""
     if place.is_done:
         return True
     by_script = not (run.folder / "steps/train").exists() and status(run).get("state") == "done"
@@ -71,14 +74,14 @@ def is_done(run: StudyRun, step: Step, place: Place) -> bool:
 
 
 def status(run: StudyRun) -> dict[str, Any]:
-    """Of `train`'s status.json, empty where there is none."""
+    """Returns the content of `train`'s status.json, empty if there is none."""
     path = run.directory / "status.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @dataclass
 class Runner:
-    """Runs steps, from several threads at once; `threads` is what each command may use."""
+    """Runs steps, called from several threads; `threads` is the number of threads of each command."""
 
     threads: int
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -86,7 +89,7 @@ class Runner:
     _failed: dict[Path, Failure] = field(default_factory=dict)
 
     def run(self, study: Study, run: StudyRun) -> None:
-        """All steps of a run that are not done; a failure is written down and ends this run alone."""
+        """Runs all steps of a run that are not done; a failure is recorded and ends only this run."""
         record = run.folder / "failure.json"
         for step, place in steps_of(study, run):
             failure = self._step(run, step, place)
@@ -99,7 +102,7 @@ class Runner:
         record.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Tells all commands to end, once: `train` saves and can go on."""
+        """Terminates all commands once; `train` then saves and can be resumed."""
         self.stopping.set()
         for process in list(self._processes):
             process.terminate()
@@ -109,7 +112,7 @@ class Runner:
         with self._held(place.lock) as lock:
             if self.stopping.is_set() or is_done(run, step, place):
                 return None
-            if place.mark in self._failed:  # a shared one, in this call: the other runs need not try again
+            if place.mark in self._failed:  # a shared step that failed in this call is not tried again
                 return self._failed[place.mark]
             code = self._call(self._words(step), place.log, lock)
             if code == 0:
@@ -134,7 +137,7 @@ class Runner:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 pass_fds=[lock],
-                start_new_session=True,  # a key press reaches the study alone, which tells its commands once
+                start_new_session=True,  # Ctrl-C reaches only the study, which forwards it once
             )
         self._processes.add(process)
         if self.stopping.is_set():
@@ -145,7 +148,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _held(self, path: Path) -> Iterator[int]:
-        """The lock's file descriptor, once no other thread, call or command of a killed call holds it."""
+        """Yields the lock's file descriptor once no other thread, call or command of a killed call holds it."""
         with path.open("a") as file:
             while not self.stopping.is_set():
                 try:
@@ -157,7 +160,7 @@ class Runner:
 
 
 def reason(log: Path) -> str:
-    """A command's own message, else the last line of its log."""
+    """Returns a command's error message, or else the last line of its log."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return own[0] if own else lines[-1]

@@ -1,4 +1,4 @@
-"""A study file: one configuration, what varies, and what is done before and after each run.
+"""Reads a study file: a base configuration, what varies, and the steps before and after each run.
 
     base: my.yaml                            # a configuration of `train`
     out: runs/study                          # everything is written here
@@ -9,8 +9,8 @@
         dpo: {loss.name: dpo, spo.schedule: none}
         dpo+spo: {loss.name: dpo, spo.schedule: penalty}
 
-`runs`, a list of mappings from keys to values, takes the place of `vary` where the runs are no grid. In all strings
-`{out}`, `{run}` (the run directory), `{folder}` (its parent), and `{NAME}` of what varies or is set are replaced.
+`runs`, a list of mappings from keys to values, replaces `vary` if the runs are not a grid. In all strings, `{out}`,
+`{run}` (the run directory), `{folder}` (its parent) and `{NAME}` of every key that varies or is set are replaced.
 """
 
 import itertools
@@ -38,34 +38,34 @@ class _Strict(BaseModel):
 
 
 class StepSpec(_Strict):
-    """A command of `before` or `after`: words as in a shell; `megatron-spo` and `python` are this installation's."""
+    """A command of `before` or `after`, split as in a shell; `megatron-spo` and `python` use this installation."""
 
     name: str
     run: str
     columns: str | None = None
-    """JSON file with an object of numbers that the command writes: columns of the table"""
+    """JSON file, written by the command, with an object of numbers that become columns of the table"""
 
 
 class ModelsSpec(_Strict):
-    """Models that the study makes: OUT/models/NAME, with random weights; the axis `model` holds the names."""
+    """Models with random weights that the study writes to OUT/models/NAME; the axis `model` has their names."""
 
     like: str
-    """folder whose config.json and tokenizer they share"""
+    """folder whose config.json and tokenizer the models use"""
     sizes: dict[str, dict[str, Any]] = Field(min_length=1)
-    """by name, the keys of config.json that differ"""
+    """keys of config.json that differ, by the name of the model"""
     seed: int = 0
 
 
 class CrossingSpec(_Strict):
-    """When a run counts as unstable: columns `crossed` and `steps`, as the law `stability` reads them."""
+    """When a run counts as unstable; adds the columns `crossed` and `steps`, which the law `stability` reads."""
 
     metric: str = "spo/chosen_shift"
     below: float
-    """of the first held-out set (of training where there is none)"""
+    """bound of the metric on the first held-out set, or on training batches without one"""
 
 
 class StudySpec(_Strict):
-    """The file."""
+    """The content of a study file."""
 
     base: str
     out: str
@@ -80,7 +80,7 @@ class StudySpec(_Strict):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a run; `shared` ones have one place for all runs that need them."""
+    """One command of a run; a `shared` command is run once for all runs that need it."""
 
     name: str
     words: tuple[str, ...]
@@ -90,7 +90,16 @@ class Step:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """`number` counts from 1; `choices` are the varied columns; `overrides` what the study asks of `train`."""
+    """One run of a study.
+
+    Attributes:
+        number: Number of the run, from 1.
+        folder: Folder of the run directory, step logs and marks.
+        choices: Values of what varies, which become columns of the table.
+        overrides: Configuration overrides of `train`.
+        before: Commands before training.
+        after: Commands after training.
+    """
 
     number: int
     folder: Path
@@ -107,7 +116,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study."""
+    """A study whose file has been checked."""
 
     path: Path
     base: Path
@@ -118,15 +127,15 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """The study in a file, each run's configuration checked.
+    """Reads and checks a study file; `check_configurations` checks the configurations of its runs.
 
     Raises:
-        UserError: with a line for each mistake.
+        UserError: If the file is invalid; the message has one line per error.
     """
     try:
         spec = StudySpec.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as a study ({error})") from None
+        raise UserError(f"{path} cannot be read as a study ({error})") from None
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         raise UserError("\n".join(lines)) from None
@@ -135,18 +144,18 @@ def read_study(path: Path) -> Study:
     if bool(spec.vary or spec.models) == bool(spec.runs):
         raise UserError(f"{path}: give either `vary` (a grid, with or without `models`) or `runs` (a list)")
     if not Path(spec.base).is_file():
-        raise UserError(f"{path}: base: {spec.base}: no such file (paths are relative to the folder of the call)")
+        raise UserError(f"{path}: base: {spec.base} does not exist; paths are relative to the working directory")
     out = Path(spec.out)
     runs = tuple(_run(path, spec, out, number, *chosen) for number, chosen in enumerate(_choices(spec), 1))
     if not runs:
-        raise UserError(f"{path}: vary: an entry has no values, so that there is no run")
+        raise UserError(f"{path}: vary: an entry has no values, so there are no runs; give it at least one")
     study = Study(path, Path(spec.base), out, runs, spec.models, spec.crossing)
     _check_names(study)
     return study
 
 
 def check_configurations(study: Study) -> None:
-    """Raises UserError with a line for each mistake that is in a run's configuration."""
+    """Checks each run's configuration; raises UserError with one line per error."""
     lines: dict[str, list[int]] = {}
     for run in study.runs:
         try:
@@ -157,11 +166,11 @@ def check_configurations(study: Study) -> None:
     if lines:
         said = [f"{line} (run {numbers[0]}{f' and {len(numbers) - 1} more' if numbers[1:] else ''})"
                 for line, numbers in lines.items()]  # fmt: skip
-        raise UserError(f"{study.path}: nothing was started:\n" + "\n".join(said))
+        raise UserError(f"{study.path}: no run was started; correct these errors:\n" + "\n".join(said))
 
 
 def _choices(spec: StudySpec) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of each run: the columns that vary, and the keys they set."""
+    """Yields, for each run, the values of what varies and the keys that they set."""
     if spec.runs:
         yield from ((dict(run), dict(run)) for run in spec.runs)
         return
@@ -198,13 +207,14 @@ def _run(
 
     def name_of(match: re.Match[str]) -> str:
         if match[1] not in known:
-            raise UserError(f"{path}: {{{match[1]}}} is nothing that varies or is set; known are {', '.join(known)}")
+            raise UserError(f"{path}: {{{match[1]}}} is unknown; use one of {', '.join(known)}")
         return str(known[match[1]])
 
     def step(given: StepSpec, *, shared: bool) -> Step:
         name = filled(given.name)
         if not NAME.fullmatch(name) or name == "train":
-            raise UserError(f"{path}: {name!r} cannot name a step: letters, digits and ._+=- alone, and not train")
+            raise UserError(f"{path}: {name!r} is not allowed as the name of a step; use only letters, digits and "
+                            "._+=-, and not train")  # fmt: skip
         try:
             program, *rest = shlex.split(given.run)
         except ValueError as error:
@@ -213,7 +223,7 @@ def _run(
         return Step(name, words, shared, None if given.columns is None else Path(filled(given.columns)))
 
     settings = {key: filled(value) for key, value in raw.items()}
-    known = {**settings, **known}  # the commands may name all of them
+    known = {**settings, **known}  # commands may refer to all of them
     return StudyRun(
         number,
         folder,
@@ -225,7 +235,7 @@ def _run(
 
 
 def _text(value: Any) -> str:
-    """YAML on one line, as an override has it."""
+    """Returns a value as YAML on one line, the form of an override."""
     return format_yaml([value], flow=True).strip()[1:-1]
 
 
@@ -236,12 +246,13 @@ def _check_names(study: Study) -> None:
         for i, step in enumerate(run.before, 1):
             if steps.setdefault(step.name, run.before[:i]) != run.before[:i]:
                 raise UserError(
-                    f"{study.path}: the step {step.name} of `before`, or one ahead of it, is not the same command in "
-                    "all runs: put what varies into its name, such as {training.seed}"
+                    f"{study.path}: step {step.name} of `before`, or one ahead of it, is not the same command in all "
+                    "runs; put what varies into its name, such as {training.seed}"
                 )
         names = [step.name for step in (*run.before, *run.after)]
         if len(set(names)) < len(names):
-            raise UserError(f"{study.path}: two steps of a run have the same name; the names are {', '.join(names)}")
+            raise UserError(f"{study.path}: two steps of a run have the same name; rename one of {', '.join(names)}")
         commands = str([step.words for step in (*run.before, *run.after)]).replace(str(run.folder), "")
         if (first := seen.setdefault((*sorted(run.overrides), commands), run.number)) != run.number:
-            raise UserError(f"{study.path}: runs {first} and {run.number} are the same: {' '.join(run.overrides)}")
+            raise UserError(f"{study.path}: runs {first} and {run.number} are the same; remove one: "
+                            f"{' '.join(run.overrides)}")  # fmt: skip

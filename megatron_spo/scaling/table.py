@@ -1,4 +1,4 @@
-"""The table of a study: a row for each run, with what varies, how it ended and its last metrics."""
+"""Writes the table of a study: one row per run, with what varies, its state and its last metrics."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from megatron_spo.scaling.study import CrossingSpec, Study, StudyRun
 
 Row = dict[str, Any]
 SHOWN = ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/spo/chosen_shift")
-"""Metrics that the terminal shows, beside the columns of `after`; the files hold all."""
+"""Metrics that are shown in the terminal, besides the columns of `after`; the files have all metrics."""
 
 
 def make_table(study: Study) -> list[Row]:
@@ -35,7 +35,7 @@ def make_table(study: Study) -> list[Row]:
 
 
 def row(study: Study, run: StudyRun) -> Row:
-    """One run; a metric that was never written is absent."""
+    """Returns the row of one run, without metrics that were never written."""
     found: Row = {"run": run.number, **run.choices, **_state(study, run)}
     if (run.directory / "metrics.jsonl").is_file():
         known = read_run(run.directory)
@@ -49,7 +49,7 @@ def row(study: Study, run: StudyRun) -> Row:
 
 
 def shown(study: Study, rows: Sequence[Row]) -> str:
-    """The main columns for a terminal."""
+    """Returns the main columns as a table for the terminal."""
     after = [name for name in dict.fromkeys(name for one in rows for name in one)
              if any(name.startswith(f"{step.name}/") for step in study.runs[0].after)]  # fmt: skip
     names = ["run", *study.runs[0].choices, "state", *after, *SHOWN]
@@ -64,7 +64,7 @@ def shown(study: Study, rows: Sequence[Row]) -> str:
 
 
 def _state(study: Study, run: StudyRun) -> Row:
-    """done, failed, stopped, running, or missing where nothing was begun; and why."""
+    """Returns the state (done, failed, stopped, unfinished, or missing if not started) and its reason."""
     if all(is_done(run, step, place) for step, place in steps_of(study, run)):
         return {"state": "done", "reason": ""}
     failure = run.folder / "failure.json"
@@ -78,7 +78,10 @@ def _state(study: Study, run: StudyRun) -> Row:
 
 
 def _cost(run: Run) -> Row:
-    """Seconds in steps, optimizer steps, N (parameters) and D (tokens computed); those without a line too."""
+    """Returns seconds in steps, optimizer steps, N (parameters) and D (tokens computed).
+
+    Steps without a line in metrics.jsonl are counted as the average of the others.
+    """
     lines = run.of(None)
     steps = run.last(None)["step"]
     per_line = steps / max(1, len(lines))
@@ -92,7 +95,7 @@ def _cost(run: Run) -> Row:
 
 
 def _metrics(run: Run) -> Row:
-    """The last numbers of training and of each held-out set; the first set is `eval`, others have their names."""
+    """Returns the last metrics: `train/...`, `eval/...` for the first held-out set, `eval/NAME/...` for the others."""
     found: Row = {}
     for i, name in enumerate([None, *run.eval_sets]):
         prefix = "train" if name is None else "eval" if i == 1 else f"eval/{name}"
@@ -102,12 +105,13 @@ def _metrics(run: Run) -> Row:
 
 
 def _crossing(run: Run, crossing: CrossingSpec) -> Row:
-    """`steps` at which the metric was first below the bound, or done without that."""
+    """Returns `crossed` and `steps`: the step at which the metric was first below the bound, or else the last one."""
     data = run.eval_sets[0] if run.eval_sets else None
     points = run.points(crossing.metric, data)
     if not points:
         known = sorted(name for name, value in run.last(data).items() if isinstance(value, float))
-        raise UserError(f"crossing: no metric {crossing.metric!r} was written; there are {', '.join(known)}")
+        raise UserError(f"crossing.metric = {crossing.metric!r} was not written by the run; use one of "
+                        f"{', '.join(known)}")  # fmt: skip
     step = next((step for step, value in points if value < crossing.below), None)
     return {"crossed": step is not None, "steps": points[-1][0] if step is None else step}
 
@@ -116,14 +120,14 @@ def _object(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold a JSON object, a column for each of its keys")
+        raise UserError(f"{path} must be a JSON object with a key for each column")
     return found
 
 
 def _alike(values: Sequence[Any]) -> list[Any]:
-    """Values of one type: as they are, or as JSON where they are not all numbers, texts or truths."""
+    """Returns values of one type: unchanged if all are numbers, strings or booleans, and else as JSON."""
     kinds = {
         bool if isinstance(v, bool) else float if isinstance(v, int | float) else type(v)
         for v in values

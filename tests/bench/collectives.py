@@ -8,7 +8,7 @@ from tests.bench.counters import Operators, inside_steps
 
 LAYOUTS = {"tensor": ["parallel.tensor=2"], "pipeline": ["parallel.pipeline=2"], "data": []}
 ROWS = (2, 4)
-"""Rows of a data-parallel rank in a step."""
+"""Numbers of rows per data-parallel rank and step."""
 
 
 def main(folder: Path, out: Path) -> None:
@@ -26,7 +26,7 @@ def main(folder: Path, out: Path) -> None:
             own = [f"output={folder}/{name}-{rows}", f"training.global_batch_size={pairs}", *overrides]
             run.train(load_config(str(folder / "config.yaml"), own, world_size=env.world_size()))
             setattr(Engine, "train_step", step)  # noqa: B010
-            counts[f"{name} {rows}"] = modes[1].collectives  # the second: everything is warm
+            counts[f"{name} {rows}"] = modes[1].collectives  # of the second step, after the warm-up
     if env.rank() == 0:
         out.write_text(json.dumps(counts))
 

@@ -1,4 +1,4 @@
-"""The benchmarks are scripts: their folder is on the path while these tests run."""
+"""Puts the folder of the benchmarks, which are scripts, on the path for these tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Counts what a training step does, operator by operator, whatever the machine does beside it."""
+"""Counts the operators of a training step, which do not depend on the load of the machine."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__")
-"""Methods of a tensor for which a GPU's process waits."""
+"""Methods of a tensor that wait for the GPU."""
 
 
 class Operators(TorchDispatchMode):
-    """Collectives by name, and the most numbers in any tensor that an operator returned, but for `known` sizes."""
+    """Counts collectives by name, and records the largest tensor that an operator returned, except `known` sizes."""
 
     def __init__(self, known: Sequence[int] = ()) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Operators(TorchDispatchMode):
 
 
 class Fetches(TorchFunctionMode):
-    """How often Python asked for a tensor's numbers."""
+    """Counts how often Python reads the numbers of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Fetches(TorchFunctionMode):
 
 
 def inside_steps(modes: Sequence[Any]) -> Callable[..., Any]:
-    """`Engine.train_step` under a mode: the i-th step under the i-th."""
+    """Returns `Engine.train_step` with the i-th call under the i-th mode."""
     from megatron_spo.train.step import Engine
 
     step, left = Engine.train_step, iter(modes)

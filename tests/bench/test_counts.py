@@ -1,4 +1,4 @@
-"""What a step costs, in counts that no busy machine changes: operations, allocations, collectives, fetches."""
+"""The cost of a step in counts that do not depend on the machine: operations, allocations, collectives, fetches."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ LAYERS = 4
 
 
 def folder_with(tmp_path: Path, vocab: int = 262, **sections: dict) -> Path:
-    """A tiny model, pairs, and a configuration under which every pair is a row."""
+    """Writes a tiny model, pairs, and a configuration with one pair per row."""
     import measure
 
     tiny_model(tmp_path / "model", vocab_size=vocab)
@@ -36,7 +36,7 @@ def folder_with(tmp_path: Path, vocab: int = 262, **sections: dict) -> Path:
 
 
 def test_a_step_multiplies_no_more_than_the_formula_says(tmp_path: Path) -> None:
-    """Attention's kernel for CPUs is not known to torch's counter; tests/planner/test_flops.py counts its products."""
+    """torch's counter does not know the attention kernel for CPUs; tests/planner/test_flops.py counts its products."""
     from work import Model, needed, random_rows
 
     model = Model(folder_with(tmp_path))
@@ -65,14 +65,16 @@ def test_the_head_never_holds_logits_of_all_positions(tmp_path: Path, monkeypatc
             model.step(rows)
         return seen.largest
 
-    assert largest() >= 300 * vocab  # all of them at once, as long as they are few: the counter sees them
+    assert largest() >= 300 * vocab  # few logits are computed at once, and the counter sees them
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 16 * vocab)
     assert largest() < 300 * vocab / 4
 
 
 def test_nothing_is_fetched_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the process would wait. A step fetches its sums and the gradient's norm, however many rows it has;
-    torch's AdamW reads its count, which lies on the CPU, twice for each parameter."""
+    """A step fetches only its sums and the gradient norm, however many rows it has; on a GPU, each fetch would wait.
+
+    torch's AdamW reads its step count, which is on the CPU, twice for each parameter.
+    """
     import measure
 
     config = folder_with(tmp_path, training={"steps": 2})
@@ -89,18 +91,18 @@ def test_nothing_is_fetched_for_each_row(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_collectives_of_a_step(tmp_path: Path) -> None:
-    """As many as the layout needs: by the row and layer, or once a step, and no others."""
+    """A layout has no collectives but those that it needs per row and layer, or once per step."""
     folder_with(tmp_path, training={"steps": 2})
     script = str(Path(__file__).with_name("collectives.py"))
     done = launch([script, str(tmp_path), str(tmp_path / "counts.json")], processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads((tmp_path / "counts.json").read_text())
-    # gradients to their optimizer's shard, weights back; the sums of the metrics and the gradient's norm
+    # gradients are scattered to the optimizer's shards, weights gathered; sums of the metrics and the gradient norm
     once = {"reduce_scatter_tensor_coalesced_": 1, "allgather_into_tensor_coalesced_": 1, "allreduce_": 2}
-    # two blocks a layer, forward and backward; the embedding; the head: largest logit, sums, gradient
+    # two blocks per layer, forward and backward; the embedding; the head: largest logit, sums, gradient
     tensor = 4 * LAYERS + 1 + 3
     for rows in ROWS:
         assert counts[f"data {rows}"] == once
         assert counts[f"tensor {rows}"] == {**once, "allreduce_": 2 + rows * tensor}
-        # a row's activations forward, their gradient back, and the length of each before
+        # a row's activations forward, their gradient back, and before each its length
         assert counts[f"pipeline {rows}"] == {**once, "send": 2 * rows, "recv_": 2 * rows}

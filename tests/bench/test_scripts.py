@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that they run."""
+"""The arithmetic of the benchmarks, and that they run."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
 
 
 def test_attention_of_the_comparison_is_that_of_the_model(tmp_path: Path) -> None:
-    """The masked blocks that stand beside our attention give what it gives, so that the times are of the same work."""
+    """The masked blocks compared with our attention give the same result, so that the times are of the same work."""
     import gpu_parts
     import measure
     from work import Model, random_rows
@@ -87,7 +87,8 @@ def test_attention_of_the_comparison_is_that_of_the_model(tmp_path: Path) -> Non
 
 
 def test_necessary_operations() -> None:
-    """By hand, of one pair: 2 operations a weight and token, 4 a head's number and visible key; three times for all."""
+    """Operations of one pair by hand: 2 per weight and token, 4 per head dimension and visible key; times 3 for both
+    passes."""
     import work
 
     from megatron_spo.planner.presets import shape_of
@@ -104,7 +105,7 @@ def test_necessary_operations() -> None:
 
 @pytest.mark.slow
 def test_gpu_benchmark_on_a_cpu(tmp_path: Path) -> None:
-    """All of it but the GPU: the table is complete, and its MFU is operations over seconds over the stated peak."""
+    """On a CPU, the table is complete, and MFU is operations / seconds / peak."""
     script, out = str(ROOT / "tools/bench/gpu.py"), tmp_path / "gpu.json"
     command = [sys.executable, script, "--tiny", "--layers", "2", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -120,7 +121,7 @@ def test_gpu_benchmark_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_make_bench_measures_all_that_has_a_floor(tmp_path: Path) -> None:
-    """In its quick form, which compares no number; speed.py is tried below."""
+    """`--quick` runs and compares no number; speed.py is tested below."""
     import run
 
     others = [name for name in run.BENCHMARKS if name != "speed"]
@@ -134,7 +135,7 @@ def test_make_bench_measures_all_that_has_a_floor(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trl_and_plain_compute_what_we_compute(tmp_path: Path) -> None:
-    """The comparison is of the same training: losses of all four ways to 1e-4 (speed.py refuses others)."""
+    """All four programs train the same way: their losses agree to 1e-4 (which speed.py asserts)."""
     out = tmp_path / "speed.json"
     command = [sys.executable, str(ROOT / "tools/bench/speed.py"), "--quick", "--mixes", "reason", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

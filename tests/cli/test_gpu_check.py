@@ -23,7 +23,7 @@ def test_without_a_gpu() -> None:
         [str(ROOT / "tools/bench/gpu_check.sh")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "no NVIDIA GPU that this torch can use: nothing was checked" in done.stderr
+    assert "this PyTorch finds no NVIDIA GPU, so nothing was checked" in done.stderr
     assert "Everything that is needed is there." in done.stderr
 
 

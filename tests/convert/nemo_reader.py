@@ -1,4 +1,4 @@
-"""Run by the interpreter of NeMo's own environment (nemo-toolkit 2.7.3): builds the model of a NeMo 2 checkpoint from
+"""Run by the interpreter of a NeMo environment (nemo-toolkit 2.7.3): builds the model of a NeMo 2 checkpoint from
 its context and saves the logits of some tokens. `nemo_reader.py CHECKPOINT OUT.pt`
 
 Without a GPU and Transformer Engine the toolkit's fusions are switched off and its cuda devices are the CPU.

@@ -1,4 +1,4 @@
-"""Models from one format to another and back: every bit, whatever the family, the files and the blocks."""
+"""Conversion from one format to another and back is exact for every family, number of files and block size."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ VARIANTS = [
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face folder, as safetensors reads them."""
+    """Returns all tensors of a Hugging Face folder, read by safetensors."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -54,7 +54,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several files, boxes that end within a query group, and blocks of a few rows."""
+    """Sets sizes so small that there are several files, boxes that end within a query group and blocks of few rows."""
     monkeypatch.setattr(hf_files, "SHARD_BYTES", 60_000)
     monkeypatch.setattr(torch_dist, "CHUNK_BYTES", 1900)
     monkeypatch.setattr(lazy, "BLOCK_BYTES", 700)
@@ -75,7 +75,7 @@ def test_to_megatron_and_back(tmp_path: Path, family: str, overrides: dict[str, 
     theirs.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     notes = convert(tmp_path / "model", tmp_path / "megatron", "megatron", verify=True)
     assert any("padded the vocabulary" in note for note in notes)
-    shutil.move(tmp_path / "model", tmp_path / "moved")  # the Megatron folder needs nothing of it
+    shutil.move(tmp_path / "model", tmp_path / "moved")  # the Megatron folder does not depend on it
     notes = convert(tmp_path / "megatron", tmp_path / "hf", "hf", verify=True)
     assert any("padding" in note for note in notes)
     assert_same(tmp_path / "moved", tmp_path / "hf")
@@ -119,7 +119,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, model: Path, monkeypatch: pytest.M
     convert(model, tmp_path / "megatron", "megatron", verify=True)
     files = {path.name for path in (tmp_path / "megatron").glob("*.distcp")}
     assert len(files) > 3
-    assert len(written) == len(files) + 1  # but for the torn one, none twice
+    assert len(written) == len(files) + 1  # only the incomplete file was written twice
     convert(tmp_path / "megatron", tmp_path / "hf", "hf")
     assert_same(model, tmp_path / "hf")
 
@@ -214,7 +214,7 @@ QUERY, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
         ({QUERY: None}, {}, f"lacks the tensor {QUERY}"),
         ({"model.layers.4.mlp.up_proj.weight": torch.ones(2)}, {}, "holds model.layers.4.mlp.up_proj.weight"),
         ({QUERY: torch.ones(32, 31)}, {}, r"q_proj.weight has shape \(32, 31\)"),
-        ({QUERY: torch.ones(32, 32).bfloat16()}, {}, "q_proj.weight is in torch.bfloat16 and .*v_proj"),
+        ({QUERY: torch.ones(32, 32).bfloat16()}, {}, "q_proj.weight has dtype torch.bfloat16 and .*v_proj"),
         ({"model.layers.1.self_attn.o_proj.weight": torch.ones(32, 32).bfloat16()}, {}, "linear_proj.weight"),
         (
             {QUERY: torch.ones(32, 32).to(torch.float8_e4m3fn)},
@@ -242,9 +242,9 @@ def test_says_what_is_left_out(tmp_path: Path, model: Path) -> None:
         tie_word_embeddings=True,
     )
     notes = convert(model, tmp_path / "megatron", "megatron", verify=True)
-    assert [note for note in notes if "left out" in note] == [
-        "left out lm_head.weight, which the model computes from others",
-        "left out model.layers.0.self_attn.rotary_emb.inv_freq, which the model computes from others",
+    assert [note for note in notes if "dropped" in note] == [
+        "dropped lm_head.weight, which the model computes from other tensors",
+        "dropped model.layers.0.self_attn.rotary_emb.inv_freq, which the model computes from other tensors",
     ]
 
 
@@ -263,7 +263,7 @@ def test_refuses_by_name(tmp_path: Path, model: Path, capsys: pytest.CaptureFixt
 
     out = str(tmp_path / "out")
     convert(model, tmp_path / "megatron", "megatron")
-    assert "'megatron' already" in error(str(tmp_path / "megatron"), out, "--to", "megatron")
+    assert "already in the format 'megatron'" in error(str(tmp_path / "megatron"), out, "--to", "megatron")
     assert "not an empty folder" in error(str(model), str(tmp_path / "megatron"), "--to", "megatron")
     assert "no adapters" in error(str(tmp_path / "megatron"), out, "--to", "peft")
     assert "--workers 0" in error(str(model), out, "--to", "megatron", "--workers", "0")
@@ -275,7 +275,7 @@ def test_refuses_by_name(tmp_path: Path, model: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.usefixtures("cut_small")
 def test_megatron_loads_it(tmp_path: Path) -> None:
-    """Megatron's own reader fills a model from the folder as our loader does from the Hugging Face one."""
+    """Megatron's own reader gives the model the same weights as our loader of the Hugging Face folder."""
     from megatron.core.dist_checkpointing import load
 
     for family in ("qwen2", "qwen3_moe"):

@@ -1,4 +1,4 @@
-"""The text part of Gemma 3, taken out as docs/convert.md says."""
+"""The text model of Gemma 3, extracted as docs/convert.md describes."""
 
 import re
 from pathlib import Path

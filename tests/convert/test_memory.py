@@ -1,4 +1,4 @@
-"""A conversion holds a few blocks of rows, whatever the size and number of tensors and the speed of the disk."""
+"""A conversion holds only a few blocks of rows, whatever the size and number of tensors and the speed of the disk."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ print(peak() - before)
 
 
 def held(folder: Path, source: str, to: str, *, seconds_per_mib: float = 0) -> float:
-    """MiB that a conversion in a process of its own held at most, the modules that reading needs included."""
+    """Returns the peak memory of a conversion in its own process, in MiB, imported modules included."""
     (folder / "measure.py").write_text(MEASURE)
     arguments = [str(folder / "measure.py"), str(folder / source), str(folder / to), to, str(seconds_per_mib)]
     done = launch(arguments, 1, cold=True)
@@ -71,7 +71,7 @@ class Zeros(Lazy):
 
 @pytest.mark.slow
 def test_memory_does_not_follow_the_number_of_tensors(tmp_path: Path) -> None:
-    """90 tensors of 4 MiB each, onto a disk that is much slower than the reading."""
+    """90 tensors of 4 MiB each are written to a disk that is much slower than the one they are read from."""
     folder, form = tmp_path / "model", HuggingFace()
     tiny_model(folder, hidden_size=512, intermediate_size=4096, num_hidden_layers=1)
     config = (folder / "config.json").read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 30')

@@ -1,4 +1,4 @@
-"""NeMo 2 checkpoints: one that NeMo itself wrote, and ours, which reads like it."""
+"""NeMo 2 checkpoints: one written by NeMo is read, and ours have the same structure."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from tests.support.tiny import tiny_model
 
 FOLDERS = [parent / "shared/data/nemo2_llama_tiny" for parent in Path(__file__).parents]
 DATA = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data/nemo2_llama_tiny is not there")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data/nemo2_llama_tiny is missing")
 
 
-# The sample's layer norms are all one, unlike those of the Hugging Face model beside it. It was imported without
-# Transformer Engine, where the toolkit's layers have their norms by other names than its importer looks for, and stay
-# as they are initialised. Its format says nothing about them: test_nemo_reads_ours has norms that are not one.
+# The sample's layer norms are all one, unlike those of the Hugging Face model next to it. It was imported without
+# Transformer Engine. The toolkit's norms then have other names than its importer expects, and keep their initial
+# values. The format itself does not require this: test_nemo_reads_ours has norms that are not one.
 @needs_data
 def test_reads_what_nemo_wrote(tmp_path: Path) -> None:
     notes = convert(DATA / "nemo2", tmp_path / "hf", "hf", verify=True)
@@ -34,7 +34,7 @@ def test_reads_what_nemo_wrote(tmp_path: Path) -> None:
     ours, theirs = load_file(tmp_path / "hf/model.safetensors"), load_file(DATA / "hf/model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        if name.endswith("layernorm.weight"):  # the sample's own: see below
+        if name.endswith("layernorm.weight"):  # these differ in the sample: see above
             assert torch.equal(ours[name], torch.ones_like(tensor))
         else:
             assert torch.equal(ours[name], tensor), name
@@ -50,7 +50,7 @@ def test_reads_what_nemo_wrote(tmp_path: Path) -> None:
 
 @needs_data
 def test_reads_as_torch_does() -> None:
-    """Every stored tensor of the checkpoint against torch's own reader."""
+    """Every stored tensor equals what torch's own reader loads."""
     stored = StoredTensors(DATA / "nemo2/weights", "module.")
     theirs = {f"module.{key}": torch.empty(stored.size(key), dtype=stored.dtype(key)) for key in sorted(stored.keys())}
     dcp.load(theirs, checkpoint_id=str(DATA / "nemo2/weights"), no_dist=True)
@@ -61,7 +61,7 @@ def test_reads_as_torch_does() -> None:
 
 @needs_data
 def test_writes_what_nemo_would(tmp_path: Path) -> None:
-    """Keys, shapes, dtypes and settings of our checkpoint against those of NeMo's for the same model."""
+    """Our checkpoint has the keys, shapes, dtypes and settings of NeMo's checkpoint of the same model."""
     convert(DATA / "hf", tmp_path / "nemo", "nemo", verify=True)
     ours, theirs = (dcp.FileSystemReader(folder / "weights") for folder in (tmp_path / "nemo", DATA / "nemo2"))
     before, after = theirs.read_metadata().state_dict_metadata, ours.read_metadata().state_dict_metadata
@@ -84,7 +84,7 @@ def test_writes_what_nemo_would(tmp_path: Path) -> None:
 
 @needs_data
 def test_writes_the_tree_as_nemo_does(tmp_path: Path) -> None:
-    """Every kind of entry in io.json has the form that NeMo's own has, and nothing refers to what is not there."""
+    """Every kind of entry in io.json has the same form as in NeMo's file, and every reference exists."""
     convert(DATA / "hf", tmp_path / "nemo", "nemo")
     ours, theirs = (
         json.loads((folder / "context/io.json").read_text()) for folder in (tmp_path / "nemo", DATA / "nemo2")
@@ -98,7 +98,7 @@ def test_writes_the_tree_as_nemo_does(tmp_path: Path) -> None:
 
 
 def forms(document: dict) -> set[str]:
-    """Entries with their content left out, so that only names of fields and kinds remain."""
+    """Returns entries without their content, so that only the names of fields and kinds remain."""
     kinds = set()
     for entry in document["objects"].values():
         metadata = entry["metadata"]
@@ -108,7 +108,7 @@ def forms(document: dict) -> set[str]:
             "metadata": metadata if metadata is None or metadata["type"] != "ref" else "ref",
             "items": sorted({str(shape(value)) for _, value in entry["items"]}),
         }
-        if entry["type"]["name"] in ("Config", "tuple"):  # as many kinds of items as there are arguments
+        if entry["type"]["name"] in ("Config", "tuple"):  # their items differ with the arguments
             described.pop("items")
         kinds.add(json.dumps(described, sort_keys=True))
     return kinds
@@ -142,7 +142,7 @@ def test_round_trip(tmp_path: Path, family: str, overrides: dict) -> None:
     theirs = tiny_model(tmp_path / "model", family, **overrides)
     convert(tmp_path / "model", tmp_path / "nemo", "nemo", verify=True)
     settings = json.loads((tmp_path / "nemo/context/nemo_tokenizer/tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # as transformers 4 knows it, which NeMo asks for
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name in transformers 4, which NeMo requires
     assert settings["additional_special_tokens"] and "extra_special_tokens" not in settings
     convert(tmp_path / "nemo", tmp_path / "hf", "hf", verify=True)
     tokens = torch.arange(6, 200)[None]
@@ -155,7 +155,7 @@ def test_round_trip(tmp_path: Path, family: str, overrides: dict) -> None:
 
 def test_gemma_is_refused_by_name(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", "gemma2")
-    with pytest.raises(UserError, match="NeMo 2 checkpoints of gemma2 models are not built; built are those of llama"):
+    with pytest.raises(UserError, match="--to nemo is not supported for gemma2 models, only for llama"):
         convert(tmp_path / "model", tmp_path / "nemo", "nemo")
     assert not (tmp_path / "nemo").exists()
 
@@ -163,11 +163,11 @@ def test_gemma_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm' is not built"),
-        ({"add_qkv_bias": True}, "add_qkv_bias = True is not built for llama"),
+        ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm' is not supported for llama models"),
+        ({"add_qkv_bias": True}, "add_qkv_bias = True is not supported for llama"),
         ({"num_layers": None}, "num_hidden_layers"),
-        ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu' is not built"),
-        ({"hidden_size": 64}, "calls for"),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu' is not supported"),
+        ({"hidden_size": 64}, "has shape .*, but its model expects"),
     ],
 )
 def test_refuses(tmp_path: Path, change: dict, message: str) -> None:
@@ -182,7 +182,7 @@ def test_refuses(tmp_path: Path, change: dict, message: str) -> None:
 
 
 NEMO_PYTHON = os.environ.get("NEMO_PYTHON", "")
-# the variants that the toolkit is asked to build, with the classes that must come of them
+# the variants that the toolkit builds, with the classes that it must choose
 READ_BY_NEMO: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaModel LlamaConfig", {}),
     "llama-31": ("LlamaModel Llama31Config", {"rope_parameters": {
@@ -197,10 +197,10 @@ READ_BY_NEMO: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not NEMO_PYTHON, reason="NEMO_PYTHON does not name the interpreter of an environment with NeMo 2")
+@pytest.mark.skipif(not NEMO_PYTHON, reason="NEMO_PYTHON must name the interpreter of an environment with NeMo 2")
 @pytest.mark.parametrize("variant", READ_BY_NEMO)
 def test_nemo_reads_ours(tmp_path: Path, variant: str) -> None:
-    """The toolkit builds model and tokenizer from our context and loads our weights: its logits are transformers'."""
+    """The toolkit builds model and tokenizer from our context and loads our weights; its logits equal transformers'."""
     classes, overrides = READ_BY_NEMO[variant]
     theirs = tiny_model(tmp_path / "model", variant.partition("-")[0], **overrides)
     convert(tmp_path / "model", tmp_path / "nemo", "nemo")

@@ -1,4 +1,4 @@
-"""What goes with the weights: nothing is lost on a round trip, and an export of a run stops and speaks as trained."""
+"""Side files: a round trip keeps all of them, and an export uses the end tokens and template of the training."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def chat(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model with files of every kind beside its weights."""
+    """A model with files of every kind next to its weights."""
     folder = tmp_path / "model"
     tiny_model(folder, num_hidden_layers=1)
     (folder / "additional_chat_templates").mkdir()
@@ -50,14 +50,14 @@ def side_files(folder: Path) -> dict[str, bytes]:
 def test_a_round_trip_keeps_every_file(tmp_path: Path, model: Path, to: str) -> None:
     expected = side_files(model)
     assert convert(model, tmp_path / to, to, verify=True)[1:-1] == (
-        ["padded the vocabulary from 262 to 384 rows, which --to hf undoes"] if to == "megatron" else []
+        ["padded the vocabulary from 262 to 384 rows; --to hf removes the padding"] if to == "megatron" else []
     )
     notes = convert(tmp_path / to, tmp_path / "hf", "hf", verify=True)
-    assert not any("left out of" in note for note in notes)
+    assert not any("not copied" in note for note in notes)
     found = side_files(tmp_path / "hf")
     assert found.keys() == expected.keys()
     changed = {name for name, content in expected.items() if found[name] != content}
-    # NeMo has a configuration of its own, and asks for transformers 4
+    # NeMo has its own configuration, and requires transformers 4
     assert changed <= ({"config.json", "tokenizer_config.json"} if to == "nemo" else set())
 
 
@@ -72,7 +72,7 @@ def test_other_weights_and_folders_are_left_out_and_named(tmp_path: Path, model:
     (model / "original").mkdir()
     (model / ".cache").mkdir()
     notes = convert(model, tmp_path / "megatron", "megatron")
-    assert f"left out of {model}: consolidated.safetensors, original" in notes
+    assert f"{model}: not copied: consolidated.safetensors, original" in notes
     assert not (tmp_path / "megatron/original").exists()
 
 
@@ -104,7 +104,7 @@ def test_the_tokenizer_of_another_folder_takes_the_place_of_all_of_it(tmp_path: 
         ({"eos_token_id": [2, EOS]}, (EOS, END), [2, EOS, END]),
         ({"eos_token_id": [EOS, END]}, (END,), [EOS, END]),
         ({"top_k": 3}, (END,), END),
-        (None, (END,), [EOS, END]),  # <eos> is the one of config.json
+        (None, (END,), [EOS, END]),  # <eos> comes from config.json
     ],
 )
 def test_the_trained_end_is_an_end_token(
@@ -134,13 +134,13 @@ def test_what_answers_end_with(tmp_path: Path) -> None:
     assert ends(plain, max_length=64) == [EOS]
     tokenizer.chat_template = CHAT_TEMPLATE
     assert ends(turns, max_length=64) == [END]
-    # a limit that cuts into the answers, of which some may be cut behind a special token
+    # the limit cuts off answers, some of them possibly after a special token
     assert ends(turns, max_length=12, truncation="right", bad_rows="drop") == []
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model without a template, trained for one step on chats with data.chat_template: whole, and adapters."""
+    """Runs of a base model without a template, one step on chats with data.chat_template: all weights, and adapters."""
     folder = tmp_path_factory.mktemp("run")
     tiny_model(folder / "base", num_hidden_layers=1)
     (folder / "base/README.md").write_text(LICENCE)
@@ -155,7 +155,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "logging: {progress: false}\n"
         )
         assert main(["train", str(folder / "config.yaml")]) == 0
-    (folder / "template.jinja").unlink()  # an export does not need it any more
+    (folder / "template.jinja").unlink()  # an export no longer needs it
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Parts of stored tensors, as several processes leave them."""
+"""Reading parts of stored tensors that several processes have written."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`megatron-spo evaluate`: answers, pairs and lm-evaluation-harness, as a user calls it."""
+"""`megatron-spo evaluate` from the command line: answers, pairs and lm-evaluation-harness."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def answers(count: int, right: int) -> list[dict]:
-    """Rows with one answer each, the first `right` of them right, all but the last ended."""
+    """Returns rows with one answer each: the first `right` answers are right, and all but the last have ended."""
     return [
         {"prompt": f"{i}+1=", "chosen": f"so {i + 1}", "responses": [f"so {i + (1 if i < right else 2)}"],
          "finished": [i < count - 1]}
@@ -71,7 +71,7 @@ def test_two_files_are_compared_row_by_row(tmp_path: Path, capsys: pytest.Captur
     write_jsonl(files[1], answers(39, 30))
     refused(files, "has 40 rows", capsys)
     write_jsonl(files[1], [{**row, "prompt": "other"} if i == 6 else row for i, row in enumerate(answers(40, 30))])
-    refused(files, "30.jsonl line 7: its prompt is not that of", capsys)
+    refused(files, "30.jsonl line 7: the prompt differs from", capsys)
 
 
 def test_what_generate_writes_is_evaluated(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,14 +109,14 @@ def test_alpaca_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     capsys.readouterr()
     for wrong, part in (
-        ({**message, "responses": ["a", "b"], "finished": [True, True]}, "line 1: 2 responses; AlpacaEval judges one"),
-        ({**message, "prompt": [{"role": "system", "content": "s"}, *asked]}, "line 1: AlpacaEval's instr"),
+        ({**message, "responses": ["a", "b"], "finished": [True, True]}, "line 1: 2 responses, but AlpacaEval"),
+        ({**message, "prompt": [{"role": "system", "content": "s"}, *asked]}, "line 1: AlpacaEval supports"),
     ):
         refused([write_jsonl(file, [wrong]), "--alpaca-eval", tmp_path / "o"], part, capsys)
 
 
 def test_pairs_against_one_sequence_at_a_time(models: Path, tmp_path: Path) -> None:
-    """Batches of any size give what a loop over single, unpadded sequences gives."""
+    """Batches of any size give the same scores as a loop over single, unpadded sequences."""
     arguments = ["evaluate", "--model", str(models / "a"), "--pairs", str(models / "pairs.jsonl")]
     for size in ("1", "4"):
         assert cli.main([*arguments, "--batch-size", size, "--out", str(tmp_path / size)]) == 0
@@ -168,7 +168,7 @@ def test_wrong_pairs_and_options(models: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_pairs_equal_the_trainers_held_out_metrics(tmp_path: Path, chat: bool) -> None:
-    """A trained run's last held-out lines, from its exported model by transformers."""
+    """transformers computes a run's last held-out metrics from the exported model."""
     rows = arithmetic_pairs(30)
     if chat:
         for row in rows:

@@ -1,4 +1,4 @@
-"""Token ids beyond a model's embedding and texts beyond its context: refused with the line, in every command."""
+"""Every command refuses token ids outside a model's vocabulary and texts longer than its context, naming the line."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a token that its embedding lacks, and another one with half the context."""
+    """A model whose tokenizer has a token more than its embedding, and another one with half the context."""
     folder = tmp_path_factory.mktemp("limits")
     for name, context in (("model", CONTEXT), ("short", CONTEXT // 2)):
         tiny_model(folder / name, num_hidden_layers=1, max_position_embeddings=context)
@@ -48,13 +48,13 @@ def test_a_token_beyond_the_embedding(folder: Path, capsys: pytest.CaptureFixtur
         ["reference", config(folder, pairs)],
     ):
         said = error(capsys, *arguments)
-        assert "line 2: token 262 is beyond the" in said and "vocabulary of 262" in said
+        assert "line 2: token 262 exceeds the vocabulary of 262" in said
 
 
 def test_generate_stays_within_the_context(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = write_jsonl(folder / "ten.jsonl", [{"prompt": "0123456789"}])
     options = ["generate", folder / "model", "--prompts", prompts, "--out", folder / "out", "--max-new-tokens"]
-    assert "prompt has 10 tokens, which with 55 new ones exceed" in (said := error(capsys, *options, CONTEXT - 9))
+    assert "prompt of 10 tokens and 55 new tokens exceed" in (said := error(capsys, *options, CONTEXT - 9))
     assert "ten.jsonl line 1" in said and "context of 64" in said and "--max-new-tokens to 54 at most" in said
     assert main([str(option) for option in (*options, CONTEXT - 10)]) == 0
     write_jsonl(prompts, [{"prompt": "0" * CONTEXT}])

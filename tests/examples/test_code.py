@@ -1,4 +1,4 @@
-"""The task of examples/studies/code: its machine, its formulas, its two compilers and its checker."""
+"""The task of examples/studies/code: machine, formulas, both compilers and checker."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_machine(program: str, output: int | None) -> None:
 def test_a_fault_names_its_instruction() -> None:
     with pytest.raises(Fault, match=r"instruction 3, '\+': the stack is empty"):
         run("xA+", XY)
-    with pytest.raises(Fault, match="instruction 2, 'b': neither an instruction nor a register that was written"):
+    with pytest.raises(Fault, match="instruction 2, 'b': unknown instruction, or a register that was not written"):
         run("xb", XY)
     with pytest.raises(Fault, match="leaves 2 values"):
         run("xy", XY)
@@ -91,10 +91,10 @@ def test_problems_are_all_different_and_follow_the_seed() -> None:
         (SHORT_PROGRAM, True, SHORT, True),
         (SHORT_PROGRAM, False, None, False),
         (LONG_PROGRAM, True, LONG, True),
-        ("yx3+*x2*-", True, SHORT, True),  # another order of the operands of + and *: the outputs decide
+        ("yx3+*x2*-", True, SHORT, True),  # operands of + and * swapped: only the outputs count
         ("x3+y*x-x-", True, SHORT, True),
-        ("x3+Aay*2x*-", True, LONG, True),  # one register: right, and longer than needed
-        ("2x*x3+y*-", True, SHORT, False),  # the difference the other way round
+        ("x3+Aay*2x*-", True, LONG, True),  # one register: right, but longer than necessary
+        ("2x*x3+y*-", True, SHORT, False),  # the difference with the wrong sign
         ("x3+y*2x*+", True, SHORT, False),
         ("x3+Aay*B2x*Cac-", True, LONG, False),
         ("x3+y*2x*", True, None, False),
@@ -107,7 +107,7 @@ def test_verdict(program: str, finished: bool, style: str | None, right: bool) -
 
 
 def test_every_hidden_input_counts() -> None:
-    """17+y is x+y on the first of them, and on no other."""
+    """17+y equals x+y only for the first of the hidden inputs."""
     assert task.HIDDEN[0]["x"] == 17 and run("98+y+", task.HIDDEN[0]) == run("xy+", task.HIDDEN[0])
     assert task.verdict("(x+y)+(x-x)=", "98+y+", True) == (SHORT, False)
     assert task.verdict("(x+y)+(x-x)=", "xy+", True) == (SHORT, True)

@@ -11,7 +11,7 @@ from examples.common import StageFailed, Stages
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Replaces the started processes; a command with the word `broken` fails."""
+    """Replaces started processes; a command with the word `broken` fails."""
     started: list[list[str]] = []
 
     def run(command: list[str], *, stdout, stderr, env) -> subprocess.CompletedProcess:
@@ -41,7 +41,7 @@ def test_done_stages_are_skipped(tmp_path: Path, commands: list[list[str]], caps
     model = stages.export("run")
     stages.generate("answers", model, Path("prompts"))
     assert len(commands) == 1
-    assert "generate-answers: done before" in capsys.readouterr().out
+    assert "generate-answers: already done" in capsys.readouterr().out
 
 
 def test_a_failed_command_is_named_with_the_end_of_its_log(tmp_path: Path, commands: list[list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""The example configs load, the pages say what the numbers say, and both examples run in miniature."""
+"""The example configurations load, the pages agree with the numbers, and both examples run in miniature."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_gsm8k_splits_by_problem(tmp_path: Path) -> None:
     assert not prompts["pairs_heldout"] & (prompts["pairs"] | prompts["sft"])
     assert len(sides["pairs"]) == 30
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p"}\n')
-    with pytest.raises(StageFailed, match="bad.jsonl line 1: needs the fields"):
+    with pytest.raises(StageFailed, match="bad.jsonl line 1: the fields"):
         gsm8k.write_data(stages, tmp_path / "bad.jsonl", solved, scale, seed=1)
     with pytest.raises(StageFailed, match="nowhere does not exist"):
         gsm8k.write_data(stages, pairs, tmp_path / "nowhere", scale, seed=1)
@@ -85,7 +85,7 @@ def test_the_gsm8k_study_s_problems_have_no_pair_to_train_on(tmp_path: Path, mon
 
 
 def gsm8k_inputs(folder: Path) -> tuple[gsm8k.Stages, Path, Path]:
-    """Twenty problems with two pairs each; the SFT file has them and twenty more."""
+    """Returns the files of twenty problems with two pairs each, and of SFT rows with twenty more problems."""
     problems = [f"Tom has {i} apples and buys {i + 1}. How many are there?" for i in range(40)]
     pairs = [
         {"prompt": p, "chosen": f"It is {2 * i + 1}.", "rejected": f"It may be {i}{k}."}
@@ -104,7 +104,7 @@ def test_quickstart_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     judge = task.preference_pairs
 
     def with_worked_answers(rows, *rest):
-        """A model of four steps never answers right: its samples are replaced by the worked answers."""
+        """Replaces samples by worked answers, because a model trained for four steps never answers right."""
         return judge([{**row, **worked(row["prompt"])} for row in rows], *rest)
 
     def worked(prompt: str) -> dict:
@@ -125,7 +125,7 @@ def test_quickstart_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows[0]["chosen_shift"] == 0 and all(row["chosen_shift"] != 0 for row in rows[1:])
     assert "<svg" in (out / "index.html").read_text() and "<svg" in (out / "displacement.svg").read_text()
     written = {path: path.stat().st_mtime_ns for path in out.glob("*-t1.jsonl")}
-    run.main(["--out", str(out)], scale)  # everything is there already
+    run.main(["--out", str(out)], scale)  # everything is already done
     assert written == {path: path.stat().st_mtime_ns for path in out.glob("*-t1.jsonl")}
 
 

@@ -1,4 +1,4 @@
-"""The scores of GSM8K solutions: what of a wrong one can be checked."""
+"""The scores of GSM8K solutions, wrong ones included."""
 
 from typing import Any
 
@@ -39,5 +39,5 @@ def test_scores() -> None:
         "there are none": True,  # no number, no calculation
     }
     rows = [{"chosen": chosen, "responses": [text], "finished": [ends]} for text, ends in responses.items()]
-    repeated: Any = pytest.approx(1 / 15 / 4)  # "48 / 2 =" in the first, among its 15 runs of 4 words
+    repeated: Any = pytest.approx(1 / 15 / 4)  # "48 / 2 =" in the first solution, one of its 15 runs of 4 words
     assert score(rows) == Score(accuracy=0.25, malformed=0.5, calculations=1.0, hold=0.75, sound=0.25, rep_4=repeated)

@@ -1,4 +1,4 @@
-"""The prepared studies are whole: every run's configuration loads, and the scores are those of the quickstart."""
+"""The prepared studies: every run's configuration loads, and the scores are those of the quickstart."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run directory with every part that a report can show."""
+"""Writes a run directory with every part that a report can show."""
 
 import json
 import random
@@ -9,7 +9,7 @@ PARTS = {"data": 0.02, "forward_backward": 0.6, "communication": 0.2, "optimizer
 
 
 def make_full_run(folder: Path, *, seed: int = 0, steps: int = 60, falls: bool = True, loss: str = "simpo") -> Path:
-    """A training that leaves the safe region (if it `falls`), with one alarm, samples and held-out pairs."""
+    """Writes a run with one alarm, samples and held-out pairs, whose metrics leave the safe region if it `falls`."""
     rng = random.Random(f"{seed} {loss}")
     (folder / "held_out").mkdir(parents=True)
     lines: list[dict] = []

@@ -22,7 +22,7 @@ SECTIONS = (
 
 
 def make_run(folder: Path, *, beta: float, evaluated: bool = True) -> Path:
-    """A run directory with 6 steps and, if `evaluated`, two evaluations of one held-out set."""
+    """Writes a run directory with 6 steps and, if `evaluated`, two evaluations of one held-out set."""
     folder.mkdir(parents=True)
     lines: list[dict] = []
     for step in range(1, 7):
@@ -38,7 +38,7 @@ def make_run(folder: Path, *, beta: float, evaluated: bool = True) -> Path:
 
 
 class Page(HTMLParser):
-    """Collects table cells and every address that a browser would fetch."""
+    """Collects table cells and every URL that a browser would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_page_is_complete_and_self_contained(tmp_path: Path) -> None:
     write_report(runs, tmp_path / "deep" / "report.html")
     text = (tmp_path / "deep" / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 7  # every metric, all runs in one picture
+    assert page.tags.count("svg") == 7  # one plot per metric
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not re.search(r"url\((?!#)|@import", text)
     assert all(address.startswith("#") for address in page.fetched)
@@ -232,7 +232,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_contrast() -> None:
-    """What WCAG 2 asks for: 4.5 for text, 3 for the lines of a picture; in light and in dark."""
+    """Contrast satisfies WCAG 2 (4.5 for text, 3 for lines of plots) in light and dark mode."""
     for theme in (LIGHT, DARK):
         for name in ("text", "muted", "link"):
             assert contrast(theme[name], theme["back"]) >= 4.5, name

@@ -1,4 +1,4 @@
-"""The fits against laws whose parameters are known, published ones among them, and what they refuse."""
+"""Fits of laws with known parameters, published ones among them, and points that are refused."""
 
 import csv
 import json
@@ -28,13 +28,13 @@ PUBLISHED = {
     "beta": (0.3658, 0.02),
 }
 KNOWN = {name: value for name, (value, _) in PUBLISHED.items()}
-NOISE = 0.008  # of log loss, about what their residuals show
+NOISE = 0.008  # of log loss, about the size of their residuals
 
 
 def chinchilla_points(
     values: Mapping[str, float] = KNOWN, *, noise: float = NOISE, seed: int = 0, count: int = 240
 ) -> dict[str, np.ndarray]:
-    """As many runs as they had, over the range of sizes and compute of Hoffmann et al."""
+    """Returns as many points as in Besiroglu et al., over the range of sizes and compute of Hoffmann et al."""
     generator = np.random.default_rng(seed)
     sizes = np.geomspace(44e6, 16e9, 30)[generator.integers(0, 30, count)]
     flops = np.geomspace(6e18, 3e21, 9)[generator.integers(0, 9, count)]
@@ -57,7 +57,7 @@ def overoptimization_points(beta: float = 0.3) -> dict[str, np.ndarray]:
 
 
 def stability_points(end: float = 400.0) -> dict[str, np.ndarray]:
-    """Runs that are done after `end` steps; log steps falls with log lr by 1 and rises with log(1 + lambda) by 2."""
+    """Returns runs of at most `end` steps; the slope of log steps is -1 in log lr and 2 in log(1 + lambda)."""
     generator = np.random.default_rng(0)
     lr, spread = 10 ** generator.uniform(-5, -3, 200), generator.choice([0, 0.25, 0.5, 1, 2], 200)
     steps = np.exp(-3 - np.log(lr) + 2 * np.log1p(spread) + 0.3 * generator.standard_normal(200))
@@ -88,13 +88,13 @@ def test_published_law_comes_out(tmp_path: Path) -> None:
     assert found["held_out"]["mean_absolute"] < 1.5 * NOISE
     best = found["compute_optimal"]["at"][0]
     assert 6 * best["N"] * best["D"] == pytest.approx(5.76e23)
-    assert best["D"] / best["N"] == pytest.approx(20, rel=0.25)  # their finding, at Chinchilla's budget
+    assert best["D"] / best["N"] == pytest.approx(20, rel=0.25)  # their result at Chinchilla's budget
     assert "<svg" in (tmp_path / "fit.svg").read_text()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_minimum_is_that_of_another_solver(seed: int) -> None:
-    """Huber's loss of log L as scipy.least_squares minimises it from the true values."""
+    """The fit equals scipy's least_squares with the Huber loss of log L, started from the true values."""
     points = chinchilla_points(seed=seed)
     found = CHINCHILLA.estimate(points)
 
@@ -165,7 +165,7 @@ def test_stability_counts_runs_that_never_crossed() -> None:
     needed = np.expm1((np.log(1000) + 1.2816 * 0.3 + 3 + np.log(1e-4)) / 2)
     stable = found["stable_lambda"][0]
     assert stable["lambda_interval"][0] < needed < stable["lambda_interval"][1]
-    ended = {**points, "crossed": np.ones(200)}  # the mistake that censoring avoids
+    ended = {**points, "crossed": np.ones(200)}  # treats censored runs as crossings
     assert abs(STABILITY.estimate(ended)["c_lambda"] - 2) > 4 * abs(found["parameters"]["c_lambda"] - 2)
 
 
@@ -176,21 +176,21 @@ def line_of_sizes() -> dict[str, np.ndarray]:
 
 
 REFUSED: dict[str, tuple[Law, dict[str, Any], str]] = {
-    "few N": (CHINCHILLA, {**chinchilla_points(), "N": np.repeat([1e8, 1e9], 120)}, "2 distinct N: at least 3"),
+    "few N": (CHINCHILLA, {**chinchilla_points(), "N": np.repeat([1e8, 1e9], 120)}, "N has 2 distinct values"),
     "D proportional": (CHINCHILLA, line_of_sizes(), "D is a power of N in all points (exponent 1.00)"),
     "rising": (CHINCHILLA, chinchilla_points({**KNOWN, "B": 1e-3, "beta": -0.3}), "does not fall with D"),
     "no curvature": (
         POWER,
         {"x": np.geomspace(1e3, 3e3, 20), "loss": 3 - 1e-3 * np.arange(20) + 0.01 * np.sin(np.arange(20))},
-        "may be anything from",
+        "has the interval",
     ),
-    "few points": (POWER, {name: column[:3] for name, column in power_points().items()}, "3 points: at least 4"),
+    "few points": (POWER, {name: column[:3] for name, column in power_points().items()}, "3 points, but at least 4"),
     "no extrapolation": (
         POWER,
         {"x": np.repeat([1.0, 2.0, 3.0], 4), "loss": np.repeat([3.0, 2.5, 2.4], 4)},
         "without the 4 largest points",
     ),
-    "no bend": (OVEROPTIMIZATION, overoptimization_points(0.0), "nothing is over-optimised yet"),
+    "no bend": (OVEROPTIMIZATION, overoptimization_points(0.0), "no over-optimization"),
     "all censored": (STABILITY, stability_points(1.0), "all are censored"),
     "nothing varies": (STABILITY, {"steps": np.arange(1.0, 9), "crossed": np.ones(8)}, "no cause varies"),
     "together": (
@@ -212,16 +212,16 @@ def test_what_the_points_cannot_determine_is_refused(case: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ("N,D\n1,2\n", [], "no column 'loss'; it has N, D. --column loss=NAME names another"),
+        ("N,D\n1,2\n", [], "column 'loss' is missing; the file has N, D. Set --column loss=NAME"),
         ("N,D,loss\n1,2,3\n1,2,nan\n", [], "points.csv line 3: loss = 'nan' is not a finite number"),
         ("N,D,loss\n1,2,\n", [], "points.csv line 2: loss = '' is not a finite number"),
         ("N,D,loss\n1,2,-3\n", [], "loss must be positive; point 1 has -3"),
         ("N,D,loss\n", [], "has no rows"),
-        ("N,D,loss,state\n1,2,3,failed\n", [], "no row of a run that is done"),
-        ("N,D,loss\n1,2,3\n", ["--column", "x=loss"], "--column x=...: this law has no such column"),
-        ("N,D,loss\n1,2,3\n", ["--stable-steps", "5"], "--stable-steps has no meaning for the law chinchilla"),
+        ("N,D,loss,state\n1,2,3,failed\n", [], "no row has the state done"),
+        ("N,D,loss\n1,2,3\n", ["--column", "x=loss"], "--column x=...: the law has no column 'x'"),
+        ("N,D,loss\n1,2,3\n", ["--stable-steps", "5"], "--stable-steps is not supported with --law chinchilla"),
         ("N,D,loss\n1,2,3\n", ["--flops", "-5"], "must be positive, not -5"),
-        ("N,D,loss\n1,2,3\n", ["--bootstrap", "5"], "--bootstrap 5: at least 100"),
+        ("N,D,loss\n1,2,3\n", ["--bootstrap", "5"], "--bootstrap 5 must be at least 100"),
     ],
 )
 def test_wrong_input_gets_one_message(

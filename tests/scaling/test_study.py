@@ -1,4 +1,4 @@
-"""Studies: what is run, what is not run again, what a failed run leaves behind, and what is refused at once."""
+"""Studies: which commands are run, which are not repeated, how failures are reported, and which files are refused."""
 
 import csv
 import json
@@ -93,7 +93,7 @@ def test_four_runs_killed_in_the_middle_give_the_table_of_four_runs(folder: Path
 
     process = start()
     wait_for(lambda: (folder / "killd/1/run/metrics.jsonl").exists())
-    process.send_signal(signal.SIGKILL)  # its commands go on, and must not be started twice
+    process.send_signal(signal.SIGKILL)  # its commands continue, and must not be started twice
     process.wait()
     process = start()
     wait_for(lambda: (folder / "killd/3/run/metrics.jsonl").exists())
@@ -117,7 +117,7 @@ def test_four_runs_killed_in_the_middle_give_the_table_of_four_runs(folder: Path
     assert parquet.read_table(folder / "killd/table.parquet").to_pylist()[1]["method"] == "dpop-less"
 
     before = {path: path.stat().st_mtime_ns for path in (folder / "whole").rglob("*") if "table" not in path.name}
-    assert main(["scaling", "study", str(whole)]) == 0  # nothing is missing: nothing runs
+    assert main(["scaling", "study", str(whole)]) == 0  # all is done: nothing runs
     files = {path: stamp for path, stamp in before.items() if path.is_file()}
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
@@ -131,7 +131,7 @@ def test_a_failed_run_loses_no_other(folder: Path, capsys: pytest.CaptureFixture
         }
 
     assert main(["scaling", "study", str(write_study(folder, "failing", **spec("fine")))]) == 2
-    assert "the step fine of `before`, or one ahead of it" in capsys.readouterr().err
+    assert "step fine of `before`, or one ahead of it" in capsys.readouterr().err
     study = write_study(folder, "failing", **spec("fine-{case}"))
     with pytest.raises(SystemExit) as ended:
         main(["scaling", "study", str(study)])
@@ -181,22 +181,22 @@ def test_parameters_are_counted_as_transformers_does(tmp_path: Path, family: str
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bad key": (
         {"vary": {"optimizer.lrr": [1, 2], "spo.lambda": [1]}},
-        "nothing was started:\ncommand line: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'? (run 1 and ",
+        "correct these errors:\ncommand line: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'? (run 1 and ",
     ),
     "bad value": ({"vary": {"loss.name": ["simpo", "simpoo"]}}, "loss.name = 'simpoo'"),
     "impossible": ({"vary": {"loss.name": ["orpo"]}}, "(run 1)"),
     "unknown": ({"vary": {"spo.lambda": [1]}, "setting": {}}, "setting: Extra inputs are not permitted"),
     "neither": ({}, "give either `vary` (a grid, with or without `models`) or `runs` (a list)"),
     "no run": ({"vary": {"spo.lambda": [1], "optimizer.lr": []}}, "vary: an entry has no values"),
-    "placeholder": ({"vary": {"spo.lambda": [1]}, "set": {"data.train": "{outt}/x"}}, "{outt} is nothing that varies"),
-    "same": ({"runs": [{"spo.lambda": 1}, {"spo.lambda": 1}]}, "runs 1 and 2 are the same: spo.lambda=1"),
-    "name": ({"vary": {"spo.lambda": [1]}, "after": [{"name": "a/b", "run": "true"}]}, "'a/b' cannot name a step"),
+    "placeholder": ({"vary": {"spo.lambda": [1]}, "set": {"data.train": "{outt}/x"}}, "{outt} is unknown; use one of "),
+    "same": ({"runs": [{"spo.lambda": 1}, {"spo.lambda": 1}]}, "runs 1 and 2 are the same; remove one: spo.lambda=1"),
+    "name": ({"vary": {"spo.lambda": [1]}, "after": [{"name": "a/b", "run": "true"}]}, "'a/b' is not allowed as the"),
     "words": ({"vary": {"spo.lambda": [1]}, "after": [{"name": "a", "run": "it's"}]}, "cannot be split into words"),
     "twice": (
         {"vary": {"spo.lambda": [1]}, "after": [{"name": "a", "run": "true"}] * 2},
         "two steps of a run have the same name",
     ),
-    "base": ({"vary": {"spo.lambda": [1]}, "base": "nowhere.yaml"}, "base: nowhere.yaml: no such file"),
+    "base": ({"vary": {"spo.lambda": [1]}, "base": "nowhere.yaml"}, "base: nowhere.yaml does not exist"),
     "size": (
         {"models": {"like": "{folder}/model", "sizes": {"a": {"hidden": 8}}}, "set": {"model.path": "{out}/models/a"}},
         "config.json has no hidden",
@@ -220,7 +220,7 @@ def test_what_is_wrong_is_said_before_a_run_starts(folder: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [(["--only", "3"], "--only 3: the study has runs 1 to 2"), (["--workers", "0"], "at least 1")]
+    ("options", "said"), [(["--only", "3"], "--only 3: the study has only"), (["--workers", "0"], "at least 1")]
 )
 def test_wrong_options(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
     study = write_study(folder, "options", vary={"spo.lambda": [1, 2]})
@@ -240,14 +240,14 @@ def test_lines_of_a_job_array(folder: Path, capsys: pytest.CaptureFixture[str]) 
     command = f"env SPO_CONFIG={folder}/base.yaml SPO_OUT={out} SPO_STUDY={out}/lines.txt bash slurm/array_study.sh"
     assert capsys.readouterr().out.strip() == command
     lines = (out / "lines.txt").read_text()
-    words = ["xargs", "-rn1", "printf", "%s\\n"]  # as the job scripts split a line
+    words = ["xargs", "-rn1", "printf", "%s\\n"]  # the way the job scripts split a line
     split = subprocess.run(words, input=lines, text=True, capture_output=True, check=True)
     read = read_study(study)
     assert split.stdout.splitlines() == [
         *("loss.name=simpo", "data.chat_template=it's a file"),
         *("loss.name=dpo", "data.chat_template=it's a file"),
     ]
-    (read.runs[1].directory).mkdir(parents=True)  # as the array's second task leaves it
+    (read.runs[1].directory).mkdir(parents=True)  # the state after the array's second task
     (read.runs[1].directory / "status.json").write_text('{"state": "done", "step": 4}')
     assert [step.name for step, _ in steps_of(read, read.runs[1])] == ["reference", "train"]
     assert main(["scaling", "study", str(study), "--table"]) == 0
@@ -255,4 +255,4 @@ def test_lines_of_a_job_array(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
     spec["before"].append({"name": "sft", "run": "megatron-spo train sft.yaml"})
     assert main(["scaling", "study", str(write_study(folder, "array", **spec)), "--slurm", "print"]) == 2
-    assert "step sft of `before` is not done, and the job array would not do it" in capsys.readouterr().err
+    assert "step sft of `before` is not done, and the job array does not run it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The job scripts under a real SLURM, a tiny model given through variables: whole, disturbed, as an array, refused."""
+"""The job scripts under a real SLURM with a tiny model: undisturbed and disturbed jobs, arrays and refused input."""
 
 import csv
 import json
@@ -63,17 +63,17 @@ def variables(folder: Path, out: str, **more: str) -> dict[str, str]:
 
 
 def finish(cluster: Cluster, job: str, seconds: float = 240) -> int:
-    """Wait for the end of a job; returns its exit code."""
+    """Waits for the end of a job; returns its exit code."""
     cluster.wait_for(lambda: cluster.state(job) == "", seconds)
     return cluster.exit_code(job)
 
 
 @pytest.fixture(scope="module")
 def whole(cluster: Cluster, folder: Path) -> Path:
-    """SPO_OUT of a job on one node that nobody disturbed."""
+    """Returns SPO_OUT of an undisturbed job on one node."""
     job = cluster.submit("spo_8b_single_node.sh", folder / "whole.log", *ONE_NODE, **variables(folder, "whole"))
     assert finish(cluster, job) == 0, (folder / "whole.log").read_text()
-    assert "evaluate: skipped, SPO_PROMPTS names no held-out prompts" in (folder / "whole.log").read_text()
+    assert "evaluate: skipped, because SPO_PROMPTS is not set" in (folder / "whole.log").read_text()
     return folder / "whole"
 
 
@@ -82,7 +82,7 @@ def model_of(out: Path) -> Path:
 
 
 def assert_same_training(out: Path, whole: Path) -> None:
-    """Every metric of every line and every weight, bit for bit."""
+    """Asserts that all metrics and weights are equal bit for bit."""
     assert largest_difference(out / "run", whole / "run")[0] == 0.0
     got, expected = (load_file(model_of(one) / "model.safetensors") for one in (out, whole))
     assert got.keys() == expected.keys()
@@ -110,20 +110,20 @@ def test_a_job_goes_on_by_itself_whatever_happens(cluster: Cluster, folder: Path
     at_step(30)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
     cluster.wait_for(lambda: restarts() == 1)
-    assert "train stopped and can go on; back into the queue (attempt 1 of 3 without progress)" in log.read_text()
+    assert "train stopped and can be resumed; requeueing the job (attempt 1 of 3 without progress)" in log.read_text()
 
     at_step(70)
     cluster.run("scontrol", "requeue", job)  # as a preemption does
     cluster.wait_for(lambda: restarts() == 2)
 
     at_step(120)
-    for process in cluster.rank(job, 1):  # a node that vanishes says nothing, SLURM's daemon on it neither
+    for process in cluster.rank(job, 1):  # a lost node reports nothing, nor does its SLURM daemon
         os.kill(process, signal.SIGKILL)
     cluster.wait_for(lambda: restarts() == 3)
     assert "train lost a process: rank 1 (host" in log.read_text()
 
     at_step(170)
-    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")  # SLURM itself requeues then
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")  # SLURM then requeues the job itself
     cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
     cluster.wait_for(lambda: restarts() == 4)
 
@@ -137,7 +137,7 @@ def test_a_job_goes_on_by_itself_whatever_happens(cluster: Cluster, folder: Path
     again = cluster.submit("spo_70b.sh", folder / "again.log", *TWO_NODES, **given)
     assert finish(cluster, again) == 0
     said = (folder / "again.log").read_text()
-    assert [said.count(f"{name}: done before") for name in ("reference", "train", "export", "evaluate")] == [1, 1, 1, 1]
+    assert all(said.count(f"{name}: already done") == 1 for name in ("reference", "train", "export", "evaluate"))
     assert "megatron-spo" not in said
 
 
@@ -173,7 +173,7 @@ def test_a_study_is_an_array_with_a_table(cluster: Cluster, folder: Path, whole:
 
 @pytest.mark.slow
 def test_a_study_file_is_submitted_and_its_table_made(cluster: Cluster, folder: Path) -> None:
-    """`scaling study --slurm submit`, with the script's own header: 8 processes a run."""
+    """`scaling study --slurm submit` with the script's own header, 8 processes per run."""
     out = folder / "submitted"
     given = variables(folder, "submitted")
     spec = {
@@ -202,14 +202,14 @@ def test_a_study_file_is_submitted_and_its_table_made(cluster: Cluster, folder: 
 REFUSED = {
     "no config": ({"SPO_CONFIG": ""}, "SPO_CONFIG is not set"),
     "no folder": ({"SPO_OUT": ""}, "SPO_OUT is not set"),
-    "unknown": ({"SPO_PROMPT": "x"}, "SPO_PROMPT is no variable of these scripts"),
-    "step": ({"SPO_STEPS": "train exprot"}, "there is no step exprot"),
+    "unknown": ({"SPO_PROMPT": "x"}, "SPO_PROMPT is not a variable of these scripts"),
+    "step": ({"SPO_STEPS": "train exprot"}, "unknown step exprot"),
     "number": ({"SPO_MIN_FREE_GB": "1TB"}, "SPO_MIN_FREE_GB must be a whole number, not 1TB"),
-    "gpu": ({"SPO_DEVICE": "gpu"}, "no GPU answers (nvidia-smi: command not found)"),
-    "disk": ({"SPO_MIN_FREE_GB": "1000000000"}, "SPO_MIN_FREE_GB asks for 1000000000"),
+    "gpu": ({"SPO_DEVICE": "gpu"}, "no GPU found (nvidia-smi: command not found)"),
+    "disk": ({"SPO_MIN_FREE_GB": "1000000000"}, "SPO_MIN_FREE_GB requires 1000000000"),
     "file": ({"SPO_PROMPTS": "/nowhere/prompts"}, "cannot read /nowhere/prompts"),
     "python": ({"SPO_PYTHON": "/nowhere/python"}, "/nowhere/python -m megatron_spo does not start"),
-    "container": ({"SPO_CONTAINER": "image.sqsh"}, "has no --container-image (pyxis)"),
+    "container": ({"SPO_CONTAINER": "image.sqsh"}, "has no --container-image; it requires pyxis"),
     "key": ({"SPO_OVERRIDES": "optimizer.lrr=1"}, "reference ended with code 2: "),
     "word": ({"SPO_OVERRIDES": "'a"}, "cannot be split into words: 'a"),
 }
@@ -229,7 +229,7 @@ def test_what_is_wrong_is_said_before_anything_starts(cluster: Cluster, folder: 
 @pytest.mark.slow
 def test_a_node_that_does_not_share_the_folder_is_named(cluster: Cluster, folder: Path) -> None:
     if "n3" not in cluster.nodes_up():
-        pytest.skip("the kernel permits no folder of a node's own here (unshare --mount)")
+        pytest.skip("the kernel does not permit mount namespaces here (unshare --mount)")
     options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--nodelist=n1,n3"]
     given = variables(folder, "cluster/hidden/out")
     job = cluster.submit("spo_70b.sh", folder / "hidden.log", *options, **given)
@@ -246,7 +246,7 @@ def test_a_warning_that_brings_nothing_new_is_not_repeated_for_ever(cluster: Clu
     cluster.wait_for(lambda: log.exists() and "reference: 1 x 2 processes" in log.read_text())
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert finish(cluster, job) == 4
-    assert "0 attempts in a row (SPO_ATTEMPTS) have brought nothing new" in log.read_text()
+    assert "no progress in 0 attempts in a row (SPO_ATTEMPTS)" in log.read_text()
 
 
 @pytest.mark.slow
@@ -268,7 +268,7 @@ def test_two_jobs_do_not_share_a_folder(cluster: Cluster, folder: Path) -> None:
     (folder / "taken/logs/owner").write_text(holder)
     job = cluster.submit("spo_8b_single_node.sh", folder / "taken.log", *ONE_NODE, **variables(folder, "taken"))
     assert finish(cluster, job) == 2
-    assert f"job {holder} works in SPO_OUT={folder}/taken" in (folder / "taken.log").read_text()
+    assert f"SPO_OUT={folder}/taken is in use by job {holder}" in (folder / "taken.log").read_text()
     cluster.run("scancel", holder)
 
 
@@ -283,7 +283,7 @@ def test_slurm_accepts_the_header(cluster: Cluster, script: str) -> None:
 def test_outside_of_slurm_the_scripts_say_what_to_do(cluster: Cluster) -> None:
     done = cluster.run("bash", "slurm/spo_70b.sh")
     assert done.returncode == 2
-    assert "this is a job script: sbatch slurm/spo_70b.sh" in done.stderr
+    assert "this is a job script; submit it with: sbatch slurm/spo_70b.sh" in done.stderr
     done = cluster.run("bash", "slurm/array_study.sh")
     assert done.returncode == 2
     assert "SPO_STUDY" in done.stderr

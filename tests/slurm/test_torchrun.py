@@ -1,4 +1,4 @@
-"""The command that slurm/README.md gives for clusters without SLURM, as two machines would start it."""
+"""The torchrun command of slurm/README.md, started twice as on two machines."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_run
 
 
 def documented() -> list[str]:
-    """The words of the one torchrun command in the page."""
+    """Returns the words of the torchrun command in slurm/README.md."""
     (block,) = re.findall(r"```bash\n(torchrun .*?)```", (ROOT / "slurm/README.md").read_text(), re.DOTALL)
     return shlex.split(block.replace("\\\n", " "))
 

@@ -280,7 +280,7 @@ def test_other_adapters_on_resume_are_refused_by_name(job: Path, capsys: pytest.
 def test_a_run_without_adapters_has_none_to_export(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(job, "training.steps=1", "lora.rank=0", "loss.name=simpo") == 0
     assert main(["convert", str(job / "run"), str(job / "peft"), "--to", "peft"]) == 2
-    assert "has no adapters (lora.rank: 0); use --to hf" in capsys.readouterr().err
+    assert "has no adapters, because all weights were trained (lora.rank: 0); use --to hf" in capsys.readouterr().err
 
 
 def test_sft_measures_no_reference_without_a_cache(job: Path) -> None:

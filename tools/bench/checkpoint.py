@@ -1,13 +1,13 @@
-"""`python tools/bench/checkpoint.py`: seconds to save and load a checkpoint, as multiples of plain file access.
+"""`python tools/bench/checkpoint.py`: time to save and load a checkpoint, relative to plain file access.
 
-One process, a random Llama with its optimizer (main parameters and both moments in fp32). The ways take turns; the
-figure is the median over the rounds:
+One process, a random Llama with its optimizer (main parameters and both moments in fp32). The operations take turns;
+the result is the median over the rounds:
 
-    write        the same number of bytes written into one file, and fsync
-    save         a checkpoint that the training waits for: shards, checksums, fsync
-    start        what the training waits for where the checkpoint is written beside it (checkpoint.async)
-    read         the bytes read again (from memory, where the system still has them, as it has for `load`)
-    load         checksums compared, tensors read into model and optimizer
+    write        write the same number of bytes to one file, and fsync
+    save         save a checkpoint while training waits: shards, checksums, fsync
+    start        the time that training waits if the checkpoint is written in the background (checkpoint.async)
+    read         read the bytes again (possibly from the page cache, as for `load`)
+    load         compare checksums and read tensors into model and optimizer
 """
 
 import argparse
@@ -30,7 +30,7 @@ from megatron_spo.runtime import processes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds [%(default)s]")
     parser.add_argument("--hidden", type=int, default=768, help="width of the model [%(default)s]")
     parser.add_argument("--folder", type=Path, default=None, help="where to write [the system's temporary folder]")
     options = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _ways(folder: Path, hidden: int) -> tuple[dict[str, Callable[[], float]], int]:
-    """What takes turns, each returning its seconds, and the bytes of a checkpoint."""
+    """Returns the timed operations, each of which returns its seconds, and the bytes of a checkpoint."""
     processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=0)
     from megatron_spo.checkpoint.folder import step_name
     from megatron_spo.checkpoint.load import find
@@ -116,7 +116,7 @@ def _ways(folder: Path, hidden: int) -> tuple[dict[str, Callable[[], float]], in
                 pass
         return time.perf_counter() - begin
 
-    assert shutil.disk_usage(folder).free > 4 * size, "not enough room for the benchmark"
+    assert shutil.disk_usage(folder).free > 4 * size, f"{folder}: needs {4 * size} bytes of free disk space"
     return {"write": write, "save": save, "start": start, "read": read, "load": load}, size
 
 

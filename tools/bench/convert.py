@@ -1,13 +1,13 @@
-"""`python tools/bench/convert.py`: seconds and memory of conversions, against a plain copy of the same bytes.
+"""`python tools/bench/convert.py`: time and memory of conversions, relative to a plain copy of the same bytes.
 
-A random Llama in several files is made first. Each way runs in a process of its own, which reports its seconds without
-the start of Python and the largest memory that it (and any worker of it) ever held. The ways take turns; the figure is
-the median over the rounds, of the memory the least and the most:
+A random Llama in several files is written first. Each operation runs in its own process, which reports its seconds
+(without the start of Python) and its peak memory (or that of any of its workers). The operations take turns; the
+results are the median of the seconds over the rounds, and the least and greatest peak memory:
 
-    copy         every file read and written in blocks, one after another, and fsync
+    copy         read and write every file in blocks, one after another, and fsync
     import       Hugging Face -> Megatron
-    export       Megatron -> Hugging Face, checksums of the source compared first
-    N workers    the same by several processes
+    export       Megatron -> Hugging Face, after comparing the checksums of the source
+    N workers    the same with several processes
 """
 
 import argparse
@@ -41,7 +41,7 @@ NOISE = torch.randint(-(2**15), 2**15, (2**22,), dtype=torch.int16).view(torch.b
 
 @dataclass(frozen=True)
 class Noise(Lazy):
-    """Any bits."""
+    """A tensor of random bits."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
@@ -55,16 +55,16 @@ class Noise(Lazy):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way [%(default)s]")
-    parser.add_argument("--layers", type=int, default=14, help="of width 2048; 14 make 2.4 GB in all [%(default)s]")
-    parser.add_argument("--workers", type=int, default=2, help="processes in the last two ways [%(default)s]")
-    parser.add_argument("--ways", nargs="+", default=[], help="only those whose names begin so [all]")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds [%(default)s]")
+    parser.add_argument("--layers", type=int, default=14, help="layers of width 2048; 14 give 2.4 GB [%(default)s]")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the last two operations [%(default)s]")
+    parser.add_argument("--ways", nargs="+", default=[], help="prefixes of the operations to run [all]")
     parser.add_argument("--folder", type=Path, default=None, help="where to write [the system's temporary folder]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         size = make_model(folder / "hf", options.layers)
-        assert shutil.disk_usage(folder).free > 4 * size, "not enough room for the benchmark"
+        assert shutil.disk_usage(folder).free > 4 * size, f"{folder}: needs {4 * size} bytes of free disk space"
         convert(folder / "hf", folder / "megatron", "megatron")
         several = f"{options.workers} workers"
         ways: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, layers: int) -> int:
-    """A Llama of random bits in a Hugging Face folder; returns the bytes of its tensors."""
+    """Writes a Llama of random bits to a Hugging Face folder; returns the bytes of its tensors."""
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, vocab_size=128256,
         num_attention_heads=32, num_key_value_heads=8,
@@ -109,7 +109,7 @@ def make_model(folder: Path, layers: int) -> int:
 
 
 def copy(source: Path, target: Path) -> None:
-    """What a conversion is measured against."""
+    """Copies the files of a folder."""
     target.mkdir()
     block = memoryview(bytearray(2**24))
     for path in sorted(source.iterdir()):
@@ -120,13 +120,13 @@ def copy(source: Path, target: Path) -> None:
 
 
 def convert_with(source: Path, target: Path, to: str, workers: int) -> None:
-    """A conversion into files of at most half a GiB, so that there are some for every worker."""
+    """Converts into files of at most 0.5 GiB, so that every worker gets some."""
     hf_files.SHARD_BYTES = 2**29
     convert(source, target, to, workers=workers)
 
 
 def measured(function: Callable[..., object], *arguments: object) -> tuple[float, int]:
-    """Seconds and peak bytes of a call in a process of its own."""
+    """Returns the seconds and peak bytes of a call in its own process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(theirs, function, arguments))
@@ -141,7 +141,7 @@ def _measure(pipe: Connection, function: Callable[..., object], arguments: tuple
     begin = time.perf_counter()
     function(*arguments)
     seconds = time.perf_counter() - begin
-    # not ru_maxrss for this process itself: Linux lets it begin with that of the process which started it
+    # not ru_maxrss of this process: on Linux it starts at that of the parent process
     own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     pipe.send((seconds, 1024 * max(int(own.split()[1]), workers)))

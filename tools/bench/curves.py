@@ -1,8 +1,8 @@
-"""`python tools/bench/curves.py`: how the cost of a step grows, beside the law that it should follow.
+"""`python tools/bench/curves.py`: how the cost of a step grows, compared with the law that it should follow.
 
-Each curve changes one size. The law is the floating-point operations that the planner counts as necessary
-(megatron_spo/planner/flops.py); for planning and cache, time linear in the pairs and time that does not depend on them.
-Slopes are fitted to the logarithms of both; seconds are of one thread, the least of several.
+Each curve changes one size. The law is the number of floating-point operations that the planner counts as necessary
+(megatron_spo/planner/flops.py); for planning, it is time linear in the number of pairs. Slopes are fitted to the
+logarithms of both. Seconds are of one thread, the least of several measurements.
 """
 
 import math
@@ -21,7 +21,7 @@ from megatron_spo.data.packing import Sampler, plan_rows
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds over a size, and the law: any multiple of what the seconds should be."""
+    """Measured seconds over a size, and the law, which should be proportional to them."""
 
     name: str
     sizes: tuple[float, ...]
@@ -29,19 +29,19 @@ class Curve:
     law: tuple[float, ...]
 
     def slopes(self) -> tuple[float, float]:
-        """Log-log slopes of what was measured and of the law."""
+        """Returns the log-log slopes of the measurement and of the law."""
         x = np.log(self.sizes)
         measured, expected = (float(np.polyfit(x, np.log(y), 1)[0]) for y in (self.seconds, self.law))
         return measured, expected
 
 
 Settings = tuple[dict[str, int], list[tuple[int, int, int]], int]
-"""Shape of the model, (prompt, chosen, rejected) lengths of the pairs, pairs per row."""
+"""Model shape, (prompt, chosen, rejected) lengths of the pairs in tokens, and pairs per row."""
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--svg", type=Path, help="draw the curves there")
+    parser.add_argument("--svg", type=Path, help="SVG file for a plot of the curves")
     options = parser.parse_args()
     with measure.workplace() as folder:
         curves = [*_model_curves(folder, quick=options.quick), planning(quick=options.quick)]
@@ -95,7 +95,7 @@ def _model_curves(folder: Path, *, quick: bool) -> Iterator[Curve]:
 def _step(
     folder: Path, shape: dict[str, int], lengths: list[tuple[int, int, int]], per_row: int
 ) -> tuple[float, float]:
-    """Seconds of a step and its necessary operations."""
+    """Returns the seconds of a step and its necessary floating-point operations."""
     measure.write_model(folder / "model", **shape)
     model = Model(measure.write_config(folder))
     rows = random_rows(shape["vocab"], lengths, max(1, per_row))
@@ -104,13 +104,13 @@ def _step(
 
 
 def planning(*, quick: bool) -> Curve:
-    """An epoch of batches of 256 pairs: their order, and which pairs share a row on which of 8 ranks."""
+    """Measures the planning of an epoch of batches of 256 pairs: their order, and their rows on 8 ranks."""
     sizes = (1000, 10_000) if quick else (1000, 10_000, 100_000, 1_000_000)
     return Curve("pairs planned", sizes, tuple(plan_seconds(size) for size in sizes), sizes)
 
 
 def plan_seconds(count: int) -> float:
-    """Processor seconds of planning an epoch."""
+    """Returns the processor seconds of planning an epoch."""
     tokens = lognormal_lengths(count, *measure.MIXES["chat"]).sum(1)
 
     def plan() -> None:
@@ -122,7 +122,7 @@ def plan_seconds(count: int) -> float:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """Each curve over its size, measured and as the law has it, relative to the first point."""
+    """Draws each curve over its size, with the law scaled to fit the measurements."""
     import matplotlib
 
     from megatron_spo.report.figures import PALETTE, STYLE, file_svg, new_figure

@@ -1,6 +1,6 @@
-"""`python tools/bench/data.py`: tokenising, planning, the reference cache, and what a step waits for its data.
+"""`python tools/bench/data.py`: tokenising, planning, the reference cache, and the time that a step waits for data.
 
-The cache of a million pairs is of real rows: one tokenised file, listed so often that it has a million.
+The cache of a million pairs is of real rows: one tokenised file, repeated to a million pairs.
 """
 
 import os
@@ -32,7 +32,7 @@ threading.Thread(target=watch, daemon=True).start()
 data.tokenise(pathlib.Path(sys.argv[2]))
 print(peak)
 """
-"""The peak of the memory that no file backs: pages of mapped files are the system's to give back."""
+"""Measures the peak of anonymous memory: the system can reclaim pages of mapped files at any time."""
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def tokenise(folder: Path) -> TokenizedSet:
-    """The tokenised pairs of a folder."""
+    """Returns the tokenised pairs of a folder."""
     from megatron_spo.config.load import load_config
     from megatron_spo.data.dataset import build_dataset
     from megatron_spo.data.tokenize import load_tokenizer
@@ -63,7 +63,7 @@ def _write_pairs(folder: Path, count: int, mix: str) -> Path:
 
 
 def _tokenising(folder: Path, count: int) -> list[Result]:
-    """Speed, the memory that more pairs cost, and the second call, which maps what the first one wrote."""
+    """Measures the speed, the memory that more pairs need, and a second call, which maps the files of the first."""
     peaks, files = [], []
     for size in (count, 2 * count):
         some = folder / str(size)
@@ -72,12 +72,12 @@ def _tokenising(folder: Path, count: int) -> list[Result]:
         measure.write_config(some)
         script = [sys.executable, "-c", PEAK, str(Path(__file__).parent), str(some)]
         peaks.append(int(subprocess.run(script, check=True, capture_output=True, text=True).stdout))
-    _write_pairs(some, count - 1, "reason")  # a file that nobody has tokenised yet
+    _write_pairs(some, count - 1, "reason")  # a file that was not tokenised before
     first = measure.cpu_seconds(lambda: tokenise(some), repeats=1)
     again = measure.cpu_seconds(lambda: tokenise(some))
     grown = (peaks[1] - peaks[0]) / 2**20
     return [
-        Result("tokenise", (count - 1) / first, "pairs/s", "300 letters a pair"),
+        Result("tokenise", (count - 1) / first, "pairs/s", "300 letters per pair"),
         Result("tokenise/again", again, "s", "the same pairs, from the files of the first call"),
         Result(
             "tokenise/memory", grown, "MiB", f"peak without mapped files, {(files[1] - files[0]) / 1e6:.1f} MB more"
@@ -117,10 +117,10 @@ def _cache(folder: Path, count: int) -> list[Result]:
 
 
 def _training(folder: Path, *, quick: bool) -> list[Result]:
-    """Share of a step that waits for its rows and their reference; seconds of a plain forward pass over those of the
-    reference pass on the same rows, which also reads them and writes.
+    """Measures the share of a step that waits for data, and the speed of the reference pass.
 
-    The clocks sit around the functions that the commands call.
+    The latter is relative to a plain forward pass on the same rows, without reading and writing. Timers wrap the
+    functions that the commands call.
     """
     from megatron_spo.data.loader import Loader
     from megatron_spo.model.forward import score_rows
@@ -152,7 +152,7 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
 
 
 class _Clock:
-    """A function whose calls are timed."""
+    """Wraps a function and records the begin and end of its calls in processor seconds."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -164,7 +164,7 @@ class _Clock:
         return [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
 
     def method(self) -> Callable[..., Any]:
-        """As a function, which a class binds."""
+        """Returns a plain function, which works as a method."""
         return lambda *arguments, **named: self(*arguments, **named)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

@@ -1,16 +1,16 @@
-"""`python tools/bench/gpu.py`: a training step on one GPU, end to end and in parts. Not run on a GPU yet.
+"""`python tools/bench/gpu.py`: a training step on one GPU, end to end and in parts. Not yet run on a GPU.
 
-Layers of a Llama-3.1-8B, as many as fit, random weights, BF16, rows of 4096 tokens of the mix `chat`:
+As many layers of a Llama-3.1-8B as fit, random weights, bf16, rows of 4096 tokens of the mix `chat`:
 
-    MFU          floating-point operations that the step needs (no padding, nothing twice) over what the GPU could do
-                 in the step's time by the clock, optimizer and data included
-    fp8          the same step with precision.fp8, and the layers' matrix products alone in fp8 over bf16
-    TRL          pairs/s over TRL's DPOTrainer, micro-batch 8, its reference model beside the policy
+    MFU          necessary floating-point operations of the step (no padding, nothing computed twice) relative to the
+                 GPU's peak over the wall-clock time of the step, optimizer and data included
+    fp8          the same step with precision.fp8, and only the layers' matrix products in fp8, relative to bf16
+    TRL          pairs/s relative to TRL's DPOTrainer with micro-batch 8 and the reference model next to the policy
     attention    our attention and torch's kernels on the same row, forward and backward
-    syncs        times that a step made the process wait for the GPU, after the first step
-    kernels      share of the GPU's time by kind of kernel, of one profiled step
+    syncs        number of times that a step after the first waits for the GPU
+    kernels      share of the GPU's time by kind of kernel, in one profiled step
 
-`--tiny` runs all of it on a CPU with a small shape: it tries the code and the arithmetic, the numbers mean nothing.
+`--tiny` runs everything on a CPU with a small model. This tests the code; the numbers are meaningless.
 """
 
 import contextlib
@@ -45,12 +45,12 @@ from megatron_spo.train.run_directory import RunDirectory
 
 BATCH, STEPS, ROW = 64, 10, 4096
 SYNCS_AT, PROFILED = 3, 4
-"""Steps in which syncs are counted and kernels recorded; those after them are timed."""
+"""Steps in which syncs are counted and kernels are profiled; later steps are timed."""
 
 
 @dataclass
 class Observed:
-    """A run: seconds of each timed step, syncs in one step, microseconds by kind of kernel, peak bytes."""
+    """Measurements of a run: seconds per timed step, syncs in a step, microseconds by kind of kernel, peak bytes."""
 
     seconds: list[float]
     syncs: int
@@ -64,12 +64,12 @@ class Observed:
 
 def main() -> int:
     parser = measure.parser(__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a small shape, on a CPU")
-    parser.add_argument("--layers", type=int, help="layers of the model [as many as fit]")
-    parser.add_argument("--gpu", help="h100, h200, ...: whose peak MFU is relative to [asked of the driver]")
+    parser.add_argument("--tiny", action="store_true", help="use a small model on a CPU")
+    parser.add_argument("--layers", type=int, help="number of layers [as many as fit]")
+    parser.add_argument("--gpu", help="GPU whose peak MFU is relative to: h100, h200, ... [the driver's answer]")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
-        print("no NVIDIA GPU that this torch can use; --tiny tries the code on a CPU", file=sys.stderr)
+        print("error: this PyTorch finds no NVIDIA GPU; use --tiny to test the code on a CPU", file=sys.stderr)
         return 2
     facts = gpu_parts.tiny() if options.tiny else gpu_parts.facts_of(options.gpu)
     with measure.workplace() as folder:
@@ -93,7 +93,7 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
         precision={"dtype": "fp32" if facts.is_tiny else "bf16"},
         training={"global_batch_size": batch, "steps": STEPS},
     )
-    theirs = _trl(model, raw, pairs, batch, facts)  # before anything of ours has joined its processes or holds memory
+    theirs = _trl(model, raw, pairs, batch, facts)  # first, before our code initialises process groups and holds memory
     measure.command("reference", str(config))
     ours = observe(config, folder / "ours")
     loaded, shape = load_config(config, [], world_size=1), read_model_shape(model)
@@ -104,9 +104,9 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
         Result("gpu/layers", raw["num_hidden_layers"], "", f"of Llama-3.1-8B, on {facts.name}"),
         Result("gpu/step", ours.step, "s", f"{batch} pairs"),
         Result("gpu/pairs", batch / ours.step, "pairs/s"),
-        Result("gpu/tokens", tokens / ours.step, "tokens/s", "real ones, prompts once"),
-        Result("gpu/MFU", flops / ours.step / facts.peak, "", f"{flops:.3g} necessary operations a step"),
-        Result("gpu/host syncs", ours.syncs, "a step"),
+        Result("gpu/tokens", tokens / ours.step, "tokens/s", "without padding, prompts counted once"),
+        Result("gpu/MFU", flops / ours.step / facts.peak, "", f"{flops:.3g} necessary operations per step"),
+        Result("gpu/host syncs", ours.syncs, "per step"),
         Result("gpu/peak memory", ours.peak / 2**30, "GiB"),
     ]
     whole = sum(ours.kernels.values())
@@ -122,7 +122,7 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
 
 
 def observe(config: Path, output: Path, *overrides: str) -> Observed:
-    """`megatron-spo train` with syncs counted in one step, kernels recorded in the next, the others timed."""
+    """Runs `megatron-spo train`; counts syncs in one step, profiles kernels in the next, and times the others."""
     on_gpu = torch.cuda.is_available()
     recorder = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
     log, seconds, syncs = RunDirectory.log, [], 0
@@ -157,7 +157,7 @@ def observe(config: Path, output: Path, *overrides: str) -> Observed:
 
 
 def _fp8(folder: Path, config: Path, bf16_step: float, raw: dict[str, Any]) -> list[Result]:
-    """The step in each fp8 recipe that this GPU runs, and the layers' products alone."""
+    """Measures the step with each fp8 recipe that this GPU supports, and only the layers' matrix products."""
     results = []
     if torch.cuda.is_available() and installed("transformer_engine"):
         capability, cuda = torch.cuda.get_device_capability(), str(torch.version.cuda)
@@ -173,7 +173,7 @@ def _fp8(folder: Path, config: Path, bf16_step: float, raw: dict[str, Any]) -> l
 
 
 def _attention(folder: Path, config: Path, row: Any) -> list[Result]:
-    """Milliseconds of forward and backward on one row, in a model of one layer."""
+    """Measures forward and backward of the attention on one row in milliseconds, in a model of one layer."""
     from megatron_spo.model.attention import row_to_device
 
     _free()
@@ -195,7 +195,7 @@ def _attention(folder: Path, config: Path, row: Any) -> list[Result]:
 
 
 def _trl(model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: int, facts: GpuFacts) -> float:
-    """Pairs per second of TRL on the same pairs, by the clock; the folder gets random weights for it."""
+    """Writes random weights to the folder; returns TRL's pairs per second (wall-clock time) on the same pairs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dtype = torch.float32 if facts.is_tiny else torch.bfloat16
@@ -209,7 +209,7 @@ def _trl(model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: i
 
 
 def _free() -> None:
-    """Give back what earlier parts held."""
+    """Frees memory that earlier parts held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

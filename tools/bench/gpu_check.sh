@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test that needs a GPU and prints what each found: [PYTHON=python3] gpu_check.sh [pytest arguments]
-# Exit code: 0 all ran and passed; 1 some failed or skipped themselves; 2 no NVIDIA GPU here.
+# Runs every test that needs a GPU and prints a table of results: [PYTHON=python3] gpu_check.sh [pytest arguments]
+# Exit code: 0 if all tests ran and passed; 1 if some failed or were skipped; 2 without an NVIDIA GPU.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 
@@ -9,7 +9,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "no NVIDIA GPU that this torch can use: nothing was checked. What is here:" >&2
+    echo "error: this PyTorch finds no NVIDIA GPU, so nothing was checked. The environment:" >&2
     "$python" -m megatron_spo doctor >&2
     exit 2
 fi

@@ -1,4 +1,4 @@
-"""What gpu.py measures in parts: what fits, kinds of kernels, products in fp8, attention kernel by kernel."""
+"""Parts of gpu.py: layers that fit, kinds of kernels, fp8 matrix products and attention kernels."""
 
 import inspect
 import statistics
@@ -17,12 +17,12 @@ from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.planner.gpus import GPUS
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q [T, heads, d], k and v [T, groups, d] of a row -> whatever the backward pass can start from."""
+"""q [T, heads, d], k and v [T, groups, d] of a row -> a tensor from which the backward pass can start."""
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """Peak FLOP/s and bytes of the device, and what is changed in the model's config.json."""
+    """Peak FLOP/s and memory in bytes of the device, and changes of the model's config.json."""
 
     name: str
     peak: float
@@ -32,25 +32,25 @@ class GpuFacts:
 
 
 def tiny() -> GpuFacts:
-    """A CPU that plays a GPU of 1 TFLOP/s, with a shape that it can run."""
+    """Returns facts for a CPU in place of a GPU of 1 TFLOP/s, with a small model shape."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     return GpuFacts("a CPU", 1e12, 256 * 2**20, {**shape, "vocab_size": 512, "head_dim": 16}, is_tiny=True)
 
 
 def facts_of(name: str | None) -> GpuFacts:
-    """Those of the planner's table for the first GPU."""
+    """Returns the facts of the first GPU from the planner's table; `name` overrides the driver's name."""
     said = torch.cuda.get_device_name(0)
     found = next((gpu for gpu in GPUS.values() if gpu.name == name or (not name and gpu.name in said.lower())), None)
     if found is None:
-        raise SystemExit(f"{said}: its peak is not known; name one of {', '.join(GPUS)} with --gpu")
+        raise SystemExit(f"{said}: the peak performance of this GPU is unknown; set --gpu to one of {', '.join(GPUS)}")
     return GpuFacts(said, found.bf16, torch.cuda.get_device_properties(0).total_memory)
 
 
 def layers_that_fit(raw: Mapping[str, Any], memory: float, tokens: int) -> int:
-    """Layers that train in 85% of `memory` without recomputation, at most the model's own; at least one.
+    """Returns how many layers (from 1 to the model's own number) train in 85% of `memory` without recomputation.
 
-    18 bytes a parameter (weights 2, gradients 4, main parameters 4, moments 8), and what autograd keeps of a row in
-    bf16: about 34 bytes per token and hidden number, with 6 per feed-forward number.
+    18 bytes per parameter (weights 2, gradients 4, main parameters 4, moments 8), and the activations of a row in
+    bf16: about 34 bytes per token and hidden unit, and 6 per token and feed-forward unit.
     """
     hidden, ffn, heads = raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"]
     size = raw.get("head_dim") or hidden // heads
@@ -68,16 +68,16 @@ KINDS = {
     "moving": ("memcpy", "memset", "copy", "cat", "index", "gather", "scatter", "fill", "transpose"),
     "element by element": ("elementwise", "reduce", "norm", "silu", "mul", "add", "exp", "rope", "swiglu"),
 }
-"""Parts of a kernel's name that tell its kind; the first kind that fits counts."""
+"""Kind of kernel -> parts of kernel names; the first kind that matches is used."""
 
 
 def kind_of(name: str) -> str:
-    """The kind of a kernel, or "other"."""
+    """Returns the kind of a kernel, or "other"."""
     return next((kind for kind, marks in KINDS.items() if any(mark in name.lower() for mark in marks)), "other")
 
 
 def by_kind(events: Iterable[Any], *, on_gpu: bool) -> dict[str, float]:
-    """Microseconds by kind of kernel: of the GPU's kernels, or of the operators where there is none."""
+    """Returns microseconds by kind of kernel: of the GPU's kernels, or of CPU operators without a GPU."""
     totals: dict[str, float] = {}
     for event in events:
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
@@ -90,8 +90,10 @@ def by_kind(events: Iterable[Any], *, on_gpu: bool) -> dict[str, float]:
 
 
 def fp8_products(raw: Mapping[str, Any], tokens: int) -> dict[str, float]:
-    """Time of the layers' products [tokens, in] x [in, out] in bf16 over that in fp8 (one scale a matrix); {} where
-    the GPU has none."""
+    """Returns the time of the layers' products [tokens, in] x [in, out] in bf16 relative to fp8 (one scale per matrix).
+
+    Empty if the GPU does not support fp8.
+    """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         return {}
     hidden, ffn = raw["hidden_size"], raw["intermediate_size"]
@@ -107,7 +109,7 @@ def fp8_products(raw: Mapping[str, Any], tokens: int) -> dict[str, float]:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """The median, by the clock, with the device waited for; the first call warms up."""
+    """Returns the median wall-clock seconds of a call, synchronizing the device; the first call is a warm-up."""
     taken = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -119,10 +121,10 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
 
 
 def attention_ways(segments: Tensor, device: torch.device) -> dict[str, Attention]:
-    """Torch's kernels on the pairs of a row, whose segments [n, 4] are (start, shared, chosen, rejected).
+    """Returns torch's attention kernels for the pairs of a row, with segments [n, 4] (start, shared, chosen, rejected).
 
-    Padded: a pair a block as long as the longest, its mask given. Variable lengths: (prompt, chosen) and (rejected)
-    behind one another, causal from the end of the keys.
+    Padded: one block per pair, as long as the longest pair, with an explicit mask. Variable lengths: (prompt, chosen)
+    and (rejected) one after another, causal from the end of the keys.
     """
     ways: dict[str, Attention] = {}
     index, mask = (part.to(device) for part in blocks(segments))
@@ -145,7 +147,7 @@ def attention_ways(segments: Tensor, device: torch.device) -> dict[str, Attentio
 
 
 def blocks(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Row positions [n, L] of each pair's tokens, and which of them sees which [n, 1, L, L]; padding sees token 0."""
+    """Returns row positions [n, L] of each pair's tokens and their mask [n, 1, L, L]; padding attends to token 0."""
     start, shared, chosen, rejected = (part[:, None] for part in segments.unbind(1))
     place = torch.arange(int(segments[:, 1:].sum(1).max()))
     index = torch.where(place < shared + chosen + rejected, start + place, start)
@@ -156,7 +158,7 @@ def blocks(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def varlen_way(segments: Tensor, device: torch.device) -> dict[str, Attention]:
-    """Torch's kernel for variable lengths (FlashAttention), where this torch has it."""
+    """Returns torch's kernel for variable lengths (FlashAttention), if this version of torch has it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -180,7 +182,7 @@ def varlen_way(segments: Tensor, device: torch.device) -> dict[str, Attention]:
         repeats = q.shape[1] // k.shape[1]
         k, v = (part[gathered].repeat_interleave(repeats, dim=1) for part in (k, v))
         out = varlen_attn(q[: queries[-1]], k, v, bounds_q, bounds_k, most_queries, most_keys, **causal)
-        assert isinstance(out, Tensor)  # no second part was asked for
+        assert isinstance(out, Tensor)  # a tuple only if the log-sum-exp is requested
         return out
 
     return {"variable lengths": attend}
@@ -189,7 +191,7 @@ def varlen_way(segments: Tensor, device: torch.device) -> dict[str, Attention]:
 def time_attention(
     ways: Mapping[str, Attention], shape: ModelShape, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of forward and backward of each way, the parts being random."""
+    """Returns the seconds of forward and backward of each kernel on random inputs."""
     taken = {}
     for name, attend in ways.items():
         parts = [
@@ -202,6 +204,6 @@ def time_attention(
 
         try:
             taken[name] = seconds_of(once, device)
-        except RuntimeError as refused:  # a backend that does not take this mask, shape or type
+        except RuntimeError as refused:  # the backend does not support this mask, shape or dtype
             print(f"attention, {name}: {str(refused).splitlines()[0]}")
     return taken

@@ -1,6 +1,6 @@
-"""The table of a junit file: test, result, seconds, and the numbers that the test recorded.
+"""Prints the table of a JUnit file: test, result, seconds, and the numbers that the test recorded.
 
-gpu_table.py FILE.xml    exit code 0 where every test ran and passed
+gpu_table.py FILE.xml    exit code 0 if every test ran and passed
 """
 
 import sys
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def main(path: Path) -> int:
-    """Print the table; returns the exit code."""
+    """Prints the table; returns the exit code."""
     if not path.exists():
-        print(f"{path} was not written: pytest did not come to its end", file=sys.stderr)
+        print(f"error: {path} does not exist, because pytest did not finish; see its output above", file=sys.stderr)
         return 1
     tree = ElementTree.parse(path)
     cases = list(tree.iter("testcase"))

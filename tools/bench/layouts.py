@@ -1,8 +1,9 @@
-"""`python tools/bench/layouts.py`: two processes against one, by the clock, and how evenly the work is dealt out.
+"""`python tools/bench/layouts.py`: speed of two processes relative to one, and how evenly the work is distributed.
 
-The real `train` command, one thread a process: tensor, pipeline and data parallelism on two processes over one process
-on the same batches. These need two idle cores; the shares do not: cost of the fullest data-parallel rank over the mean
-(floating-point operations of a Llama-3.1-8B), and fill of rows of 4096 tokens, over an epoch's batches of 512 pairs.
+Speed is measured in wall-clock time with the `train` command, one thread per process, and needs two idle cores: tensor,
+pipeline and data parallelism on two processes relative to one process on the same batches. The distribution is computed
+over an epoch's batches of 512 pairs: cost of the most loaded data-parallel rank relative to the mean (floating-point
+operations of a Llama-3.1-8B), and fill of rows of 4096 tokens.
 """
 
 import itertools
@@ -24,14 +25,14 @@ LAYOUTS = {
     "data": [],
 }
 BATCH, STEPS = 32, 3
-"""Pairs of a step; rows of 1024 tokens, so that a pipeline of two stages has enough of them."""
+"""Pairs per step, and number of steps; rows have 1024 tokens, so that a pipeline of two stages has enough of them."""
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each layout [%(default)s]")
-    parser.add_argument("--data", type=Path, help="preference pairs on which to look at the shares as well")
-    parser.add_argument("--no-clock", action="store_true", help="only the shares")
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds [%(default)s]")
+    parser.add_argument("--data", type=Path, help="preference pairs for which to compute fill and balance, too")
+    parser.add_argument("--no-clock", action="store_true", help="compute only fill and balance")
     options = parser.parse_args()
     with measure.workplace() as folder:
         results = [] if options.no_clock else _speeds(folder, options.rounds, hidden=256 if options.quick else 512)
@@ -58,14 +59,14 @@ def _speeds(folder: Path, rounds: int, *, hidden: int) -> list[Result]:
             seconds[name].append(_clock(config, folder / f"{name}-{turn}", 1 if name == "one" else 2, LAYOUTS[name]))
     needed = {name: sum(min(step) for step in zip(*turns, strict=True)) for name, turns in seconds.items()}
     return [
-        Result(f"layout/{name} on 2 over 1", needed["one"] / value, "x", f"{value / (STEPS - 1):.2f} s a step")
+        Result(f"layout/{name} on 2 over 1", needed["one"] / value, "x", f"{value / (STEPS - 1):.2f} s per step")
         for name, value in needed.items()
         if name != "one"
     ]
 
 
 def _clock(config: Path, output: Path, processes: int, overrides: list[str]) -> list[float]:
-    """Seconds of each step but the first."""
+    """Returns the seconds of each step except the first."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "megatron_spo", "train", str(config), f"output={output}", *overrides]
@@ -75,7 +76,7 @@ def _clock(config: Path, output: Path, processes: int, overrides: list[str]) -> 
 
 
 def _shares(folder: Path, name: str) -> list[Result]:
-    """Fill of one process's rows; balance and fill of those of 4 and 8 data-parallel ranks."""
+    """Computes the fill of rows for 1, 4 and 8 data-parallel ranks, and the balance between ranks."""
     from data import tokenise
     from work import necessary_flops
 
@@ -98,13 +99,13 @@ def _shares(folder: Path, name: str) -> list[Result]:
         if ranks > 1:
             over = [max(one) / statistics.fmean(one) for one in costs]
             results.append(
-                Result(f"balance/{name}, DP{ranks}", max(over), "x", "fullest rank over the mean, worst batch")
+                Result(f"balance/{name}, DP{ranks}", max(over), "x", "most loaded rank over the mean, worst batch")
             )
     return results
 
 
 def _train_tokenizer(folder: Path, pairs: Path) -> None:
-    """A byte-pair tokenizer of 4096 tokens, made of the texts themselves, beside a model and the pairs."""
+    """Writes a model, a byte-pair tokenizer of 4096 tokens trained on the pairs, and a link to the pairs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

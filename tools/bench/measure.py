@@ -1,7 +1,7 @@
-"""What the benchmarks share: length mixes, a random Llama, the real `train` command with its steps timed, results.
+"""Functions that the benchmarks share: length mixes, a random Llama, timed `train` commands, and results.
 
-Time is processor time of the one process, so what else the machine does counts little; ways that are compared take
-turns within one run.
+Time is processor time of the process, so other work on the machine has little influence. Programs that are compared
+take turns within one run.
 """
 
 import argparse
@@ -21,13 +21,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 MIXES = {"summarise": (400, 40), "chat": (100, 200), "reason": (60, 120)}
-"""Median tokens of prompt and response (lognormal, deviation of the logarithm 0.5)."""
+"""Median tokens of prompt and response (lognormal, standard deviation of the logarithm 0.5)."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
 @dataclass(frozen=True)
 class Result:
-    """One number: `name` is what floors.json calls it; `unit` "x" for a ratio."""
+    """A measured number; `name` is its key in floors.json, `unit` is "x" for a ratio."""
 
     name: str
     value: float
@@ -50,7 +50,7 @@ class Turn:
 def write_pairs(
     path: Path, count: int, *, prompt: int, response: int, deviation: float = 0.5, seed: int = 0
 ) -> list[dict[str, str]]:
-    """Pairs of random letters, lengths lognormal around these medians (a letter is a token)."""
+    """Writes and returns pairs of random letters with lognormal lengths of these medians (a letter is a token)."""
     rng = random.Random(seed)
 
     def text(median: int) -> str:
@@ -68,7 +68,7 @@ def write_pairs(
 
 
 def write_model(folder: Path, *, hidden: int, layers: int = 4, vocab: int = 1024) -> int:
-    """A random Llama with a tokenizer of letters; returns the number of its parameters."""
+    """Writes a random Llama with a tokenizer of letters; returns the number of its parameters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -96,7 +96,7 @@ def write_model(folder: Path, *, hidden: int, layers: int = 4, vocab: int = 1024
 
 
 def write_config(folder: Path, **sections: Mapping[str, Any]) -> Path:
-    """config.yaml for the model and pairs in `folder`: DPO alone, fp32, one thread; `sections` are merged in."""
+    """Writes config.yaml for the model and pairs in `folder`: plain DPO, fp32, one thread, updated with `sections`."""
     config: dict[str, Any] = {
         "output": str(folder / "unset"),
         "model": {"path": str(folder / "model")},
@@ -115,7 +115,7 @@ def write_config(folder: Path, **sections: Mapping[str, Any]) -> Path:
 
 
 def command(*arguments: str) -> None:
-    """`megatron-spo ARGUMENTS` in this process; it must succeed."""
+    """Runs `megatron-spo ARGUMENTS` in this process and asserts that it succeeds."""
     from megatron_spo.cli import main
 
     said = io.StringIO()
@@ -125,7 +125,7 @@ def command(*arguments: str) -> None:
 
 
 def train(config: Path, output: Path, *overrides: str) -> Turn:
-    """`megatron-spo train` in this process. The first step warms up and is not timed."""
+    """Runs `megatron-spo train` in this process; the first step is a warm-up and not timed."""
     from megatron_spo.train.run_directory import RunDirectory
 
     stamps: list[float] = []
@@ -143,7 +143,7 @@ def train(config: Path, output: Path, *overrides: str) -> Turn:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder for a while, which takes the tokenised rows of this process and its children as well."""
+    """Yields a temporary folder, in which tokenised rows of this process and its children are cached, too."""
     with tempfile.TemporaryDirectory() as name:
         os.environ["HF_DATASETS_CACHE"] = f"{name}/tokenised"
         yield Path(name)
@@ -151,7 +151,7 @@ def workplace() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """An attribute replaced for a while."""
+    """Replaces an attribute temporarily."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -161,7 +161,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def take_turns(ways: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, list[Turn]]:
-    """Each way `rounds` times, one after another, every other round backwards: none is always the last."""
+    """Runs all functions `rounds` times in turn, every other round in reverse order, so that none is always last."""
     turns: dict[str, list[Turn]] = {name: [] for name in ways}
     for i in range(rounds):
         for name in reversed(list(ways)) if i % 2 else ways:
@@ -170,12 +170,12 @@ def take_turns(ways: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str,
 
 
 def seconds(turns: Sequence[Turn]) -> float:
-    """Of all timed steps together: each the least over the turns, as whatever disturbs a step makes it longer."""
+    """Returns the sum over the timed steps of the least time over the turns, as disturbances only make steps longer."""
     return sum(min(step) for step in zip(*(turn.seconds for turn in turns), strict=True))
 
 
 def cpu_seconds(function: Callable[[], object], *, repeats: int = 3) -> float:
-    """The least of several measurements."""
+    """Returns the processor seconds of a call, the least of several measurements."""
     taken = []
     for _ in range(repeats):
         begin = time.process_time()
@@ -185,15 +185,15 @@ def cpu_seconds(function: Callable[[], object], *, repeats: int = 3) -> float:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options of every benchmark."""
+    """Returns a parser with the options of every benchmark."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, help="write the results there as well")
-    made.add_argument("--quick", action="store_true", help="tiny sizes: tries the code, the numbers mean nothing")
+    made.add_argument("--json", type=Path, help="JSON file for the results")
+    made.add_argument("--quick", action="store_true", help="tiny sizes to test the code; the numbers are meaningless")
     return made
 
 
 def report(results: Sequence[Result], path: Path | None, **more: Any) -> None:
-    """Print a table; write {"results": [...], **more}."""
+    """Prints a table; writes {"results": [...], **more} to `path`."""
     width = max(len(result.name) for result in results)
     for result in results:
         print(f"{result.name:{width}s} {result.value:12.4g} {result.unit:8s} {result.note}".rstrip(), flush=True)

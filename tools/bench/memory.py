@@ -1,11 +1,11 @@
-"""`python tools/bench/memory.py`: memory of a step above weights, gradients and optimizer, with a vocabulary of 128k.
+"""`python tools/bench/memory.py`: memory of a step besides weights, gradients and optimizer, with a vocabulary of 128k.
 
-    ours      `megatron-spo train` on rows of 4096 tokens, 8 and 24 pairs a step, all of one length
-    padded    transformers, chosen and rejected padded side by side, logits of every position. Measured with one and two
-              pairs in a micro-batch and carried on linearly to the pairs of one of our rows, since a machine need not
-              have room for the whole: the positions are what the bytes go with
+    ours      `megatron-spo train` on rows of 4096 tokens, 8 and 24 pairs per step, all of one length
+    padded    transformers, batches of padded chosen and rejected sequences, logits of every position. Measured with one
+              and two pairs in a micro-batch, and extrapolated linearly in the number of positions to the pairs of one
+              of our rows, for which a machine may not have enough memory
 
-Each in a process of its own: the peak of its resident memory in a step, less what is resident between two steps.
+Each runs in its own process. The result is the peak resident memory in a step minus that between two steps.
 """
 
 import json
@@ -57,7 +57,7 @@ def _compare(folder: Path, vocab: int) -> list[Result]:
             "memory/padded, a row's pairs",
             padded / 2**20,
             "MiB",
-            f"carried on: {per_row} pairs, {positions} positions, {per_position / vocab:.1f} bytes a logit",
+            f"extrapolated: {per_row} pairs, {positions} positions, {per_position / vocab:.1f} bytes per logit",
         ),
         Result("memory/padded over ours", padded / ours[24], "x"),
         Result("memory/24 pairs over 8", ours[24] / ours[8], "x"),
@@ -66,7 +66,8 @@ def _compare(folder: Path, vocab: int) -> list[Result]:
 
 
 def _child(kind: str, *arguments: Any) -> list[float]:
-    """Freed memory goes back to the system at once: all larger blocks are mapped ones."""
+    """Runs a measurement in its own process and returns its result."""
+    # larger blocks are mapped, so that freed memory is returned to the system at once
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--child", kind, *map(str, arguments)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -74,7 +75,7 @@ def _child(kind: str, *arguments: Any) -> list[float]:
 
 
 def resident(field: str) -> int:
-    """VmRSS, RssAnon (no mapped files) or VmHWM (the peak since the last reset), bytes."""
+    """Returns VmRSS, RssAnon (without mapped files) or VmHWM (the peak since the last reset) in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -86,7 +87,7 @@ def _reset_peak() -> None:
 
 
 def _ours(config: str, output: str) -> list[float]:
-    """Bytes of the last step above what was resident before it."""
+    """Returns the bytes by which the last step exceeds the memory resident before it."""
     from megatron_spo.train.run_directory import RunDirectory
 
     above: list[float] = []
@@ -106,7 +107,7 @@ def _ours(config: str, output: str) -> list[float]:
 
 
 def _padded(folder: str, rows: str) -> list[float]:
-    """Bytes of a step above what was resident before it, and its positions."""
+    """Returns the bytes by which a step exceeds the memory resident before it, and its number of positions."""
     import torch
     from transformers import LlamaForCausalLM
 

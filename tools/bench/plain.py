@@ -1,7 +1,7 @@
-"""DPO on the same packed rows in plain PyTorch: what a training step costs without Megatron and without our package.
+"""DPO on the same packed rows in plain PyTorch: the cost of a training step without Megatron and without our package.
 
-Prefix-shared rows, attention pair by pair at its true length, log-probs in chunks whose logits are computed again in
-the backward pass, AdamW: the same floating-point operations as a step of `megatron-spo train`, and the same losses.
+Prefix-shared rows, attention per pair at its true length, log-probs in chunks whose logits are computed again in the
+backward pass, and AdamW: the same floating-point operations as a step of `megatron-spo train`, and the same losses.
 """
 
 import time
@@ -19,11 +19,11 @@ from transformers import LlamaForCausalLM
 from megatron_spo.data.rows import PackedRow
 
 CHUNK = 2**24
-"""Logits at a time."""
+"""Number of logits that are computed at a time."""
 
 
 class Llama(nn.Module):
-    """The weights of a transformers Llama with query, key, value and gate, up fused as matrices."""
+    """A Llama with the weights of a transformers model; query, key, value and gate, up are fused matrices."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Llama(nn.Module):
             self.layers.append(nn.ParameterList([nn.Parameter(part.detach().clone()) for part in parts]))
 
     def forward(self, row: PackedRow) -> Tensor:
-        """Log-prob sums [pairs, 2] of a row."""
+        """Returns the log-prob sums of a row in nats, [pairs, 2] (chosen, rejected)."""
         x = self.embedding[torch.from_numpy(row.tokens)]
         angles = torch.outer(torch.from_numpy(row.positions).float(), self.frequencies).repeat(1, 2)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -72,7 +72,7 @@ class Llama(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-        """[T, heads * size]: shared tokens and chosen tail causally, then the rejected tail, which skips the chosen."""
+        """Returns [T, heads * size]: causal over shared tokens and chosen tail; the rejected tail skips the chosen."""
         outs = []
         for start, shared, chosen, rejected in row.segments.tolist():
             first = slice(start, start + shared + chosen)
@@ -99,7 +99,7 @@ def _logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def steps(folder: Path, batches: Sequence[Sequence[PackedRow]], *, lr: float, beta: float = 0.1) -> Turn:
-    """One training step per batch; the reference is the model at the start, measured before."""
+    """Runs one training step per batch; the reference is the initial model, computed before and not timed."""
     model = Llama(folder)
     with torch.no_grad():
         references = [[model(row) for row in rows] for rows in batches]

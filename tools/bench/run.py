@@ -1,8 +1,8 @@
-"""`make bench`: every benchmark that needs no GPU, one after another, and whether each number keeps to its floor.
+"""`make bench`: runs every benchmark that needs no GPU, and compares the results with the limits in floors.json.
 
-Meant for two idle cores (about 14 minutes). Prints a table a benchmark, writes results.json and two pictures into
---out, and ends with exit code 1 where a number falls below what floors.json asks for, or a benchmark broke. On a busy
-machine leave out `layouts`, which goes by the clock; the others count processor time.
+Takes about 14 minutes on two idle cores. Prints a table per benchmark and writes results.json and two plots to --out.
+The exit code is 1 if a number violates its limit or a benchmark failed. On a busy machine, omit `layouts`, which
+measures wall-clock time; the others measure processor time.
 """
 
 import argparse
@@ -25,10 +25,10 @@ BENCHMARKS = ("speed", "schedules", "layouts", "memory", "data", "start", "curve
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="these benchmarks")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results [%(default)s]")
-    parser.add_argument("--data", type=Path, help="real preference pairs, for fill and balance")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: tries the code, compares with no floor")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what to run [all]")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results [%(default)s]")
+    parser.add_argument("--data", type=Path, help="preference pairs for fill and balance")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes to test the code, not compared with limits")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
@@ -54,20 +54,20 @@ def main() -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> list[dict[str, Any]] | None:
-    """A benchmark in a process of its own; its results, None where it broke (with what it said on screen)."""
+    """Runs a benchmark in its own process; returns its results, or None (after printing its output) if it failed."""
     root = str(HERE.parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
     with tempfile.NamedTemporaryFile(suffix=".json") as file, tempfile.TemporaryFile("w+") as said:
         command = [sys.executable, str(HERE / f"{name}.py"), "--json", file.name, *arguments]
         if subprocess.run(command, env=environment, stderr=said, check=False).returncode:
             said.seek(0)
-            print(f"{name} broke:\n{said.read()[-4000:]}", file=sys.stderr)
+            print(f"error: {name} failed:\n{said.read()[-4000:]}", file=sys.stderr)
             return None
         return json.loads(Path(file.name).read_text())["results"]
 
 
 def broken(values: Mapping[str, float], floors: Mapping[str, Mapping[str, float]], *, whole: bool) -> list[str]:
-    """A line for each number that does not keep to its floor; where the run was `whole`, a missing one does not."""
+    """Returns a line for each number that violates its limit; in a `whole` run, a missing number is a violation."""
     lines = []
     for name, limits in floors.items():
         wanted = " ".join(f"{kind.replace('_', ' ')} {limit:g}" for kind, limit in limits.items())
@@ -83,14 +83,14 @@ def _compare(values: Mapping[str, float], *, whole: bool) -> int:
     floors = json.loads((HERE / "floors.json").read_text())
     lines = broken(values, floors, whole=whole)
     looked_at = len(floors) if whole else len(floors.keys() & values.keys())
-    print(f"\n{looked_at - len(lines)} of {looked_at} floors kept (floors.json)")
+    print(f"\n{looked_at - len(lines)} of {looked_at} numbers are within their limits (floors.json)")
     for line in lines:
-        print(f"BELOW ITS FLOOR  {line}")
+        print(f"OUTSIDE ITS LIMIT  {line}")
     return 1 if lines else 0
 
 
 def draw_speed(values: Mapping[str, float], path: Path) -> None:
-    """Bars of pairs per second over those of TRL with its reference model, for each length mix."""
+    """Draws pairs per second relative to TRL with its reference model, for each length mix."""
     import matplotlib
 
     from megatron_spo.report.figures import PALETTE, STYLE, file_svg, new_figure
@@ -106,13 +106,13 @@ def draw_speed(values: Mapping[str, float], path: Path) -> None:
             for x, height in zip(at, heights, strict=True):
                 axes.text(x, height + 0.05, f"{height:.1f}", ha="center", fontsize=9)
         axes.set(title="pairs/s, relative to TRL's DPOTrainer", xticks=range(len(mixes)), xticklabels=mixes)
-        axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the legend
+        axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # space for the legend
         axes.legend(frameon=False, loc="upper right")
         path.write_text(file_svg(figure))
 
 
 def _machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Returns a description of the machine."""
     import torch
 
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -1,9 +1,9 @@
-"""`python tools/bench/schedules.py`: what one optimizer step costs under each schedule.
+"""`python tools/bench/schedules.py`: time and memory of an optimizer step with each schedule.
 
-The real `train` command on one thread in fp32, a random Llama, the same pairs at every step. The schedules take turns
-within one training, step by step: each round of steps gives a ratio to `none`, and the median of the ratios counts.
-Memory is the peak of a process of its own above that of `none`, in fp32 copies of the model's parameters, on a wider
-model with few tokens.
+The `train` command on one thread in fp32, a random Llama, the same pairs at every step. The schedules take turns within
+one training run, step by step. Each round of steps gives a ratio to `none`; the result is the median of the ratios.
+Memory is the peak of a separate process relative to `none`, in fp32 copies of the model's parameters, for a wider model
+with few tokens.
 """
 
 import os
@@ -21,8 +21,8 @@ SCHEDULES = ("none", "sft", "penalty", "dual", "alternating", "lookahead", "barr
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each schedule [%(default)s]")
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--rounds", type=int, default=10, help="number of timed steps per schedule [%(default)s]")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.no_memory = 1, True
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _prepare(folder: Path, *, hidden: int, response: int, steps: int) -> tuple[Path, int]:
-    """Model, pairs and reference cache; the configuration and the number of parameters."""
+    """Writes model, pairs and reference cache; returns the configuration file and the number of parameters."""
     parameters = measure.write_model(folder / "model", hidden=hidden)
     measure.write_pairs(folder / "pairs.jsonl", 8, prompt=response // 2, response=response)
     config = measure.write_config(folder, training={"global_batch_size": 8, "steps": steps})
@@ -53,14 +53,14 @@ def _seconds(folder: Path, rounds: int, *, hidden: int) -> list[Result]:
 
     config, _ = _prepare(folder, hidden=hidden, response=120, steps=size * (rounds + 1))
     with measure.replaced(loop, "_step", in_turn):
-        seconds = measure.train(config, folder / "run").seconds[size - 1 :]  # a whole round warms up
+        seconds = measure.train(config, folder / "run").seconds[size - 1 :]  # the first round is a warm-up
     rows = [seconds[i : i + size] for i in range(0, len(seconds), size)]
     return [
         Result(
             f"schedule/{name}",
             statistics.median(row[i] / row[0] for row in rows),
             "x",
-            f"{statistics.median(row[i] for row in rows):.3f} s a step",
+            f"{statistics.median(row[i] for row in rows):.3f} s per step",
         )
         for i, name in enumerate(SCHEDULES)
     ]
@@ -76,7 +76,7 @@ def _memory(folder: Path) -> list[Result]:
 
 
 def _peak(config: Path, output: Path, schedule: str) -> int:
-    """Peak memory in bytes of a run in a process of its own."""
+    """Returns the peak memory in bytes of a run in its own process."""
     command = [
         sys.executable,
         "-m",

@@ -1,12 +1,12 @@
-"""`python tools/bench/speed.py`: pairs per second of training steps, as ratios within one run.
+"""`python tools/bench/speed.py`: pairs per second of training steps, compared within one run.
 
-DPO in fp32 on one thread; a random Llama with V = 1024, so that the head has about the share that it has in a 70B. The
-ways take turns on the same pairs in the same order with the same AdamW, and must have the same losses:
+DPO in fp32 on one thread with a random Llama; V = 1024 gives the head about the same share of the cost as in a 70B
+model. The programs take turns on the same pairs in the same order with the same AdamW, and must have the same losses:
 
     trl          TRL's DPOTrainer, micro-batch 8, head at response positions only, reference model in every step
-    trl-given    the same with its own precomputed reference (that pass not counted)
-    ours         `megatron-spo train`: rows of 4096 tokens, reference cache (its pass not counted)
-    plain        plain PyTorch on our rows (plain.py): the floor that Megatron and we are held against
+    trl-given    the same with TRL's precomputed reference (that pass is not timed)
+    ours         `megatron-spo train`: rows of 4096 tokens, reference cache (filling it is not timed)
+    plain        plain PyTorch on our rows (plain.py), without the overhead of Megatron and this package
 """
 
 import argparse
@@ -29,9 +29,9 @@ LR, BATCH = 1e-4, 16
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each way [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds [%(default)s]")
     parser.add_argument(
-        "--steps", type=int, default=3, help="steps of a turn, of which the first warms up [%(default)s]"
+        "--steps", type=int, default=3, help="steps per round, the first one being a warm-up [%(default)s]"
     )
     parser.add_argument("--hidden", type=int, default=256, help="width of the model [%(default)s]")
     parser.add_argument("--layers", type=int, default=3, help="layers of the model [%(default)s]")
@@ -67,7 +67,7 @@ def _mix(folder: Path, mix: str, options: argparse.Namespace) -> list[Result]:
 
 
 def rows_of(config: Path, steps: int, batch: int) -> list[list[PackedRow]]:
-    """The rows that `train` makes of the pairs."""
+    """Returns the rows that `train` packs from the pairs, by step."""
     loaded = load_config(config, [], world_size=1)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(loaded.model.path)
     dataset = build_dataset(loaded.data.train, loaded.data, tokenizer)
@@ -76,12 +76,12 @@ def rows_of(config: Path, steps: int, batch: int) -> list[list[PackedRow]]:
 
 
 def _results(mix: str, turns: dict[str, list[Turn]], pairs: int) -> list[Result]:
-    """Speeds, ours over the others', and how far the losses are apart."""
+    """Returns the speeds, the ratios of ours to the others, and the largest differences of the losses."""
     needed = {name: measure.seconds(ones) for name, ones in turns.items()}
     ours, lines = needed["ours"], turns["ours"][0].lines
     tokens = sum(line["tokens"] for line in lines[1:])
     results = [Result(f"{mix}/{name}", pairs / value, "pairs/s") for name, value in needed.items()]
-    results.append(Result(f"{mix}/ours/tokens", tokens / ours, "tokens/s", "real ones, prompts once"))
+    results.append(Result(f"{mix}/ours/tokens", tokens / ours, "tokens/s", "without padding, prompts counted once"))
     for name in turns.keys() - {"ours"}:
         results.append(Result(f"{mix}/ours over {name}", needed[name] / ours, "x"))
         apart = max(
@@ -90,7 +90,7 @@ def _results(mix: str, turns: dict[str, list[Turn]], pairs: int) -> list[Result]
             for a, b in zip(turn.losses, [line["loss"] for line in lines], strict=True)
         )
         results.append(Result(f"{mix}/loss apart from {name}", apart, "", f"last loss {lines[-1]['loss']:.4f}"))
-        assert apart < 1e-4, f"{name} computes other losses: {turns[name][0].losses}, {turns['ours'][0].losses}"
+        assert apart < 1e-4, f"the losses of {name} and ours differ: {turns[name][0].losses}, {turns['ours'][0].losses}"
     results.append(Result(f"{mix}/row fill", statistics.fmean(line["row_fill"] for line in lines), ""))
     return results
 

@@ -1,7 +1,7 @@
-"""`python tools/bench/start.py`: what a command costs until it does what was asked, each in a process of its own.
+"""`python tools/bench/start.py`: start-up time of the commands, each in its own process.
 
-Processor seconds, which a busy machine stretches; compare the ratios. `everything` imports all that a training ever
-needs at once, as `train` itself once did.
+Results are processor seconds, which are longer on a busy machine; compare the ratios. `everything` imports all modules
+that a training run may need.
 """
 
 import json
@@ -33,7 +33,7 @@ def stop(self, kind, step, metrics):
 RunDirectory.log = stop
 sys.exit(main(sys.argv[1:]) or 1)
 """
-"""Runs a command until a step is to be logged."""
+"""Runs a command until the first step is logged."""
 
 
 def main() -> None:
@@ -54,9 +54,9 @@ def main() -> None:
     slowest = max(helped, key=lambda name: helped[name])
     measure.report(
         [
-            Result("start/--help", helped[slowest], "s", f"of the processor, the slowest: {slowest}"),
-            Result("start/doctor", doctor, "s", "of the processor"),
-            Result("start/train to the end of step 1", first, "s", "of the processor"),
+            Result("start/--help", helped[slowest], "s", f"processor time, the slowest: {slowest}"),
+            Result("start/doctor", doctor, "s", "processor time"),
+            Result("start/train to the end of step 1", first, "s", "processor time"),
             Result("start/step 1 over import torch", first / torch, "x", f"{torch:.2f} s"),
             Result("start/step 1 over everything", first / everything, "x", f"{everything:.2f} s"),
         ],
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _tiny_run(folder: Path) -> list[str]:
-    """Arguments of a training of one step of a tiny model."""
+    """Writes a tiny model and pairs; returns the arguments of a training run of one step."""
     measure.write_model(folder / "model", hidden=64)
     measure.write_pairs(folder / "pairs.jsonl", 64, prompt=20, response=20)
     config = measure.write_config(folder, training={"steps": 1, "global_batch_size": 8}, reference={"cache": None})
@@ -74,7 +74,7 @@ def _tiny_run(folder: Path) -> list[str]:
 
 
 def _seconds(ways: Sequence[Sequence[str]], repeats: int) -> list[float]:
-    """Processor seconds of each Python process, the least of `repeats`; they take turns."""
+    """Returns the processor seconds of each Python process, the least of `repeats`; the processes take turns."""
     taken = [[_run(arguments) for arguments in ways] for _ in range(repeats)]
     return [min(times) for times in zip(*taken, strict=True)]
 

@@ -1,7 +1,7 @@
-"""TRL's DPOTrainer as it is on the package index, on the same pairs in the same order, its steps timed.
+"""Runs TRL's DPOTrainer from the package index on the same pairs in the same order, and times its steps.
 
-One thing is set: off the GPU, TRL puts every position through the output layer, on a GPU only those of the responses.
-`trl.trainer.utils._use_triton` is where it asks; we answer yes, so that it computes what it would on a GPU.
+One function is patched: on a CPU, TRL applies the output layer to every position, on a GPU only to response positions.
+`trl.trainer.utils._use_triton` decides which; it is replaced to return True, so that TRL computes the same as on a GPU.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MICRO_BATCH = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """The clock, the model's precision, and whether a GPU is used."""
+    """The clock, the model's dtype, and whether a GPU is used."""
 
     clock: Callable[[], float] = time.process_time
     dtype: torch.dtype = torch.float32
@@ -52,7 +52,7 @@ class _Stamps(TrainerCallback):
 def steps(
     folder: Path, pairs: list[dict[str, str]], *, batch: int, lr: float, precomputed: bool, machine: Machine = CPU
 ) -> Turn:
-    """One training step per `batch` pairs; the reference pass of `precomputed` is not timed."""
+    """Runs one training step per `batch` pairs; the reference pass of `precomputed` is not timed."""
     disable_progress_bars()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=machine.dtype)
     stamps = _Stamps(machine.clock)
@@ -60,7 +60,7 @@ def steps(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=batch // MICRO_BATCH,
-        gradient_checkpointing=False,  # on by default: a third more work, left out in TRL's favour
+        gradient_checkpointing=False,  # on by default; off in TRL's favour, as it costs a third more work
         train_sampling_strategy="sequential",
         max_length=None,
         num_train_epochs=1,

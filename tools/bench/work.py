@@ -1,4 +1,4 @@
-"""Rows of random tokens, the floating-point operations that they need, and a model that trains on them."""
+"""Rows of random tokens, their necessary floating-point operations, and a model that trains on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron_spo.runtime import processes
 
 
 def needed(row: PackedRow) -> RowSize:
-    """A packed row as planner/flops.py counts it."""
+    """Returns the size of a packed row in the form that planner/flops.py counts."""
     _, s, c, r = row.segments.T
     visible = (s * (s + 1) + c * (c + 1) + r * (r + 1)) // 2 + s * (c + r)
     padding = len(row.tokens) - row.real_tokens
@@ -28,7 +28,7 @@ def needed(row: PackedRow) -> RowSize:
 
 
 def necessary_flops(config: Config, shape: ModelShape, rows: Sequence[PackedRow]) -> float:
-    """Floating-point operations of a training step on these rows, padding and repetition not counted."""
+    """Returns the floating-point operations of a training step on these rows, without padding and recomputation."""
     total = 0.0
     for row in rows:
         step = step_flops(config, forward_flops(shape, needed(row), necessary=True), necessary=True)
@@ -37,7 +37,7 @@ def necessary_flops(config: Config, shape: ModelShape, rows: Sequence[PackedRow]
 
 
 def random_pair(rng: np.random.Generator, vocab: int, prompt: int, chosen: int, rejected: int) -> Example:
-    """A pair of so many tokens, whose answers differ from the first one on."""
+    """Returns a pair of random tokens whose answers differ from their first token on."""
     start = rng.integers(0, vocab, prompt)
     sides = [np.concatenate([start, rng.integers(0, vocab, length)]).astype(np.int32) for length in (chosen, rejected)]
     sides[1][prompt] = (sides[0][prompt] + 1) % vocab
@@ -45,21 +45,21 @@ def random_pair(rng: np.random.Generator, vocab: int, prompt: int, chosen: int, 
 
 
 def random_rows(vocab: int, lengths: Sequence[tuple[int, int, int]], per_row: int) -> list[PackedRow]:
-    """Pairs of these (prompt, chosen, rejected) lengths, `per_row` to a row."""
+    """Returns rows of `per_row` pairs each, with the given (prompt, chosen, rejected) lengths."""
     rng = np.random.default_rng(0)
     pairs = [(i, random_pair(rng, vocab, *one)) for i, one in enumerate(lengths)]
     return [build_row(pairs[i : i + per_row], multiple=1) for i in range(0, len(pairs), per_row)]
 
 
 def lognormal_lengths(count: int, prompt: int, response: int, longest: int = 4096) -> NDArray[np.int64]:
-    """(prompt, chosen, rejected) [count, 3] of a length mix, at most `longest` tokens a pair."""
+    """Returns (prompt, chosen, rejected) lengths [count, 3] of a length mix, at most `longest` tokens per pair."""
     rng = np.random.default_rng(0)
     drawn = np.exp(rng.normal(0, 0.5, (count, 3))) * [prompt, response, response]
     return np.clip(drawn.astype(np.int64), 2, longest // 3)
 
 
 class Model:
-    """A model with its optimizer, drawn at random from the shape in a folder, in this one process."""
+    """A model with random weights and its optimizer, for the shape in a folder, in this process."""
 
     def __init__(self, config: Path, *overrides: str, seed: int = 0) -> None:
         self.config = load_config(config, list(overrides), world_size=1)
@@ -77,7 +77,7 @@ class Model:
         self.trainable = make_trainable(chunks, settings, self.config.optimizer, overlap=False)
 
     def step(self, rows: Sequence[PackedRow]) -> float:
-        """Gradients of DPO (reference: zero) over these rows, clipped, and one AdamW step; returns the loss."""
+        """Runs one step of DPO (reference: zero) on these rows with clipping and AdamW; returns the loss."""
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
         from megatron_spo.model.forward import run_rows

@@ -4,7 +4,7 @@
     x y       push the input             A B C D  pop into the register
     a b c d   push the register
 
-The output of a program is the value that it leaves, which must be one.
+The output of a program is the value left on the stack; there must be exactly one.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +18,14 @@ DIGITS, INPUTS, REGISTERS = "0123456789", "xy", "abcd"
 
 
 class Fault(Exception):
-    """A program that cannot run: the message names the instruction, counted from 1."""
+    """Raised if a program cannot run; the message names the instruction, counted from 1."""
 
 
 def run(program: str, inputs: Mapping[str, int]) -> int:
-    """The output of a program for the values of x and y.
+    """Returns the output of a program for the values of x and y.
 
     Raises:
-        Fault: no such instruction, too few values on the stack, a register never written, not one value left.
+        Fault: If there is an unknown instruction, an empty stack, an unwritten register, or not one value left.
     """
     stack: list[int] = []
     known = dict(inputs)
@@ -47,7 +47,7 @@ def run(program: str, inputs: Mapping[str, int]) -> int:
         elif instruction in known:
             stack.append(known[instruction])
         else:
-            raise Fault(f"{place}: neither an instruction nor a register that was written")
+            raise Fault(f"{place}: unknown instruction, or a register that was not written")
     if len(stack) != 1:
-        raise Fault(f"the program leaves {len(stack)} values, not one")
+        raise Fault(f"the program leaves {len(stack)} values instead of one")
     return stack[0]

@@ -1,11 +1,11 @@
-"""Compiling formulas for the stack machine of machine.py, in two styles: problems, training rows, judge and scores.
+"""Compiles formulas for the stack machine of machine.py in two styles: problems, training rows, judge and scores.
 
     prompt  ((x+3)*y)-(2*x)=
     long    x3+Aay*B2x*Cbc-    every intermediate result is stored in a register and pushed again
     short   x3+y*2x*-          the values stay on the stack
 
-An answer is right where its program, run on inputs that no prompt shows, gives the value of the formula. Its style is
-its length: short where it has no more instructions than the formula has numbers, inputs and operators.
+An answer is right if its program, run on inputs that no prompt shows, gives the value of the formula. It is short if it
+has no more instructions than the formula has numbers, inputs and operators, and long otherwise.
 """
 
 import random
@@ -27,7 +27,7 @@ Tree = str | tuple["Tree", str, "Tree"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A formula over x and y, with parentheses about every inner operation."""
+    """A formula of x and y, with parentheses around every inner operation."""
 
     formula: str
 
@@ -41,7 +41,7 @@ class Problem:
 
 
 def draw_problems(counts: Sequence[int], seed: int) -> list[list[Problem]]:
-    """Lists of `counts` problems each; no problem occurs twice, within a list or across lists."""
+    """Returns lists of `counts` problems; no problem occurs twice, within a list or across lists."""
     source = random.Random(f"formulas {seed}")
     drawn: dict[Problem, None] = {}
     while len(drawn) < sum(counts):
@@ -60,26 +60,26 @@ def _draw(source: random.Random, leaves: int) -> Tree:
 
 
 def text(tree: Tree) -> str:
-    """The formula, with parentheses about every operation, the outermost too."""
+    """Returns the formula, with parentheses around every operation, including the outermost."""
     return tree if isinstance(tree, str) else f"({text(tree[0])}{tree[1]}{text(tree[2])})"
 
 
 def parse(formula: str) -> Tree:
-    """The tree of a problem's formula."""
+    """Returns the tree of a problem's formula."""
     characters = iter(f"({formula})")
 
     def node() -> Tree:
         if (first := next(characters)) != "(":
             return first
         found = (node(), next(characters), node())
-        next(characters)  # the parenthesis that closes
+        next(characters)  # the closing parenthesis
         return found
 
     return node()
 
 
 def value(tree: Tree, inputs: dict[str, int]) -> int:
-    """What a formula is worth; it does not use the machine."""
+    """Returns the value of a formula, computed without the stack machine."""
     if isinstance(tree, str):
         return inputs[tree] if tree in inputs else int(tree)
     left, operator, right = tree
@@ -87,7 +87,7 @@ def value(tree: Tree, inputs: dict[str, int]) -> int:
 
 
 def solution(problem: Problem, style: str) -> str:
-    """A right program in one of the two styles."""
+    """Returns a right program in one of the two styles."""
     tree = parse(problem.formula)
     return _stacked(tree) if style == SHORT else _stored(tree)
 
@@ -113,7 +113,7 @@ def _stored(tree: Tree) -> str:
 
 
 def verdict(prompt: str, response: str, finished: bool) -> tuple[str | None, bool]:
-    """The style of a program, None where it faults (or never ended), and whether it is right."""
+    """Returns the style of a program (None if it faults or did not end), and whether it is right."""
     if not finished:
         return None, False
     tree = parse(Problem.from_prompt(prompt).formula)

@@ -1,4 +1,4 @@
-"""What a format to write must offer."""
+"""The interface of an output format."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from megatron_spo.convert.source import Model
 
 Record = dict[str, Any]
-"""What is known of a written file, as JSON keeps it: "sum", its size and checksum, and the format's own entries."""
+"""JSON record of a written file: "sum" (its size and checksum) and entries of the format's own."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to write: its path within the folder, what the format puts into it, and how much that is in bytes."""
+    """A file to write: its path within the folder, its items, and their size in bytes."""
 
     name: str
     items: list[Any]
@@ -21,24 +21,24 @@ class Shard:
 
 
 class Form(Protocol):
-    """A format: a model is written as files that know nothing of each other, then all else beside them."""
+    """A format: files of weights that can be written independently, and then the files next to them."""
 
     def shards(self, model: Model, limit: int) -> list[Shard]:
-        """The files, each of about `limit` bytes at most; the same ones for the same model.
+        """Returns the files to write, each of about `limit` bytes at most; always the same for the same model.
 
         Raises:
-            UserError: the model cannot be written in this format.
+            UserError: If the model cannot be written in this format.
         """
 
     def write(self, path: Path, items: list[Any]) -> Record:
-        """Write the items of one file."""
+        """Writes the items of one file."""
 
     def finish(self, folder: Path, model: Model, records: dict[str, Record]) -> list[str]:
-        """Write what goes with the files, whose records are given by name; returns what the user should know."""
+        """Writes all other files, given the records of the files of weights; returns messages for the user."""
 
 
 def filled(sized: Iterable[tuple[Any, int]], limit: int) -> Iterator[tuple[list[Any], int]]:
-    """Items in groups of at most `limit` bytes, or of one item, with the bytes of each group."""
+    """Yields groups of items of at most `limit` bytes (or of one larger item), with the bytes of each group."""
     group: list[Any] = []
     total = 0
     for item, size in sized:

@@ -1,4 +1,4 @@
-"""Hugging Face folders."""
+"""Writes Hugging Face folders."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron_spo.convert.source import Model
 
 
 class HuggingFace:
-    """Safetensors files, their index with checksums, config.json, tokenizer; a model card where there was a run."""
+    """Safetensors files, an index with checksums, config.json, the tokenizer and, for a run, a model card."""
 
     def shards(self, model: Model, limit: int) -> list[Shard]:
         groups = list(filled(((item, item[1].nbytes) for item in model.tensors.items()), limit))

@@ -1,7 +1,7 @@
-"""Write NeMo 2 checkpoints: `weights` in torch_dist, `context` with what NeMo builds the model from.
+"""Writes NeMo 2 checkpoints: `weights` in torch_dist, and `context`, from which NeMo builds the model.
 
-NeMo reads context/io.json, a tree of its classes as fiddle 0.3 serializes it; model.yaml beside it is the same tree for
-people (and for us).
+NeMo reads context/io.json, a tree of its classes as serialized by fiddle 0.3. context/model.yaml holds the same tree in
+readable form; `nemo_names` reads that one.
 """
 
 import json
@@ -26,7 +26,7 @@ _MODULES = {"qwen3_moe": "qwen3"}
 
 
 class Nemo(TorchDist):
-    """A NeMo 2 checkpoint as its import_ckpt leaves one: unpadded, for one GPU, without an optimizer."""
+    """A NeMo 2 checkpoint like one written by NeMo's import_ckpt: unpadded, for one GPU, without an optimizer."""
 
     prefix = nemo_names.PREFIX
     weights = "weights"
@@ -36,7 +36,7 @@ class Nemo(TorchDist):
 
     def shards(self, model: Model, limit: int) -> list[Shard]:
         if model.shape.family not in nemo_names.CLASSES:
-            raise UserError(f"NeMo 2 checkpoints of {model.shape.family} models are not built; built are those of "
+            raise UserError(f"--to nemo is not supported for {model.shape.family} models, only for "
                             f"{', '.join(nemo_names.CLASSES)}; use --to hf or --to megatron")  # fmt: skip
         return super().shards(model, limit)
 
@@ -57,7 +57,7 @@ class Nemo(TorchDist):
 
 
 def _for_transformers_4(path: Path) -> None:
-    """Name in a tokenizer's configuration what transformers 5 calls by new names; NeMo 2.7 asks for transformers 4."""
+    """Restores the names that transformers 5 has changed in a tokenizer's configuration; NeMo 2.7 needs version 4."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if content.get("tokenizer_class") != "TokenizersBackend":
         return
@@ -68,7 +68,7 @@ def _for_transformers_4(path: Path) -> None:
 
 
 def _write_common(weights: Path) -> None:
-    """What Lightning and NeMo 2.7 look for in a checkpoint besides tensors."""
+    """Writes common.pt with the entries that Lightning and NeMo 2.7 require besides tensors."""
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     torch.save(
         {
@@ -88,7 +88,7 @@ def _write_common(weights: Path) -> None:
 
 @dataclass(frozen=True)
 class _Object:
-    """A class or function of another package, and its arguments; not to be called where these are None."""
+    """A class or function of another package; `arguments` is None if it is only referred to, not called."""
 
     path: str
     arguments: Mapping[str, Any] | None = None
@@ -122,7 +122,7 @@ def _context(model: _Object) -> _Object:
 
 
 def _settings(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of the model's configuration in NeMo."""
+    """Returns the arguments of the model's configuration class in NeMo."""
     settings: dict[str, Any] = {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -144,7 +144,8 @@ def _settings(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
     if shape.family in ("mistral", "mixtral"):
         settings["window_size"] = None if shape.sliding_window is None else [shape.sliding_window, 0]
     elif shape.sliding_window is not None:
-        raise UserError(f"NeMo has no sliding window for {shape.family} models; this one has {shape.sliding_window}")
+        raise UserError(f"sliding_window = {shape.sliding_window} is not supported by NeMo for {shape.family} models; "
+                        "use --to hf or --to megatron")  # fmt: skip
     if shape.experts is not None:
         settings |= {
             "num_moe_experts": shape.experts.count,
@@ -163,7 +164,8 @@ def _rope(shape: ModelShape) -> dict[str, Any]:
     if scaling["rope_type"] == "linear":
         return {"seq_len_interpolation_factor": float(scaling["factor"])}
     if shape.family != "llama":
-        raise UserError(f"NeMo has no RoPE of type {scaling['rope_type']!r} for {shape.family} models, only for llama")
+        raise UserError(f"rope_type = {scaling['rope_type']!r} is not supported by NeMo for {shape.family} models, "
+                        "only for llama; use --to hf or --to megatron")  # fmt: skip
     return {
         "scale_factor": float(scaling["factor"]),
         "low_freq_factor": float(scaling["low_freq_factor"]),
@@ -173,7 +175,7 @@ def _rope(shape: ModelShape) -> dict[str, Any]:
 
 
 def _readable(value: Any) -> Any:
-    """The tree as model.yaml has it."""
+    """Returns the tree in the form of model.yaml."""
     if not isinstance(value, _Object):
         return value
     if value.arguments is None:
@@ -182,14 +184,14 @@ def _readable(value: Any) -> Any:
 
 
 class _Fiddle:
-    """The JSON that fiddle loads a tree from: every object under a key of its own, referred to by that key."""
+    """Serializes a tree to fiddle's JSON, in which every object has a key and is referred to by it."""
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
 
     def document(self, tree: _Object) -> dict[str, Any]:
-        """All of a tree."""
+        """Returns the whole JSON document of a tree."""
         root = self._value(tree, "<root>")
         return {
             "root": root,

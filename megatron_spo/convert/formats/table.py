@@ -1,4 +1,4 @@
-"""The formats that `convert` writes models in, by name."""
+"""The formats that `convert` writes, by name."""
 
 from megatron_spo.convert.formats.base import Form
 from megatron_spo.convert.formats.hugging_face import HuggingFace

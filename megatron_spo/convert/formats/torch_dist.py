@@ -1,4 +1,4 @@
-"""Megatron's distributed format (torch_dist), written file by file without Megatron and without processes."""
+"""Writes Megatron's distributed format (torch_dist) file by file, without Megatron and without torch.distributed."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 import torch
 import xxhash
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # has no public name, and torch's reader asks for it
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # no public name, but torch's reader requires it
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -31,16 +31,16 @@ from megatron_spo.errors import UserError
 from megatron_spo.model.families import Mapping, full_shape, mappings
 
 CHUNK_BYTES = 2**26
-"""A tensor is stored in boxes of about this size at most, since torch.save needs one whole."""
+"""Largest size of a box, a part of a tensor: torch.save holds a whole box in memory."""
 FILE_BYTES = 2**30
-"""Of a torch_dist file at most: small enough to share out among processes, and to write again after a kill."""
+"""Largest size of a torch_dist file: small enough to balance among processes, and to rewrite after a kill."""
 _ENGINE_LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-"""For these, Transformer Engine's layers look for an entry of their state, which has no content outside of fp8."""
+"""Layers for which Transformer Engine expects an `_extra_state` entry, which is empty unless fp8 is used."""
 
 
 @dataclass(frozen=True)
 class _Box:
-    """Rows `start` to `stop` of a Megatron tensor, to be stored under `key` at the stacked indices `at`."""
+    """Rows `start` to `stop` of a Megatron tensor, stored under `key` at the layer and expert indices `at`."""
 
     key: str
     at: tuple[int, ...]
@@ -54,14 +54,14 @@ class _Box:
 
 
 class TorchDist:
-    """A Megatron model folder: torch_dist files, config.json, tokenizer and the seal of our checkpoints."""
+    """A Megatron model folder: torch_dist files, config.json, tokenizer and a seal as in our checkpoints."""
 
     prefix = ""
     weights = ""
-    """Folder of the torch_dist files within that of the model."""
+    """Subfolder of the torch_dist files within the model folder."""
 
     def vocabulary(self, shape: ModelShape) -> int:
-        """Rows of the embedding, padding included."""
+        """Returns the number of rows of the embedding, padding included."""
         return padded_vocabulary(shape, 1)
 
     def shards(self, model: Model, limit: int) -> list[Shard]:
@@ -93,11 +93,11 @@ class TorchDist:
         sums = {Path(name).name: record["sum"] for name, record in records.items()}
         notes, rows = [*model.notes, *self.finish_folder(folder, model, sums)], self.vocabulary(model.shape)
         if rows != model.shape.vocab:
-            notes.append(f"padded the vocabulary from {model.shape.vocab} to {rows} rows, which --to hf undoes")
+            notes.append(f"padded the vocabulary from {model.shape.vocab} to {rows} rows; --to hf removes the padding")
         return notes
 
     def finish_folder(self, folder: Path, model: Model, sums: dict[str, list[int | str]]) -> list[str]:
-        """Write what stands beside the torch_dist files, whose checksums are `sums`; returns what to know of it."""
+        """Writes the files next to the torch_dist files, whose checksums are `sums`; returns messages for the user."""
         notes = model.sides.write(folder)
         (folder / CONFIG).write_text(model.config, encoding="utf-8")
         torch.save({}, folder / "common.pt")
@@ -118,7 +118,7 @@ class TorchDist:
         tensors: dict[str, TensorStorageMetadata] = {}
         for row in mappings(model.shape):
             key, whole = self.prefix + row.key, full_shape(row, model.shape, self.vocabulary(model.shape))
-            stacked[key] = tuple(i + 1 for i in row.at)  # those of the last layer and expert stay
+            stacked[key] = tuple(i + 1 for i in row.at)  # the last layer and expert set the final value
             properties = TensorProperties(model.tensors[row.sources[0]].dtype)
             tensors[key] = TensorStorageMetadata(properties, torch.Size(stacked[key] + whole), [])
         index = Metadata({**tensors}, storage_data={})
@@ -139,7 +139,7 @@ class TorchDist:
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """Let torch.save take no CRC32: it takes longer than the writing, and torch.load does not look at it."""
+    """Disables CRC32 in torch.save: it takes longer than the writing itself, and torch.load ignores it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -155,23 +155,23 @@ def _entry(out: "_Summed", content: Any, key: str, offsets: list[int], sizes: li
 
 
 def _check_dtypes(boxes: list[_Box]) -> None:
-    """All layers of a tensor are one in Megatron's format."""
+    """Checks that all layers of a tensor have one dtype, because Megatron's format stacks them into one tensor."""
     first: dict[str, _Box] = {}
     for box in boxes:
         other = first.setdefault(box.key, box)
         if other.whole.dtype != box.whole.dtype:
-            raise _mixed(f"{box.key} of layer {other.at}", other.whole, f"of layer {box.at}", box.whole)
+            raise _mixed(f"{box.key} of layer {other.at}", other.whole, f"that of layer {box.at}", box.whole)
 
 
 def _mixed(one: str, first: Lazy, other: str, second: Lazy) -> UserError:
     return UserError(
-        f"{one} is in {first.dtype} and {other} in {second.dtype}, but they are one tensor in Megatron's format, and a "
-        "conversion changes no number; save the model in one dtype"
+        f"{one} has dtype {first.dtype} and {other} has dtype {second.dtype}, but Megatron's format stores them as one "
+        "tensor, and a conversion never casts; save the model in one dtype"
     )
 
 
 class _Summed:
-    """A file that torch.save writes to, and the checksum of all that was written."""
+    """A file for torch.save that computes the checksum of everything written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._at = file, 0
@@ -186,8 +186,8 @@ class _Summed:
         return size
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Returns the number of bytes written."""
         return self._at
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: writes are not buffered."""
