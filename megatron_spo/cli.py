@@ -22,15 +22,15 @@ LOG = logging.getLogger(__name__)
 
 COMMANDS = {
     "train": "train, or resume if `output` holds a checkpoint; writes the run directory",
-    "reference": "fill reference.cache for every data set of the configuration; resumes",
+    "reference": "compute the reference's log-probs of every data set into reference.cache; resumes if interrupted",
     "convert": "convert a checkpoint or a model to another format",
-    "generate": "write a model's answers to the prompts of a file",
+    "generate": "generate a model's answers to the prompts in a file",
     "evaluate": "score answers, or a model on preference pairs or benchmark tasks",
-    "plan": "memory, time and cost of a run, and the layouts that fit, before a GPU is used",
+    "plan": "estimate memory, time and cost of a run and list the layouts that fit, without a GPU",
     "rehearse": "build a layout rank by rank without its GPUs, and check it",
-    "scaling": "fit scaling laws, run studies",
-    "report": "draw one or several runs into one HTML page",
-    "doctor": "show what is installed, what is missing, and what that means",
+    "scaling": "fit scaling laws and run scaling studies",
+    "report": "plot one or more runs into one HTML page",
+    "doctor": "show what is installed, what is missing, and what that affects",
 }
 """Name -> help; the module of the same name in commands/ has its options."""
 STOPPABLE = ("train", "reference")
@@ -66,7 +66,7 @@ def _ended(error: UserError | Anomaly | LostRank | NotSaved | Stopped) -> int:
     stopped_at_once = isinstance(error, Stopped) and not signals.is_over
     watch().explain(error, ours=not stopped_at_once)  # torchrun sends a signal to those whose peer has died
     signals.over(error.code)
-    message = f"stopped by {error}; the same command goes on from here" if stopped_at_once else str(error)
+    message = f"stopped by {error}; the same command resumes from here" if stopped_at_once else str(error)
     if rank() == 0 or stopped_at_once or isinstance(error, LostRank):  # in other cases all ranks found the same
         (LOG.info if isinstance(error, Stopped) else LOG.error)(message)
     watch().leave(error.code, message)

@@ -35,13 +35,13 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
     for name, fingerprint in data.items():
         if found.record["data"].get(name) != fingerprint:
             key = "spo.sft_data" if name == "sft" else "data.train"
-            differ.setdefault(key, f"{key}: the rows are other ones than those of the checkpoint")
+            differ.setdefault(key, f"{key}: the rows differ from those of the checkpoint")
     allowed = [*free, *config["checkpoint"]["allow_changed"]]
     refused = [text for key, text in differ.items() if not _covers(allowed, key)]
     if refused:
         raise UserError(
-            f"{found.path} was trained with another configuration: {'; '.join(refused)}. Restore these keys, choose "
-            "another output folder, or list them in checkpoint.allow_changed"
+            f"{found.path} was trained with a different configuration: {'; '.join(refused)}. Restore these keys, "
+            "choose another output folder, or list them in checkpoint.allow_changed"
         )
     return [text for key, text in differ.items() if not _covers(("checkpoint.allow_changed", "output"), key)]
 
@@ -72,5 +72,5 @@ def check_base(checkpoint: Checkpoint, weights: str | None) -> None:
     recorded = checkpoint.record.get("weights")
     if recorded != weights:
         raise UserError(f"the adapters in {checkpoint.path} belong to weights with the fingerprint {recorded}, but "
-                        f"those in model.path have {weights}; restore that model, or train anew in another output "
+                        f"those in model.path have {weights}; restore that model, or start again in another output "
                         "folder")  # fmt: skip

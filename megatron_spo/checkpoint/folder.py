@@ -112,7 +112,7 @@ def _read_seal(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{path} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format", 1) != FORMAT:
         found = content.get("format", 1) if isinstance(content, dict) else "unknown"
-        raise Damaged(f"{path} is of checkpoint format {found!r}; this version reads and writes format {FORMAT}")
+        raise Damaged(f"{path} has checkpoint format {found!r}; this version reads and writes format {FORMAT}")
     if given != _digest(content):
         raise Damaged(f"{path} does not match its own checksum")
     return content
@@ -132,7 +132,7 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool
     """
     content = _read_seal(folder)
     if stray := sorted(name for name in content["files"] if Path(name).is_absolute() or ".." in Path(name).parts):
-        raise Damaged(f"{folder / SEAL} names {stray[0]!r}, which lies outside of the folder")
+        raise Damaged(f"{folder / SEAL} names {stray[0]!r}, which is outside of the folder")
     for name, expected in content["files"].items():
         if not (folder / name).is_file():
             raise Damaged(f"{folder / name} is missing")
@@ -140,7 +140,7 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool
             raise Damaged(f"{folder / name} has {size} bytes instead of {expected[0]}")
     for name, expected in list(content["files"].items())[part::parts]:
         if checksum(folder / name) != expected:
-            raise Damaged(f"{folder / name} does not match its checksum: its content has changed")
+            raise Damaged(f"{folder / name} does not match its checksum, so its content has changed")
     if part == 0:
         _check_index(folder, scales=scales)
     return Checkpoint(folder, content["state"], content["record"])
@@ -159,7 +159,7 @@ def unchecked(folder: Path) -> Checkpoint:
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it calls for {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -197,7 +197,7 @@ def _load_index(folder: Path, unpickler: type[_Index]) -> Metadata:
     except Exception as error:  # of many kinds, for a pickle that is torn or made to harm
         raise Damaged(f"{folder / _METADATA} is not safe to load ({_first_line(error)})") from error
     if stray:
-        raise Damaged(f"{folder / _METADATA} names {stray[0]!r}, which lies outside of the folder")
+        raise Damaged(f"{folder / _METADATA} names {stray[0]!r}, which is outside of the folder")
     return index
 
 
@@ -219,8 +219,8 @@ def _check_index(folder: Path, *, scales: bool) -> None:
                     file.seek(where.offset)
                     content = torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
                 if isinstance(content, torch.Tensor) and content.numel() and not scales:
-                    raise Damaged(f"{folder / _METADATA} has an entry {key.fqn} of pickled bytes; only a run with "
-                                  "precision.fp8 loads such")  # fmt: skip
+                    raise Damaged(f"{folder / _METADATA} has an entry {key.fqn} of pickled bytes, which only a run "
+                                  "with precision.fp8 may load")  # fmt: skip
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except Damaged:
         raise
@@ -241,7 +241,7 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         return found, [f"{folder / LATEST} cannot be read ({error})"]
     if folder / named not in found:
-        return found, [f"{folder / LATEST} names {named!r}, which is not there"]
+        return found, [f"{folder / LATEST} names {named!r}, which does not exist"]
     return [folder / named, *(path for path in found if path.name < named)], []
 
 
@@ -287,4 +287,7 @@ def locate(source: Path) -> Path:
         return marker.parent / marker.read_text().strip()
     if (source / SEAL).is_file():
         return source
-    raise UserError(f"{source} is neither a run directory with a checkpoint nor a checkpoint")
+    raise UserError(
+        f"{source} is neither a run directory with a checkpoint nor a checkpoint; give the output folder of a run or "
+        "one of its checkpoints/step_* folders"
+    )

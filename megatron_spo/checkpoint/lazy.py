@@ -77,7 +77,7 @@ class InFile(Lazy):
             while into:
                 count = os.preadv(file.fileno(), [into], at)
                 if count == 0:
-                    raise UserError(f"{self.path} ends before its tensors do; copy or download it again")
+                    raise UserError(f"{self.path} is truncated; copy or download it again")
                 into, at = into[count:], at + count
 
 

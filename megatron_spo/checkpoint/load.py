@@ -48,8 +48,8 @@ def find(folder: Path, *, scales: bool) -> Checkpoint | None:
                 checkpoint_folder.set_aside(damaged)
         return found
     if paths:
-        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(oddities)}. Bring back a copy of one, or "
-                        "remove that folder to start anew")  # fmt: skip
+        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(oddities)}. Restore a copy of one, or "
+                        "remove that folder to start from the first step")  # fmt: skip
     return None
 
 
@@ -79,8 +79,8 @@ def load(found: Checkpoint, trainable: Trainable) -> None:
     except (Exception, CheckpointException) as error:  # many kinds; the files themselves are whole
         first_line = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); is model.path the model that "
-            "this run was started with?"
+            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); set model.path to the model "
+            "that this run was started with"
         ) from error
     for name, chunk in named_chunks(trainable):
         load_beside_base(chunk, stored[name])

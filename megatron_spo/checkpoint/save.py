@@ -66,7 +66,7 @@ class Saver:
         self._trainable, self._record, self._keep, self._weights_only = trainable, record, keep, weights_only
         self._open: _Writing | None = None
         if not hasattr(filesystem_async, "_results_queue"):
-            raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: revise Saver.start")
+            raise RuntimeError("Megatron-Core no longer has filesystem_async._results_queue; update Saver.start")
 
     @property
     def is_open(self) -> bool:
@@ -127,7 +127,7 @@ class Saver:
         def check() -> None:
             free = shutil.disk_usage(self.folder).free
             if free < int(total):
-                raise OSError(f"the checkpoint needs {int(total):,} bytes and {free:,} are free")
+                raise OSError(f"the checkpoint needs {int(total):,} bytes, but only {free:,} are free")
 
         on_main(check, SaveFailed)
 

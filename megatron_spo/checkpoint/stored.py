@@ -31,7 +31,7 @@ class StoredTensors:
         try:
             index = read_index(folder)
         except Damaged as error:
-            raise UserError(f"{error}; name another checkpoint") from error
+            raise UserError(f"{error}; use another checkpoint") from error
         self._storage = index.storage_data
         every = index.state_dict_metadata.items()
         self._tensors = {
@@ -84,7 +84,7 @@ class StoredTensors:
         with _Window(path, where.offset, where.length) as window, FakeTensorMode():
             tensor = torch.load(cast(IO[bytes], window), weights_only=True)
         if not tensor.is_contiguous():
-            raise UserError(f"{path} holds {key} with its axes swapped, which is not built; save it contiguous")
+            raise UserError(f"{path}: {key} is not stored contiguously, which is not supported; save it contiguous")
         # torch 2.13 documents this attribute under "Utilities" of its notes on serialization
         offset = where.offset + tensor.untyped_storage()._checkpoint_offset
         return InFile(path, offset + tensor.storage_offset() * tensor.itemsize, tuple(tensor.shape), tensor.dtype)
@@ -117,9 +117,7 @@ class _Part(Lazy):
             self._copy(chunk, before * height + first - chunk.offsets[leading], target)
             filled += target.numel()
         if filled != out.numel():
-            raise UserError(
-                f"{self.stored.folder} holds {self.key} only in part; it is damaged: use another checkpoint"
-            )
+            raise UserError(f"{self.stored.folder} is damaged: it has only part of {self.key}; use another checkpoint")
 
     def _copy(self, chunk: ChunkStorageMetadata, start: int, target: Tensor) -> None:
         """Rows of a box, all but its last axes (as many as `target` has behind the first) counted as rows."""

@@ -138,7 +138,7 @@ def left_out(names: Iterable[str], shape: ModelShape, folder: Path) -> list[str]
     others = sorted(set(names) - known)
     needless = {name for name in others if is_needless(name, tied=shape.tied)}
     if stray := [name for name in others if name not in needless]:
-        raise UserError(f"{folder} holds {stray[0]}, which a {shape.family} model of its config.json does "
-                        f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
+        raise UserError(f"{folder} holds {stray[0]}, which is not part of a {shape.family} model with its "
+                        f"config.json ({len(stray)} such tensors); use the model as it is on the hub, or as "
                         "transformers' save_pretrained writes it by default")  # fmt: skip
     return sorted(needless)

@@ -45,7 +45,7 @@ def locate_model(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.path {path!r} is neither a folder nor a model that could be fetched from the hub "
+            f"model.path = {path!r} is neither a folder nor a model that could be downloaded from the hub "
             f"({type(error).__name__}); give the path of a Hugging Face model folder"
         ) from error
 
@@ -64,10 +64,10 @@ def model_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, StoredTens
         expected = row.transform.shapes(full_shape(row, shape, shape.vocab))
         for name, size in zip(row.sources, expected, strict=True):
             if name not in every:
-                raise UserError(f"{folder} lacks the tensor {name}, which its config.json calls for")
+                raise UserError(f"{folder} lacks the tensor {name}, which its config.json requires")
             found = every[name]
             if found.shape != size:
-                raise UserError(f"{folder}: {name} has shape {found.shape}, but its config.json calls for {size}")
+                raise UserError(f"{folder}: {name} has shape {found.shape}, but its config.json requires {size}")
             check_numbers(name, found)
             tensors[name] = found
     return tensors, needless

@@ -78,7 +78,7 @@ class PairLogprobs:
 
 def _present(reference: Tensor | None) -> Tensor:
     if reference is None:
-        raise ValueError("the reference's log-probs are needed here and were not given")
+        raise ValueError("this loss needs the reference's log-probs, but none were given")
     return reference
 
 

@@ -52,7 +52,7 @@ class ReferenceFingerprint:
     precision: str
     dataset: str
     date: str = ""
-    """told to the chat template, empty if it does not ask for it (as in caches that do not record it)"""
+    """Date given to the chat template; empty if the template does not use it, or if the cache does not record it."""
 
     def differences(self, found: dict[str, Any]) -> list[str]:
         """One line for each part in which a cache differs from what is wanted now."""
@@ -69,7 +69,7 @@ _PARTS = {
     "truncation": "truncation",
     "precision": "precision",
     "dataset": "the data set's rows",
-    "date": "the date told to the chat template",
+    "date": "the date given to the chat template",
 }
 
 
@@ -91,7 +91,7 @@ class ReferenceStore:
         fine = np.isfinite(chosen) & np.isfinite(rejected) & (rows["row_hash"] == self._hashes[wanted])
         if not fine.all():
             where = self._dataset.describe(int(wanted[~fine][0]))
-            raise UserError(f"reference cache {self.folder} is damaged: the record of {where} is bad; {REMEDY}")
+            raise UserError(f"reference cache {self.folder} is damaged: the record of {where} is invalid; {REMEDY}")
         return chosen, rejected
 
 
@@ -115,7 +115,7 @@ def open_reference(
     records = _map_records(folder, index)
     if len(records) != len(dataset):
         raise UserError(
-            f"reference cache {folder} is damaged: it is of {len(records)}, not of the {len(dataset)} pairs; {REMEDY}"
+            f"reference cache {folder} is damaged: it has {len(records)} pairs instead of {len(dataset)}; {REMEDY}"
         )
     return ReferenceStore(records, dataset, folder)
 
@@ -191,7 +191,7 @@ class ReferenceWriter:
         if missing:
             count = len(self._dataset)
             done = count - sum(len(self.chunk_indices(k)) for k in missing)
-            raise UserError(f"reference cache {self._folder} is unfinished: it holds {done} of {count} pairs; {REMEDY}")
+            raise UserError(f"reference cache {self._folder} is incomplete: it has {done} of {count} pairs; {REMEDY}")
         header = io.BytesIO()
         form = {"descr": RECORD.descr, "fortran_order": False, "shape": (len(self._dataset),)}
         np.lib.format.write_array_header_1_0(header, form)
@@ -260,9 +260,11 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"reference cache {folder} is damaged: index.json is not readable; {REMEDY}") from error
+        raise UserError(f"reference cache {folder} is damaged: index.json cannot be read; {REMEDY}") from error
     if version != VERSION:
-        raise UserError(f"reference cache {folder} has format {version}, this version reads format {VERSION}; {REMEDY}")
+        raise UserError(
+            f"reference cache {folder} has format {version}, but this version reads format {VERSION}; {REMEDY}"
+        )
     return {**known, "fingerprint": fingerprint}
 
 
@@ -290,13 +292,13 @@ def _why_missing(cache: Path, name: str, fingerprint: ReferenceFingerprint, data
             max(part.stat().st_size - DIGEST, 0) // RECORD.itemsize for part in (folder / "parts").glob("*.part")
         )
         count = len(dataset)
-        return f"reference cache {folder} is unfinished: it holds {min(done, count)} of {count} pairs; {REMEDY}"
+        return f"reference cache {folder} is incomplete: it has {min(done, count)} of {count} pairs; {REMEDY}"
     for other in sorted(cache.glob(f"{_slug(name)}-" + "[0-9a-f]" * 12)):
         with contextlib.suppress(UserError):
             index = _read_index(other)
             if index is not None:
                 lines = "".join(f"\n  {line}" for line in fingerprint.differences(index["fingerprint"]))
-                return f"the reference cache for '{name}' in {cache} is of other rows ({other.name}):{lines}\n{REMEDY}"
+                return f"the reference cache for '{name}' in {cache} is for other rows ({other.name}):{lines}\n{REMEDY}"
     return f"there is no reference cache for '{name}' in {cache}; {REMEDY}"
 
 
@@ -307,5 +309,5 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"reference cache {folder} cannot be written: {error}; set reference.cache elsewhere"
+            f"reference cache {folder} cannot be written: {error}; set reference.cache to another folder"
         ) from error

@@ -26,7 +26,7 @@ def fill(config: Config) -> None:
         UserError: on every rank alike.
     """
     if config.reference.cache is None:
-        raise UserError("reference.cache is not set: name the folder that shall hold the reference's log-probs")
+        raise UserError("reference.cache is not set; set it to the folder for the reference's log-probs")
     runtime = join(config)
     inputs = read_inputs(config, runtime)
     runtime.progress.phase("building and loading", times=4)
@@ -42,7 +42,7 @@ def fill(config: Config) -> None:
     if open_ones:
         _fill(config, inputs, open_ones, runtime)
     for name, dataset in inputs.named_sets().items():
-        known = "" if name in open_ones else ", complete before this call"
+        known = "" if name in open_ones else ", already complete"
         if runtime.is_main:
             print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
 

@@ -128,7 +128,7 @@ def install() -> bool:
                 owner = getattr(owner, of)
             if not hasattr(owner, name):
                 raise RuntimeError(
-                    f"{entry.module}.{entry.name} is gone, so the CPU bridge must be revised ({entry.why})"
+                    f"{entry.module}.{entry.name} no longer exists; update runtime/cpu_bridge.py ({entry.why})"
                 )
             setattr(owner, name, entry.answer)
         _mode = _CudaMeansCpu()

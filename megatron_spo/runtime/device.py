@@ -54,11 +54,11 @@ def check_device(precision: PrecisionConfig) -> None:
     remedy = "set precision.fp8=null precision.layers=torch"
     if not torch.cuda.is_available():
         raise UserError(
-            f"{precision.reason} needs an NVIDIA GPU, and torch finds none here (megatron-spo doctor); {remedy}"
+            f"{precision.reason} needs an NVIDIA GPU, but torch finds none (see megatron-spo doctor); {remedy}"
         )
     if not have_engine():
         raise UserError(
-            f"{precision.reason} needs Transformer Engine, which cannot be imported here: build it for this torch "
+            f"{precision.reason} needs Transformer Engine, which cannot be imported; build it for this torch "
             f"(pip install --no-build-isolation -e '.[gpu]'), or {remedy}"
         )
     if precision.fp8 is None:
@@ -67,7 +67,7 @@ def check_device(precision: PrecisionConfig) -> None:
     if why := obstacle(precision.fp8, capability, str(torch.version.cuda)):
         raise UserError(
             f"precision.fp8 = {precision.fp8} cannot run on this {torch.cuda.get_device_name()} (compute capability "
-            f"{capability[0]}.{capability[1]}): {why}; megatron-spo doctor lists the recipes that can"
+            f"{capability[0]}.{capability[1]}): {why}; choose one of the recipes that megatron-spo doctor lists"
         )
 
 

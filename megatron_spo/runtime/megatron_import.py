@@ -67,7 +67,7 @@ def import_megatron() -> None:
         for package in hidden:
             del sys.modules[package]
     if getattr(jit, "jit_fuser", None) is not compile_when_called:
-        raise RuntimeError("megatron.core.jit.jit_fuser is no longer torch.compile: revise runtime/megatron_import.py")
+        raise RuntimeError("megatron.core.jit.jit_fuser is no longer torch.compile; update runtime/megatron_import.py")
 
 
 import_megatron()

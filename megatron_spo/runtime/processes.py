@@ -141,8 +141,9 @@ def _meet(minutes: float) -> dist.Store:
             watch().join_hub(env.main_address(), int(port), token)
     except (dist.DistError, OSError) as error:
         raise LostRank(
-            f"not all of the {env.world_size()} processes came to {env.main_address()} within {minutes:g} minutes "
-            f"(training.hang_timeout): {str(error).splitlines()[0]}"
+            f"not all of the {env.world_size()} processes connected to {env.main_address()} within {minutes:g} minutes "
+            f"(training.hang_timeout): {str(error).splitlines()[0]}. Check that every process was started and can "
+            "reach this address"
         ) from error
     signals.tell_others = watch().leave
     atexit.register(_say_goodbye)

@@ -127,7 +127,7 @@ def hung(guilty: list[Member], now: float) -> str:
     minutes = min(member.idle(now) for member in guilty) / 60
     return (
         f"no progress for {minutes:.1f} minutes (training.hang_timeout), the job waits for {named}{more}. Start the "
-        "same command again, without that machine if it happens again"
+        "same command again; if it hangs again, leave out that machine"
     )
 
 
@@ -135,4 +135,4 @@ def died(lost: list[Member], how: str) -> str:
     """The message about processes that are gone."""
     named = "; ".join(f"{member.name}, last in: {member.last_did}" for member in lost[:8])
     more = f"; and {len(lost) - 8} more" if len(lost) > 8 else ""
-    return f"{named}{more}: {how}. Start the same command again: it goes on from the newest checkpoint"
+    return f"{named}{more}: {how}. Start the same command again; it resumes from the newest checkpoint"

@@ -102,7 +102,7 @@ class Signals:
         while True:
             unwinding = self.requested is not None and self._mode is not _Mode.AFTER_STEP
             if not came.poll(1000 * UNWINDING if unwinding else None):
-                self._exit(self._code, f"{_name(self.requested or 0)}, while the main thread was held up")
+                self._exit(self._code, f"{_name(self.requested or 0)}, while the main thread was blocked")
             numbers = reader.recv(64)
             if not numbers:
                 reader.close()

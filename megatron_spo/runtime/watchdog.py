@@ -109,7 +109,7 @@ class Watch:
         try:
             target()
         except Exception as error:
-            LOG.warning(f"the watch over the other processes ended ({error!r})")
+            LOG.warning(f"the watchdog thread failed ({error!r}); dead or hanging processes are no longer noticed")
         self._said.set()
 
     def _forget(self) -> None:

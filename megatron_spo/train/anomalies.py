@@ -21,7 +21,7 @@ class BadStep(Anomaly):
     def __init__(self, data: str, reason: str, pairs: Sequence[str]) -> None:
         self.data, self.reason, self.pairs = data, reason, list(pairs)
         more = f" and {len(pairs) - 8} more" if len(pairs) > 8 else ""
-        super().__init__(f"{data}: {reason}; pairs concerned: {', '.join(pairs[:8])}{more}")
+        super().__init__(f"{data}: {reason}; affected pairs: {', '.join(pairs[:8])}{more}")
 
 
 def alarm(bad: BadStep, step: int, directory: RunDirectory, on_anomaly: str) -> None:
@@ -34,8 +34,8 @@ def alarm(bad: BadStep, step: int, directory: RunDirectory, on_anomaly: str) -> 
     if on_anomaly == "stop":
         good = directory.last_checkpoint
         raise Anomaly(
-            f"step {step}, {bad}. No weight was changed by this step. The last good checkpoint is "
-            f"{directory.checkpoints / good if good else 'none yet'}. Look at these rows, lower optimizer.lr (in "
+            f"step {step}, {bad}. This step changed no weight. The last good checkpoint is "
+            f"{directory.checkpoints / good if good else 'none yet'}. Check these rows, lower optimizer.lr (in "
             "another output folder), or set training.on_anomaly=skip and start again"
         ) from bad
 
@@ -69,7 +69,8 @@ class GradientNorms:
         """
         if self.skips + 1 >= MOST_SKIPS:
             raise Anomaly(
-                f"{MOST_SKIPS} steps in a row had to be skipped (rows: metrics.jsonl, kind alarm): the weights are "
-                "past help; start again in another output folder, with less optimizer.lr or more warm-up"
+                f"{MOST_SKIPS} steps in a row were skipped (their rows are in metrics.jsonl, kind alarm), so the "
+                "weights themselves are bad; start again in another output folder with a lower optimizer.lr or a "
+                "longer warm-up"
             )
         return replace(self, skips=self.skips + 1)

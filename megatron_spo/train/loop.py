@@ -99,8 +99,9 @@ def run(job: Training, state: TrainState) -> TrainState:
             _save(job, state, surely=last or halt or bool(stop), due=checkpoint_due)
             if halt:
                 raise Anomaly(
-                    f"{'; '.join(alarms)}. Stopped by monitor.on_alarm: stop, everything is saved; the same command "
-                    "goes on past the alarm, another output folder and more spo.lambda or less optimizer.lr avoid it"
+                    f"{'; '.join(alarms)}. Training stopped because of monitor.on_alarm=stop; everything is saved. The "
+                    "same command resumes past the alarm. To avoid the alarm, start again in another output folder "
+                    "with a higher spo.lambda or a lower optimizer.lr"
                 )
             if stop and (state.evaluation_owed or not last):
                 job.stop.end(stop, state.step)
@@ -145,8 +146,8 @@ def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Seque
     for line in alarms:
         if schedule != state.schedule:
             line["message"] += f"; lambda is multiplied by {config.monitor.raise_factor:g}"
-        elif raises:  # that of dual is at its bound, or has come down to 0
-            line["message"] += f"; lambda stays {schedule.lambda_:g}, which no factor raises"
+        elif raises:
+            line["message"] += f"; lambda stays at {schedule.lambda_:g}: it is 0 or already at spo.lambda_max"
         job.directory.log("alarm", state.step, line)
         if job.directory.is_main:
             LOG.warning(line["message"])
@@ -181,7 +182,9 @@ def _better(metric: str | None, metrics: dict[str, float], state: TrainState) ->
     if metric is None:
         return state.best
     if metric not in metrics:
-        raise UserError(f"checkpoint.best: {metric} is not measured in this run; measured are {', '.join(metrics)}")
+        raise UserError(
+            f"checkpoint.best = {metric} is not measured in this run; set it to one of {', '.join(metrics)}"
+        )
     value, best = metrics[metric], state.best
     if best is None or (value < best.value if metric in LOWER_IS_BETTER else value > best.value):
         return Best(value, state.step)
@@ -228,10 +231,10 @@ def _reported(job: Training, state: TrainState) -> Iterator[None]:
     try:
         yield
     except SaveFailed as error:
-        reason = f"no checkpoint could be written into {job.directory.checkpoints}: {error}"
+        reason = f"no checkpoint could be written to {job.directory.checkpoints}: {error}"
         job.directory.log("alarm", state.step, {"reason": reason})
         if job.directory.is_main:
-            LOG.warning(f"step {state.step}: {reason}. The training continues; make room there")
+            LOG.warning(f"step {state.step}: {reason}. Training continues; free disk space there")
 
 
 def _save_now(job: Training, state: TrainState) -> None:
@@ -249,12 +252,13 @@ def _save_now(job: Training, state: TrainState) -> None:
         except SaveFailed as error:
             where = f"step {state.step} could not be saved in {job.directory.checkpoints}: {error}"
             if left == 0:
-                raise NotSaved(f"{where}. Its weights are lost; the same command goes on from the checkpoint before") \
-                    from error  # fmt: skip
+                raise NotSaved(
+                    f"{where}. Its weights are lost; the same command resumes from the previous checkpoint"
+                ) from error
             if job.directory.is_main:
                 LOG.warning(
-                    f"{where}. Its weights are still in memory: make room there, or make the folder writable; "
-                    f"trying again every {RETRY:g} seconds, {left} times more"
+                    f"{where}. Its weights are still in memory; free disk space there or make the folder writable. "
+                    f"Retrying every {RETRY:g} seconds, {left} more times"
                 )
         time.sleep(RETRY)
         job.progress.tick()

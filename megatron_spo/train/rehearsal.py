@@ -170,10 +170,13 @@ def _check_readings(result: Rehearsal, config: Config, shape: ModelShape) -> Ite
             if fault := _not_a_partition(main, result.shapes.get(name)):
                 yield f"{name}: {fault}"
             elif any(reading.box not in main for reading in readings if _volume(reading.box)):
-                yield f"{name}: a replica reads another part than the first one does"
+                yield f"{name}: one replica reads a different part than the first replica"
             by_stage = Counter(reading.stage for reading in readings)
             if by_stage != dict.fromkeys(stages, copies):
-                yield f"{name} is read by {dict(by_stage)} ranks of each stage, not by {copies} of each of {stages}"
+                yield (
+                    f"{name}: number of ranks that read it, by pipeline stage: {dict(by_stage)}; expected are {copies} "
+                    f"ranks on each of the stages {stages}"
+                )
 
 
 def _stages_of_row(row: Mapping, config: Config, shape: ModelShape) -> set[int]:
@@ -203,7 +206,7 @@ def _not_a_partition(boxes: list[Box], shape: tuple[int, ...] | None) -> str | N
     if overlaps is not None:
         return f"{overlaps} is read twice"
     read = sum(_volume(box) for box in boxes)
-    return None if read == prod(shape) else f"{read} of its {prod(shape)} numbers are read"
+    return None if read == prod(shape) else f"only {read} of its {prod(shape)} numbers are read"
 
 
 def _overlap(boxes: list[Box]) -> Box | None:
@@ -233,7 +236,7 @@ def _check_parameters(result: Rehearsal, config: Config, shape: ModelShape) -> I
     for rank, held in enumerate(result.held):
         planned = stage_parameters(config, shape, rank // per_stage).held
         if held != planned:
-            yield f"rank {rank} holds {held} parameters, planned were {planned}"
+            yield f"rank {rank} holds {held} parameters, but the plan gives it {planned}"
 
 
 def summary(result: Rehearsal, item: int) -> dict[str, int]:
@@ -268,8 +271,8 @@ def rehearse_rows(config: Config, lengths: Lengths, ranks: int) -> dict[str, flo
         by_rank = [[batch[row] for row in rank] for rank in plan]
         if len({len(rank) for rank in by_rank}) > 1:
             faults.append(f"step {step}: the ranks have different numbers of rows")
-        faults += [f"step {step}: a row has {tokens[row].sum()} tokens" for rank in by_rank for row in rank
-                   if tokens[row].sum() > most]  # fmt: skip
+        faults += [f"step {step}: a row has {tokens[row].sum()} tokens, more than {most}" for rank in by_rank
+                   for row in rank if tokens[row].sum() > most]  # fmt: skip
         work = [sum(pair_costs(tokens[row]).sum() for row in rank) for rank in by_rank]
         imbalance.append(max(work) / (sum(work) / ranks))
         np.add.at(seen, np.concatenate([row for rank in by_rank for row in rank]), 1)

@@ -74,7 +74,7 @@ class HeldOutAnswers:
     def _warn(self, step: int, error: Exception) -> None:
         if self._runtime.is_main:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
-            LOG.warning(f"step {step}: no answers to held-out prompts ({reason}); the training continues")
+            LOG.warning(f"step {step}: no answers to held-out prompts ({reason}); training continues")
 
     def _answer_all(self, step: int) -> dict[str, float]:
         from megatron_spo.evaluate.generate import Sampling

@@ -59,7 +59,7 @@ class Sinks:
             action()
         except Exception as error:  # other people's libraries, networks and disks
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            LOG.warning(f"{kind.__name__} is left out from here on ({reason}); metrics.jsonl has everything")
+            LOG.warning(f"{kind.__name__} failed and is not used any more ({reason}); metrics.jsonl has every line")
             return False
         return True
 

@@ -59,7 +59,7 @@ class StopRequest:
             Stopped
         """
         signals.over(Stopped.code)
-        raise Stopped(f"{reason}: stopped after step {step}, everything is saved; the same command goes on from here")
+        raise Stopped(f"{reason}: stopped after step {step}, everything is saved; the same command resumes from here")
 
     def _own_wish(self, ahead: tuple[str, ...]) -> int:
         if signals.requested is not None:

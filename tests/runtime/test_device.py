@@ -24,7 +24,7 @@ def test_auto_takes_torch() -> None:
 
 @pytest.mark.parametrize("keys", [{"fp8": "tensorwise"}, {"layers": "transformer_engine"}])
 def test_what_needs_a_gpu_is_refused(keys: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=r"needs an NVIDIA GPU, and torch finds none here .*; set precision.fp8=null"):
+    with pytest.raises(UserError, match=r"needs an NVIDIA GPU, but torch finds none .*; set precision.fp8=null"):
         check_device(PrecisionConfig.model_validate(keys))
 
 

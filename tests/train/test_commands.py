@@ -39,7 +39,7 @@ def test_reference_then_train(job, capsys):
     assert command(job, "reference") == 0
     before = sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
     assert command(job, "reference") == 0
-    assert "complete before this call" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
     assert command(job, "train", "logging.report=true") == 0
     metrics = read_metrics(job / "run")

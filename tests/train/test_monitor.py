@@ -180,7 +180,7 @@ def test_a_lambda_at_its_bound_is_not_said_to_be_raised(folder: Path) -> None:
     given = ["spo.schedule=dual", "spo.dual_lr=1e-30", "spo.lambda_max=0.001", "training.steps=4"]
     assert train(folder, *given, "monitor.on_alarm=raise_lambda") == 0
     alarms = read(folder / "run", "alarm")
-    assert alarms and all("lambda stays 0.001" in alarm["message"] for alarm in alarms)
+    assert alarms and all("lambda stays at 0.001" in alarm["message"] for alarm in alarms)
 
 
 def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lambda(

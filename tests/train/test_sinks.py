@@ -39,8 +39,8 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(capsys: pytest.CaptureFi
     for step in (1, 2):
         sinks.line("train", step, {"loss": 1.0})
     said = capsys.readouterr().err
-    assert said.count("warning: Broken is left out") == 1 and "no network" in said
-    assert said.count("warning: Unopened is left out") == 1
+    assert said.count("warning: Broken failed") == 1 and "no network" in said
+    assert said.count("warning: Unopened failed") == 1
     assert Kept.seen == [1, 2]
 
 

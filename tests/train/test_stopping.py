@@ -188,7 +188,7 @@ def test_reference_stops_at_once_and_goes_on(folder: Path) -> None:
     assert kept
     done = cli("reference", str(folder / "config.yaml"), f"output={folder}/x", *given)
     assert done.returncode == 0, done.stderr
-    assert "complete before" not in done.stdout
+    assert "already complete" not in done.stdout
     assert not list(parts.glob("train-*/parts"))
 
 
