@@ -120,7 +120,8 @@ class _Part(Lazy):
             raise UserError(f"{self.stored.folder} is damaged: it has only part of {self.key}; use another checkpoint")
 
     def _copy(self, chunk: ChunkStorageMetadata, start: int, target: Tensor) -> None:
-        """Reads rows of a chunk into `target`; all axes of the chunk before its last `target.dim() - 1` form the rows."""
+        """Reads rows of a chunk into `target`; all its axes before the last `target.dim() - 1` together form the
+        rows."""
         box = self.stored.content(self.key, chunk.offsets)
         width = tuple(target.shape[1:])
         rows = InFile(box.path, box.offset, (prod(box.shape) // prod(width), *width), box.dtype)

@@ -83,7 +83,7 @@ class ReferenceStore:
         return len(self.records)
 
     def get(self, indices: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Returns the summed log-probs (nats; chosen fp32 [B], rejected fp32 [B]) of the data set rows `indices` [B]."""
+        """Returns the summed log-probs (nats; chosen fp32 [B], rejected fp32 [B]) of data set rows `indices` [B]."""
         wanted = np.asarray(indices)
         rows = self.records[wanted]
         chosen, rejected = rows["chosen"], rows["rejected"]
