@@ -1,4 +1,4 @@
-"""Without a GPU: layers are torch's, and what needs one is refused."""
+"""Without a GPU, layers are torch's, and settings that need a GPU are refused."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_to_device() -> None:
 
 
 def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> None:
-    """Megatron would take their optimizer, which cannot run."""
+    """Megatron would use their optimizer, which cannot run."""
     for package in cpu_bridge.HIDDEN:
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('must not be imported')")
     script = "from megatron_spo.runtime import cpu_bridge; cpu_bridge.install(); import megatron.core.optimizer"
