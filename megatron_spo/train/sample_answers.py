@@ -99,7 +99,7 @@ class HeldOutAnswers:
         return right
 
     def _rows(self, source: DataSource, dataset: TokenizedSet, count: int) -> list[dict[str, Any]]:
-        """Returns the first rows of the file, with the texts that they were tokenised from."""
+        """Returns the first rows of the file, with prompt and chosen answer as decoded from their tokens."""
         raw, rows = open_source(source), []
         for i in range(count):
             at = dataset.line(i) - 1

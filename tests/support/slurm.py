@@ -112,8 +112,8 @@ class Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stops the daemons and everything they started; the remaining processes are found by the configuration file in
-        their environment."""
+        """Kills the daemons and everything they started: all processes with the configuration file in their
+        environment."""
         for daemon in reversed(self._daemons):
             daemon.terminate()
         mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
