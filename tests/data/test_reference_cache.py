@@ -272,7 +272,7 @@ def test_changed_count_in_the_index(tmp_path: Path, data: TokenizedSet) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "count": 10**6}))
     assert "too short for the 1000000 pairs in index.json" in refusal(tmp_path, data)
     path.write_text(json.dumps({**json.loads(path.read_text()), "count": 49}))
-    assert "not of the 50 pairs" in refusal(tmp_path, data)
+    assert "has 49 pairs instead of 50" in refusal(tmp_path, data)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
