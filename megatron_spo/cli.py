@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, and turns errors into messages and exit codes."""
+"""The command line: finds and runs a command, and turns errors into messages and exit codes."""
 
 import argparse
 import contextlib
@@ -22,27 +22,28 @@ LOG = logging.getLogger(__name__)
 
 COMMANDS = {
     "train": "train, or resume if `output` holds a checkpoint; writes the run directory",
-    "reference": "fill reference.cache for every data set of the configuration; resumes",
+    "reference": "compute the reference's log-probs of every data set into reference.cache; resumes if interrupted",
     "convert": "convert a checkpoint or a model to another format",
-    "generate": "write a model's answers to the prompts of a file",
+    "generate": "generate a model's answers to the prompts in a file",
     "evaluate": "score answers, or a model on preference pairs or benchmark tasks",
-    "plan": "memory, time and cost of a run, and the layouts that fit, before a GPU is used",
+    "plan": "estimate memory, time and cost of a run and list the layouts that fit, without a GPU",
     "rehearse": "build a layout rank by rank without its GPUs, and check it",
-    "scaling": "fit scaling laws, run studies",
-    "report": "draw one or several runs into one HTML page",
-    "doctor": "show what is installed, what is missing, and what that means",
+    "scaling": "fit scaling laws and run scaling studies",
+    "report": "plot one or more runs into one HTML page",
+    "doctor": "show what is installed, what is missing, and what that affects",
 }
-"""Name -> help; the module of the same name in commands/ has its options."""
+"""Name of a command -> help text; the module of the same name in commands/ defines its options."""
 STOPPABLE = ("train", "reference")
-"""Commands of several processes, which end in order when a signal comes."""
+"""Commands with several processes, which stop in an orderly way on a signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code.
+    """Runs one command and returns its exit code.
 
-    0 done, 2 the input is wrong, 3 an anomaly in training, 4 another process died or hangs, 5 the last checkpoint could
-    not be written, 75 stopped by a signal or the time limit: the same command goes on; 128 + number: a second signal,
-    1: a bug. Under torchrun the caller sees the agent's code, 1 for all but 0: read status.json.
+    Exit codes: 0 done; 1 a bug; 2 the input is wrong; 3 an anomaly in training; 4 another process died or hangs; 5 the
+    last checkpoint could not be written; 75 stopped by a signal or the time limit (the same command resumes); 128 +
+    number a second signal. Under torchrun the caller sees the agent's code, which is 1 for every code but 0; then read
+    status.json.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(next((word for word in given if word in COMMANDS), None)).parse_args(given)
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         except (UserError, Anomaly, LostRank, NotSaved, Stopped) as error:
             return _ended(error)
-        except BaseException as error:  # some of PyTorch's are no Exception
+        except BaseException as error:  # some of PyTorch's errors are not an Exception
             if world_size() > 1 and not isinstance(error, SystemExit):
                 _broke(error)
             raise
@@ -64,27 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ended(error: UserError | Anomaly | LostRank | NotSaved | Stopped) -> int:
     stopped_at_once = isinstance(error, Stopped) and not signals.is_over
-    watch().explain(error, ours=not stopped_at_once)  # torchrun sends a signal to those whose peer has died
+    watch().explain(error, ours=not stopped_at_once)  # torchrun sends a signal to the processes whose peer has died
     signals.over(error.code)
-    message = f"stopped by {error}; the same command goes on from here" if stopped_at_once else str(error)
-    if rank() == 0 or stopped_at_once or isinstance(error, LostRank):  # in other cases all ranks found the same
+    message = f"stopped by {error}; the same command resumes from here" if stopped_at_once else str(error)
+    if rank() == 0 or stopped_at_once or isinstance(error, LostRank):  # otherwise all ranks have the same error
         (LOG.info if isinstance(error, Stopped) else LOG.error)(message)
     watch().leave(error.code, message)
     return error.code
 
 
 def _broke(error: BaseException) -> None:
-    """A bug, or the trace of another process's end: the other processes must not wait for this one."""
+    """Ends this process after a bug, or an error caused by another process's death, so that no process waits for it."""
     watch().explain(error, ours=False)
     traceback.print_exc()
     watch().leave(1, f"{type(error).__name__}: {str(error)[:300]}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # what runs at exit could wait for the others
+    os._exit(1)  # exit handlers could wait for the others
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser, with the options of `command` alone: the modules of the others are not imported."""
+    """Returns the parser with the options of `command` only; the modules of other commands are not imported."""
     parser = argparse.ArgumentParser(
         prog="megatron-spo",
         description="Stable Preference Optimization on Megatron-Core.",

@@ -1,37 +1,37 @@
-"""How a command ends before its end: one exception per exit code, its message for the user."""
+"""The exceptions that end a command early: one per exit code, with a message for the user."""
 
 
 class UserError(Exception):
-    """The input is wrong: the message names the file, row or key and the remedy.
+    """The input is wrong; the message names the file, row or key and the remedy.
 
-    Commands print it without a traceback and exit with its code.
+    Commands print the message without a traceback and exit with `code`.
     """
 
     code = 2
 
 
 class Anomaly(Exception):
-    """The training went wrong, not the input: a number that is not finite, or a spike; no weight was changed."""
+    """Training failed although the input is valid: a non-finite number, a gradient spike or a monitor alarm."""
 
     code = 3
 
 
 class LostRank(Exception):
-    """Another process of the job died, hangs or never came."""
+    """Another process of the job died, hangs or never connected."""
 
     code = 4
 
 
 class NotSaved(Exception):
-    """The last checkpoint could not be written; the earlier ones are as they were."""
+    """The last checkpoint could not be written; earlier checkpoints are unchanged."""
 
     code = 5
 
 
 class Stopped(BaseException):
-    """A signal or the time limit asked for the end; the same command goes on from here.
+    """A signal or the time limit requested the stop; the same command resumes from here.
 
-    Like KeyboardInterrupt no `Exception`: nothing that handles errors may mistake it for one.
+    Like KeyboardInterrupt it is not an `Exception`, so that no error handler catches it by mistake.
     """
 
     code = 75

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, also after a loss of power."""
+"""Atomic writing of files and folders: they are complete or absent, even after a power failure."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from megatron_spo.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `path` at the end of the context; after an error, none is left.
+    """Opens a temporary file that is renamed to `path` at the end of the context; after an error it is removed.
 
     Raises:
-        OSError
+        OSError: the file cannot be written.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
@@ -31,10 +31,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def put_in_place(written: Path, path: Path) -> None:
-    """Give a complete file its name, in place of an earlier one; both are on disk when this returns.
+    """Renames a complete file to `path`, replacing an earlier one; content and name are on disk when this returns.
 
     Raises:
-        OSError
+        OSError: the file cannot be flushed or renamed.
     """
     _flush(written)
     os.replace(written, path)
@@ -42,7 +42,7 @@ def put_in_place(written: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on disk."""
+    """Flushes a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,10 +51,10 @@ def _flush(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write or replace a file.
+    """Writes or replaces a file atomically.
 
     Raises:
-        OSError
+        OSError: the file cannot be written.
     """
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -62,9 +62,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `target`, which is absent or empty, at the end of the context.
+    """Creates a folder to fill, which is renamed to `target` at the end of the context; `target` is absent or empty.
 
-    After an error it is left as `target`.partial; the next attempt begins anew.
+    After an error it remains as `target`.partial, which the next attempt replaces.
     """
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -76,10 +76,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a file that the user asked for, and its folder. Half a surrogate pair becomes a question mark.
+    """Writes a file that the user requested, and creates its folder. Unpaired surrogates become question marks.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

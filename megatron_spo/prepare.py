@@ -1,4 +1,4 @@
-"""What `train` and `reference` do alike: join the processes, read the data, build the model."""
+"""Steps that `train` and `reference` share: connecting the processes, reading the data, building the model."""
 
 import itertools
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAIN, SFT = "train", "sft"
-"""Names of the training sets; the held-out ones have those of their files."""
+"""Names of the training sets; held-out sets are named after their files."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run, found and checked, before any model is built."""
+    """The inputs of a run, found and checked before any model is built."""
 
     folder: Path
     shape: ModelShape
@@ -43,16 +43,16 @@ class Inputs:
     evals: dict[str, TokenizedSet]
 
     def named_sets(self) -> dict[str, TokenizedSet]:
-        """All data sets by name: those of training, and the held-out ones."""
+        """Returns all data sets by name, training sets first."""
         separate = {} if self.sft is None else {SFT: self.sft}
         return {TRAIN: self.train, **separate, **self.evals}
 
 
 def join(config: Config) -> Runtime:
-    """Join the job's processes in the configured layout.
+    """Connects the job's processes in the configured layout.
 
     Raises:
-        UserError: on every rank alike; some process has no device that runs what the config asks for.
+        UserError: on every rank alike, if the device of any process cannot run the configured precision.
     """
     runtime = processes.start(
         make_topology(config.parallel, env.world_size()),
@@ -66,12 +66,12 @@ def join(config: Config) -> Runtime:
 
 
 def read_inputs(config: Config, runtime: Runtime) -> Inputs:
-    """Find the model folder and tokenise all data.
+    """Finds the model folder and tokenises all data.
 
     Raises:
-        UserError: on every rank alike.
+        UserError: on every rank alike, if the model or the data are wrong.
     """
-    for turn in (True, False):  # the main process downloads and tokenises, the others find it on disk
+    for turn in (True, False):  # the main process downloads and tokenises first, the others then read it from disk
         with agreed():
             if runtime.is_main == turn:
                 inputs = _read_inputs(config, is_main=turn)
@@ -84,7 +84,7 @@ def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     if is_main and config.model.init != "random":
         check_weights(folder, shape)
         config_of(folder)
-    if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # a hub model's shape is known only now
+    if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # the shape of a hub model is known only now
         raise UserError("\n".join(broken))
     tokenizer = load_tokenizer(config.model.tokenizer or str(folder), config.data.chat_template)
     pairs = "preference" if config.spo.spec.preference else "any"
@@ -96,14 +96,14 @@ def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     names = _eval_names(config.data.eval, reserved=(TRAIN,) if sft is None else (TRAIN, SFT))
     evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
     inputs = Inputs(folder, shape, tokenizer, build(config.data.train), sft, evals)
-    if len(tokenizer) > shape.vocab:  # common and harmless, unless the data has the tokens beyond
+    if len(tokenizer) > shape.vocab:  # common, and harmless unless the data contains the extra tokens
         for dataset in inputs.named_sets().values():
             ModelLimits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)
     return inputs
 
 
 def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list[str]:
-    """File stems, numbered where two are the same or one is called like a training set."""
+    """Returns the files' stems, with a number if two are the same or one has the name of a training set."""
     names: list[str] = []
     for source in sources:
         stem = Path(source.path).stem or source.path
@@ -113,10 +113,10 @@ def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list
 
 
 def make_model(config: Config, inputs: Inputs) -> list[PairModel]:
-    """This rank's chunks of the policy, with their initial weights.
+    """Builds this rank's chunks of the policy, with their initial weights.
 
     Raises:
-        UserError: on every rank alike.
+        UserError: on every rank alike, if the weights cannot be loaded.
     """
     chunks = build_model(inputs.shape, transformer_config(inputs.shape, config.parallel, config.precision))
     if config.model.freeze_router:

@@ -1,1 +1,1 @@
-"""Checkpoints: the folder format, saving and loading in any layout, reading single tensors."""
+"""Checkpoints: the folder format, saving and loading in any layout, and reading single tensors."""

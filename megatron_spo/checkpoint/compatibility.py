@@ -1,4 +1,4 @@
-"""What may change when a run goes on from a checkpoint."""
+"""Checks which settings may change when a run resumes from a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,21 +9,21 @@ from megatron_spo.errors import UserError
 FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.eval", "data.num_proc",
         "training.steps", "training.eval_every", "training.threads", "training.time_limit", "training.hang_timeout",
         "training.on_anomaly", "training.spike_factor", "precision.layers", "monitor")  # fmt: skip
-"""Sections and keys that do not alter the trajectory (training.steps: as long as the learning rate is constant;
-monitor, data.eval and training.eval_every: unless an alarm raises lambda), only where it would have ended
-(training.on_anomaly, training.spike_factor), or only by rounding (precision.layers)."""
+"""Sections and keys that may change on resume. They do not alter the trajectory (training.steps: if the learning rate
+is constant; monitor, data.eval and training.eval_every: unless an alarm raises lambda), or alter it only where it would
+have ended (training.on_anomaly, training.spike_factor) or only by rounding (precision.layers)."""
 
 
 def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
-    """What differs from the checkpoint's run and may, one line each.
+    """Returns one line for each allowed difference from the checkpoint's run.
 
     Args:
         found: the checkpoint.
         config: the resolved configuration, as plain data.
-        data: fingerprints of the training sets by their names.
+        data: fingerprints of the training sets, by name.
 
     Raises:
-        UserError: something alters the training and is not listed in checkpoint.allow_changed.
+        UserError: a difference alters the training and is not listed in checkpoint.allow_changed.
     """
     old, new = dict(_flat(found.record["config"])), dict(_flat(config))
     bound = set() if new["optimizer.decay"] == "constant" else {"training.steps"}
@@ -35,19 +35,19 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
     for name, fingerprint in data.items():
         if found.record["data"].get(name) != fingerprint:
             key = "spo.sft_data" if name == "sft" else "data.train"
-            differ.setdefault(key, f"{key}: the rows are other ones than those of the checkpoint")
+            differ.setdefault(key, f"{key}: the rows differ from those of the checkpoint")
     allowed = [*free, *config["checkpoint"]["allow_changed"]]
     refused = [text for key, text in differ.items() if not _covers(allowed, key)]
     if refused:
         raise UserError(
-            f"{found.path} was trained with another configuration: {'; '.join(refused)}. Restore these keys, choose "
-            "another output folder, or list them in checkpoint.allow_changed"
+            f"{found.path} was trained with a different configuration: {'; '.join(refused)}. Restore these keys, "
+            "choose another output folder, or list them in checkpoint.allow_changed"
         )
     return [text for key, text in differ.items() if not _covers(("checkpoint.allow_changed", "output"), key)]
 
 
 def _covers(names: Sequence[str], key: str) -> bool:
-    """Whether a key, or a section it is in, is among the names."""
+    """Returns whether a key or one of its sections is among the names."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
@@ -60,17 +60,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def check_base(checkpoint: Checkpoint, weights: str | None) -> None:
-    """Refuse to use adapters with other weights than those they were trained on.
+    """Checks that adapters are used with the weights they were trained on.
 
     Args:
-        checkpoint: whose record names the weights.
-        weights: fingerprint of what model.path holds now.
+        checkpoint: the checkpoint of the adapters; its record has the fingerprint of their weights.
+        weights: fingerprint of the weights in model.path now.
 
     Raises:
-        UserError
+        UserError: the fingerprints differ.
     """
     recorded = checkpoint.record.get("weights")
     if recorded != weights:
         raise UserError(f"the adapters in {checkpoint.path} belong to weights with the fingerprint {recorded}, but "
-                        f"those in model.path have {weights}; restore that model, or train anew in another output "
+                        f"those in model.path have {weights}; restore that model, or start again in another output "
                         "folder")  # fmt: skip

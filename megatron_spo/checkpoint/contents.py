@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as Megatron's sharded state dicts."""
+"""The content of a checkpoint as Megatron's sharded state dicts."""
 
 from typing import Any
 
@@ -11,16 +11,17 @@ from megatron_spo.model.optimizer import Trainable
 
 
 def weights(trainable: Trainable) -> dict[str, Any]:
-    """The sharded state dict of the model."""
+    """Returns the sharded state dict of the model."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return {name: without_base(chunk.sharded_state_dict(metadata=metadata)) for name, chunk in named_chunks(trainable)}
 
 
 def contents(trainable: Trainable, *, loading: bool) -> tuple[dict[str, Any], list[OptimizerState]]:
-    """The sharded state dict of model and optimizer, and what takes the loaded state of each inner optimizer.
+    """Returns the sharded state dict of model and optimizer, and the objects that receive each inner optimizer's state.
 
-    Each is asked by itself: the keys that megatron-core 0.16.1 makes for several ("chained_0.") bind a checkpoint to
-    their number. Names follow the model's parameters alone, so any layout can read them.
+    The state of each inner optimizer is collected separately, because the keys that megatron-core 0.16.1 makes for
+    several of them ("chained_0.") tie a checkpoint to their number. Names depend only on the model's parameters, so any
+    layout can load them.
     """
     contents = weights(trainable)
     inner = trainable.optimizer.chained_optimizers
@@ -31,7 +32,7 @@ def contents(trainable: Trainable, *, loading: bool) -> tuple[dict[str, Any], li
 
 
 def named_chunks(trainable: Trainable) -> list[tuple[str, PairModel]]:
-    """This rank's chunks under the names that the distributed optimizer looks for: model, or model0, model1, ..."""
+    """Returns this rank's chunks with the names that the distributed optimizer expects: model or model0, model1, ..."""
     if len(trainable.chunks) == 1:
         return [("model", trainable.chunks[0])]
     return [(f"model{i}", chunk) for i, chunk in enumerate(trainable.chunks)]

@@ -1,10 +1,10 @@
-"""Checkpoint folders: what makes one whole, how damage is found, and which one training goes on from.
+"""Checkpoint folders: when one is complete, how damage is found, and from which one training resumes.
 
     checkpoints/step_00000200/   Megatron's shards and metadata, and the seal, trainer.json, written last
     checkpoints/latest           the name of the newest complete one
-    checkpoints/best             that of the one with the best evaluation, where checkpoint.best asks for it
+    checkpoints/best             the name of the one with the best evaluation, if checkpoint.best is set
 
-The seal holds the state of the training, the configuration, and size and checksum of every other file.
+The seal holds the training state, the configuration, and the size and checksum of every other file.
 """
 
 import io
@@ -37,21 +37,21 @@ _CLASSES = {
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
 }  # fmt: skip
-"""All that the index of a checkpoint is made of; anything else in its pickle could run code."""
+"""The only classes allowed in the index of a checkpoint; anything else in its pickle could run code."""
 
 
 class Damaged(Exception):
-    """A checkpoint folder is not whole; the message names the file."""
+    """A checkpoint folder is damaged or incomplete; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
+    """A complete checkpoint.
 
     Attributes:
         path: its folder.
-        state: of the training, as TrainState gives it.
-        record: what the run was: the resolved configuration ("config") and fingerprints ("data").
+        state: the training state, as from `TrainState.to_dict`.
+        record: facts about the run: the resolved configuration ("config") and data fingerprints ("data").
     """
 
     path: Path
@@ -60,22 +60,22 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return int(self.state["step"])
 
 
 def step_name(step: int) -> str:
-    """Name of the checkpoint folder after `step` steps."""
+    """Returns the name of the checkpoint folder after `step` steps."""
     return f"step_{step:08d}"
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a `checkpoints` folder, whole or not, oldest first."""
+    """Returns the checkpoints in a `checkpoints` folder, complete or not, oldest first."""
     return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
 
 
 def checksum(path: Path) -> list[int | str]:
-    """Size in bytes and xxh3_128 of a file."""
+    """Returns size in bytes and xxh3_128 hash of a file."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -84,12 +84,12 @@ def checksum(path: Path) -> list[int | str]:
 
 
 def seal(folder: Path, state: dict[str, Any], record: dict[str, Any], sums: dict[str, list[int | str]]) -> None:
-    """Complete a checkpoint: write its seal.
+    """Writes the seal, which completes a checkpoint.
 
     Args:
-        folder: with all other files in it.
+        folder: the checkpoint with all its other files.
         state, record: as in `Checkpoint`.
-        sums: checksums that are known already, by file name; those of other files are computed.
+        sums: checksums that are already known, by file name; the others are computed.
     """
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: sums.get(name) or checksum(path) for name, path in paths.items()}
@@ -112,27 +112,27 @@ def _read_seal(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{path} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format", 1) != FORMAT:
         found = content.get("format", 1) if isinstance(content, dict) else "unknown"
-        raise Damaged(f"{path} is of checkpoint format {found!r}; this version reads and writes format {FORMAT}")
+        raise Damaged(f"{path} has checkpoint format {found!r}; this version reads and writes format {FORMAT}")
     if given != _digest(content):
         raise Damaged(f"{path} does not match its own checksum")
     return content
 
 
 def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool = False) -> Checkpoint:
-    """A checkpoint whose files are as they were written, and whose index is safe to load.
+    """Opens a checkpoint after checking that its files are unchanged and that its index is safe to load.
 
     Args:
-        folder: of the checkpoint.
-        part, parts: checksums of every `parts`-th file from the one with index `part` are compared, so that several
-            processes can share the reading.
-        scales: the scales of fp8 may be in it, which Transformer Engine unpickles when they are loaded.
+        folder: the checkpoint.
+        part, parts: only the checksums of every `parts`-th file, from index `part` on, are compared, so that several
+            processes can share the work.
+        scales: whether it may contain fp8 scales, which Transformer Engine unpickles when they are loaded.
 
     Raises:
-        Damaged
+        Damaged: a file is missing or changed, or the index is not safe to load.
     """
     content = _read_seal(folder)
     if stray := sorted(name for name in content["files"] if Path(name).is_absolute() or ".." in Path(name).parts):
-        raise Damaged(f"{folder / SEAL} names {stray[0]!r}, which lies outside of the folder")
+        raise Damaged(f"{folder / SEAL} names {stray[0]!r}, which is outside of the folder")
     for name, expected in content["files"].items():
         if not (folder / name).is_file():
             raise Damaged(f"{folder / name} is missing")
@@ -140,17 +140,17 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool
             raise Damaged(f"{folder / name} has {size} bytes instead of {expected[0]}")
     for name, expected in list(content["files"].items())[part::parts]:
         if checksum(folder / name) != expected:
-            raise Damaged(f"{folder / name} does not match its checksum: its content has changed")
+            raise Damaged(f"{folder / name} does not match its checksum, so its content has changed")
     if part == 0:
         _check_index(folder, scales=scales)
     return Checkpoint(folder, content["state"], content["record"])
 
 
 def unchecked(folder: Path) -> Checkpoint:
-    """A checkpoint whose seal alone is looked at.
+    """Opens a checkpoint, checking only its seal.
 
     Raises:
-        Damaged
+        Damaged: the seal is missing or damaged.
     """
     content = _read_seal(folder)
     return Checkpoint(folder, content["state"], content["record"])
@@ -159,12 +159,12 @@ def unchecked(folder: Path) -> Checkpoint:
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it calls for {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
 class _Inert:
-    """In place of a class that nothing here reads; takes whatever a pickle gives it and does nothing."""
+    """Replaces classes that are not needed here; accepts any pickled state and does nothing."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -181,10 +181,10 @@ class _PartsOfIndex(_Index):
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a folder in torch's distributed format, by whatever it was written; only what is safe is loaded.
+    """Reads the index of a folder in torch's distributed format, from any writer; loads only safe classes.
 
     Raises:
-        Damaged
+        Damaged: the index is missing, damaged or not safe to load.
     """
     return _load_index(folder, _PartsOfIndex)
 
@@ -194,10 +194,10 @@ def _load_index(folder: Path, unpickler: type[_Index]) -> Metadata:
         with (folder / _METADATA).open("rb") as file:
             index = unpickler(file).load()
         stray = [w.relative_path for w in index.storage_data.values() if Path(w.relative_path).name != w.relative_path]
-    except Exception as error:  # of many kinds, for a pickle that is torn or made to harm
+    except Exception as error:  # a damaged or malicious pickle raises many kinds
         raise Damaged(f"{folder / _METADATA} is not safe to load ({_first_line(error)})") from error
     if stray:
-        raise Damaged(f"{folder / _METADATA} names {stray[0]!r}, which lies outside of the folder")
+        raise Damaged(f"{folder / _METADATA} names {stray[0]!r}, which is outside of the folder")
     return index
 
 
@@ -206,11 +206,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_index(folder: Path, *, scales: bool) -> None:
-    """Make sure that loading this folder reads no file outside of it and runs no code of it.
+    """Checks that loading this folder reads no file outside of it and runs no code from it.
 
-    torch's reader unpickles the index and the non-tensor entries (megatron-core 0.16.1 writes some of no content).
+    torch's reader unpickles the index and the non-tensor entries (megatron-core 0.16.1 writes some empty ones).
     """
-    index = _load_index(folder, _Index)  # nothing but what torch's own reader may load
+    index = _load_index(folder, _Index)  # only what torch's own reader may load
     try:
         for key, where in index.storage_data.items():
             kind = index.state_dict_metadata[key.fqn]
@@ -219,19 +219,20 @@ def _check_index(folder: Path, *, scales: bool) -> None:
                     file.seek(where.offset)
                     content = torch.load(io.BytesIO(file.read(where.length)), weights_only=True)
                 if isinstance(content, torch.Tensor) and content.numel() and not scales:
-                    raise Damaged(f"{folder / _METADATA} has an entry {key.fqn} of pickled bytes; only a run with "
-                                  "precision.fp8 loads such")  # fmt: skip
+                    raise Damaged(f"{folder / _METADATA} has an entry {key.fqn} of pickled bytes, which only a run "
+                                  "with precision.fp8 may load")  # fmt: skip
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except Damaged:
         raise
-    except Exception as error:  # of many kinds, as above
+    except Exception as error:  # many kinds, as above
         raise Damaged(f"an entry of {folder / _METADATA} is not safe to load ({_first_line(error)})") from error
 
 
 def candidates(folder: Path) -> tuple[list[Path], list[str]]:
-    """Checkpoints of a `checkpoints` folder to try, the one to prefer first, and what is odd about that folder.
+    """Returns the checkpoints in a `checkpoints` folder to try, the preferred one first, and problems of that folder.
 
-    `latest` decides: someone may have set it back. Where it is missing or names none, the newest comes first.
+    `latest` names the preferred one, as a user may have set it back. If it is missing or names none, the newest is
+    first.
     """
     found = step_folders(folder)[::-1]
     try:
@@ -241,19 +242,19 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         return found, [f"{folder / LATEST} cannot be read ({error})"]
     if folder / named not in found:
-        return found, [f"{folder / LATEST} names {named!r}, which is not there"]
+        return found, [f"{folder / LATEST} names {named!r}, which does not exist"]
     return [folder / named, *(path for path in found if path.name < named)], []
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint so that nothing takes it for one; it is left for whoever wants to look."""
+    """Renames a damaged checkpoint, so that it is not used any more but can still be inspected."""
     target = folder.with_name(f"{folder.name}.damaged")
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; one of the same step from an earlier attempt makes way."""
+    """Moves a sealed checkpoint to its final name; replaces one of the same step from an earlier attempt."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -263,13 +264,13 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What interrupted saves have left."""
+    """Removes the files that interrupted saves have left."""
     for path in [*folder.glob(".step_*.partial-*"), *folder.glob(".step_*.old")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder: Path, *, upto: int, keep: int, protected: Sequence[str]) -> None:
-    """Remove all but the newest `keep` checkpoints up to step `upto` and the protected ones."""
+    """Removes all checkpoints up to step `upto`, except the newest `keep` and the protected ones."""
     old = [path for path in step_folders(folder) if path.name <= step_name(upto)]
     for path in old[:-keep]:
         if path.name not in protected:
@@ -277,14 +278,17 @@ def prune(folder: Path, *, upto: int, keep: int, protected: Sequence[str]) -> No
 
 
 def locate(source: Path) -> Path:
-    """The checkpoint folder meant by a run directory (its latest), by a marker in it, or by the folder itself.
+    """Returns the checkpoint folder for a run directory (its latest), a marker file in it, or the folder itself.
 
     Raises:
-        UserError
+        UserError: there is no checkpoint.
     """
     marker = source / "checkpoints" / LATEST if (source / "checkpoints").is_dir() else source
     if marker.name in (LATEST, BEST) and marker.is_file():
         return marker.parent / marker.read_text().strip()
     if (source / SEAL).is_file():
         return source
-    raise UserError(f"{source} is neither a run directory with a checkpoint nor a checkpoint")
+    raise UserError(
+        f"{source} is neither a run directory with a checkpoint nor a checkpoint; give the output folder of a run or "
+        "one of its checkpoints/step_* folders"
+    )

@@ -1,4 +1,4 @@
-"""Tensors on disk, of which any rows can be read without the rest, whatever they are laid out like."""
+"""Tensors on disk whose rows can be read without the rest, independent of how they are stored."""
 
 import mmap
 import os
@@ -15,14 +15,14 @@ from megatron_spo.errors import UserError
 from megatron_spo.model.transforms import PaddedVocabulary, Shape, Transform
 
 BLOCK_BYTES = 2**25
-"""What is in memory of a tensor at a time, unless one row is larger."""
+"""Bytes of a tensor that are in memory at a time, unless one row is larger."""
 
 
 class Lazy(ABC):
-    """A tensor of at least one dimension that is read by its rows (indices of the first one).
+    """A tensor of at least one dimension that is read by rows (indices of the first dimension).
 
     Attributes:
-        shape, dtype: as of a tensor.
+        shape, dtype: as for a torch tensor.
     """
 
     shape: Shape
@@ -30,30 +30,30 @@ class Lazy(ABC):
 
     @abstractmethod
     def fill(self, start: int, out: Tensor) -> None:
-        """Read rows from `start` on into the contiguous `out` [rows, *shape[1:]].
+        """Reads rows from `start` on into the contiguous tensor `out` [rows, *shape[1:]].
 
         Raises:
-            UserError: the file ends too early.
+            UserError: the file is truncated.
         """
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row."""
+        """Size of one row in bytes."""
         return prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor."""
+        """Size of the tensor in bytes."""
         return self.shape[0] * self.row_bytes
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """A part of the tensor, in memory."""
+        """Reads the rows from `start` to `stop` (exclusive)."""
         out = empty((stop - start, *self.shape[1:]), self.dtype)
         self.fill(start, out)
         return out
 
     def blocks(self) -> Iterator[Tensor]:
-        """The whole tensor, a few rows after another; a block is overwritten by the next one."""
+        """Yields the whole tensor in blocks of rows; each block overwrites the previous one."""
         height = min(self.shape[0], max(1, BLOCK_BYTES // max(1, self.row_bytes)))
         memory = empty((height, *self.shape[1:]), self.dtype)
         for start in range(0, self.shape[0], height):
@@ -64,7 +64,7 @@ class Lazy(ABC):
 
 @dataclass(frozen=True)
 class InFile(Lazy):
-    """Rows that stand one after another in a file, from byte `offset` on."""
+    """A tensor stored contiguously in a file from byte `offset` on."""
 
     path: Path
     offset: int
@@ -77,13 +77,13 @@ class InFile(Lazy):
             while into:
                 count = os.preadv(file.fileno(), [into], at)
                 if count == 0:
-                    raise UserError(f"{self.path} ends before its tensors do; copy or download it again")
+                    raise UserError(f"{self.path} is truncated; copy or download it again")
                 into, at = into[count:], at + count
 
 
 @dataclass(frozen=True)
 class Picked(Lazy):
-    """Runs of another tensor's rows, one after another."""
+    """Slices of another tensor's rows, concatenated."""
 
     whole: Lazy
     runs: Sequence[slice]
@@ -108,7 +108,7 @@ class Picked(Lazy):
 
 @dataclass(frozen=True)
 class Joined(Lazy):
-    """A Megatron tensor of shape `shape`, made of the Hugging Face tensors that belong into it."""
+    """A Megatron tensor of shape `shape`, assembled from its Hugging Face tensors."""
 
     sources: Sequence[Lazy]
     transform: Transform
@@ -131,15 +131,15 @@ class Joined(Lazy):
 
 
 def empty(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """A tensor in memory of its own, which goes back to the system with it.
+    """Returns an empty tensor in its own memory mapping, which is returned to the system with the tensor.
 
-    malloc may keep blocks of up to 32 MiB in its heap, where the aligned memory that torch asks for does not fit into
-    the hole that a block of the same size has left: what a conversion holds would grow with the number of tensors.
+    malloc may keep blocks of up to 32 MiB in its heap, where torch's aligned memory does not fit into the hole left by
+    a block of the same size. The memory of a conversion would then grow with the number of tensors.
     """
     size = prod(shape) * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(dtype).view(shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Returns the memory of a contiguous tensor as bytes."""
     return tensor.view(-1).view(torch.uint8).numpy().data

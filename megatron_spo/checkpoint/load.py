@@ -1,4 +1,4 @@
-"""Find the newest whole checkpoint and load it in any layout."""
+"""Finds the newest undamaged checkpoint and loads it in any layout."""
 
 import logging
 from pathlib import Path
@@ -19,16 +19,17 @@ LOG = logging.getLogger(__name__)
 
 
 def find(folder: Path, *, scales: bool) -> Checkpoint | None:
-    """The checkpoint to go on from: the one that `latest` names, or the newest whole one; None where there is none.
+    """Returns the checkpoint to resume from: the one that `latest` names, or the newest undamaged one; None if there is
+    no checkpoint.
 
-    The ranks share the comparing of checksums. A damaged checkpoint is named on screen and set aside.
+    The ranks share the work of comparing checksums. Damaged checkpoints are logged and renamed.
 
     Args:
-        folder: the run's `checkpoints`.
-        scales: those of fp8 may be in it.
+        folder: the `checkpoints` folder of the run.
+        scales: whether checkpoints may contain fp8 scales.
 
     Raises:
-        UserError: on every rank alike: there are checkpoints, and none is whole.
+        UserError: on every rank alike, if there are checkpoints and all are damaged.
     """
     lists: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -48,13 +49,13 @@ def find(folder: Path, *, scales: bool) -> Checkpoint | None:
                 checkpoint_folder.set_aside(damaged)
         return found
     if paths:
-        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(oddities)}. Bring back a copy of one, or "
-                        "remove that folder to start anew")  # fmt: skip
+        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(oddities)}. Restore a copy of one, or "
+                        "remove that folder to start from the first step")  # fmt: skip
     return None
 
 
 def _open_together(path: Path, scales: bool) -> tuple[Checkpoint | None, str]:
-    """A checkpoint if all ranks find their part of it whole, else None and what is wrong."""
+    """Returns a checkpoint if every rank finds its part undamaged, else None and what is wrong."""
     found, damage = None, ""
     try:
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -68,19 +69,19 @@ def _open_together(path: Path, scales: bool) -> tuple[Checkpoint | None, str]:
 
 
 def load(found: Checkpoint, trainable: Trainable) -> None:
-    """Fill model and optimizer from a checkpoint written in any layout; `found.state` holds the rest.
+    """Loads model and optimizer from a checkpoint of any layout; `found.state` holds the rest.
 
     Raises:
-        UserError: it is of another model.
+        UserError: the checkpoint belongs to a different model.
     """
     try:
         sharded, optimizers = contents(trainable, loading=True)
         stored = load_distributed(sharded, str(found.path))
-    except (Exception, CheckpointException) as error:  # many kinds; the files themselves are whole
+    except (Exception, CheckpointException) as error:  # many kinds; the files themselves are undamaged
         first_line = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); is model.path the model that "
-            "this run was started with?"
+            f"{found.path} does not fit the model ({type(error).__name__}: {first_line}); set model.path to the model "
+            "that this run was started with"
         ) from error
     for name, chunk in named_chunks(trainable):
         load_beside_base(chunk, stored[name])

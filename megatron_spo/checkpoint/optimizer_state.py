@@ -1,8 +1,8 @@
-"""The distributed optimizer's state in a checkpoint: tensors of the parameters' shapes, whatever the layout.
+"""The distributed optimizer's state in a checkpoint: tensors with the parameters' shapes, in any layout.
 
-Each is written by one data-parallel rank, the one that holds most of it; where others hold the rest, they send it.
-Megatron's own way to these files (megatron-core 0.16.1, sharded_param_state_fully_reshardable) gathers the whole state
-on every data-parallel rank, of which the first writes all of it.
+Each tensor is written by the data-parallel rank that holds most of it; the other ranks send it their parts. Megatron's
+own code for these files (megatron-core 0.16.1, sharded_param_state_fully_reshardable) gathers the whole state on every
+data-parallel rank, and the first of them writes all of it.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ Described: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a data-parallel rank holds of a flattened parameter: elements begin ... end."""
+    """The part of a flattened parameter that a data-parallel rank holds: elements from `begin` to `end` (exclusive)."""
 
     rank: int
     begin: int
@@ -29,12 +29,12 @@ class _Piece:
 
 
 class OptimizerState:
-    """The state of one of Megatron's distributed optimizers, to be written or to be filled."""
+    """The state of one of Megatron's distributed optimizers, for saving or loading."""
 
     def __init__(self, optimizer: Any, model: dict[str, Any], *, loading: bool) -> None:
-        """`model`: sharded state dict of the model's chunks; its tensors are shared out to the data-parallel ranks too.
+        """Sets `sharded` to this rank's part of a sharded state dict; all ranks must call it together.
 
-        To be called on all ranks together. `sharded` is then this rank's part of a sharded state dict.
+        `model`: sharded state dict of the model's chunks; its tensors, too, are divided among the data-parallel ranks.
         """
         self._optimizer = optimizer
         self._group = optimizer.data_parallel_group
@@ -69,16 +69,16 @@ class OptimizerState:
 
     @torch.no_grad()
     def fill(self, stored: dict[str, Tensor], step: int) -> None:
-        """Take what was loaded in place of `sharded`, and the count of steps."""
+        """Copies the state that was loaded for `sharded`, and the step count, into the optimizer."""
         for place, (held, piece) in self._to_fill.items():
             found = stored[place].flatten()
-            if found.data_ptr() != held.data_ptr():  # else it was loaded right into place
+            if found.data_ptr() != held.data_ptr():  # otherwise it was loaded in place
                 held.copy_(found[piece.begin : piece.end])
         for group in self._optimizer.optimizer.param_groups:
             group["step"] = step
 
     def _parameters(self) -> Iterator[tuple[Tensor, list[_Piece]]]:
-        """Every parameter with its pieces, in the same order on all data-parallel ranks."""
+        """Yields every parameter with its pieces, in the same order on all data-parallel ranks."""
         for buffer in self._optimizer.buffers:
             for parameter, (begin, end, index) in buffer.param_index_map.items():
                 bucket = buffer.buckets[index]
@@ -93,14 +93,15 @@ class OptimizerState:
                 )
 
     def _held(self, parameter: Tensor) -> dict[str, Tensor]:
-        """This rank's piece of a parameter and its moments, fp32."""
+        """Returns this rank's piece of a parameter and of its moments, fp32."""
         held = self._optimizer._get_main_param_and_optimizer_states(parameter)
         return {name: held[name].detach() for name in STATES}
 
     def _gathered(
         self, parameter: Tensor, held: dict[str, Tensor], pieces: list[_Piece], writer: int
     ) -> dict[str, Tensor]:
-        """On the writer all of a parameter and its moments; on other ranks, which `held` a piece, nothing."""
+        """Returns the whole parameter and moments on rank `writer`, and {} on the other ranks, which send their piece
+        `held`."""
         ranks, own = dist.get_process_group_ranks(self._group), torch.stack([held[name] for name in STATES])
         if self._rank != writer:
             dist.send(own, ranks[writer], group=self._group)

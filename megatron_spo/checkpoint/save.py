@@ -1,8 +1,8 @@
-"""Write the state of the training in Megatron's torch_dist format, loadable in any layout.
+"""Saves the training state in Megatron's torch_dist format, which can be loaded in any layout.
 
-A checkpoint is written under a name of its own and gets its final one when it is complete on every rank; the marker
-`latest` moves last. Files are written by a thread of each rank, so training can go on meanwhile. Of a model with
-adapters, these alone are written.
+A checkpoint is written under a temporary name and gets its final name when it is complete on every rank; the marker
+`latest` is updated last. A thread on each rank writes the files, so training can continue meanwhile. Of a model with
+adapters, only the adapters are written.
 """
 
 import queue
@@ -36,37 +36,44 @@ _BACKEND = ("torch_dist", 1)
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; raised on every rank alike. The earlier ones are as they were."""
+    """A checkpoint could not be written; raised on every rank alike. Earlier checkpoints are unchanged."""
 
 
 class SavedState(Protocol):
-    """What goes into a checkpoint besides weights and optimizer."""
+    """The part of a checkpoint besides weights and optimizer."""
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
 
     @property
     def best_step(self) -> int | None:
         """Step of the best evaluation so far, by checkpoint.best."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns the state as plain data."""
 
 
 class Saver:
-    """Writes checkpoints from all ranks together, at most one at a time."""
+    """Writes checkpoints from all ranks together, one at a time."""
 
     def __init__(
         self, folder: Path, trainable: Trainable, record: dict[str, Any], *, keep: int, weights_only: bool = False
     ) -> None:
-        """`folder` is the run's `checkpoints`; `record` goes into the seal; `keep` newest checkpoints stay. Of
-        `weights_only`, no training can go on, but a model be exported."""
+        """Sets up saving; writes nothing yet.
+
+        Args:
+            folder: the `checkpoints` folder of the run.
+            trainable: model and optimizer.
+            record: facts about the run, stored in the seal.
+            keep: number of newest checkpoints to keep.
+            weights_only: write no optimizer state; the model can be exported, but training cannot resume.
+        """
         self.folder, self.last_saved = folder, ""
         self._trainable, self._record, self._keep, self._weights_only = trainable, record, keep, weights_only
         self._open: _Writing | None = None
         if not hasattr(filesystem_async, "_results_queue"):
-            raise RuntimeError("filesystem_async._results_queue is gone from Megatron-Core: revise Saver.start")
+            raise RuntimeError("Megatron-Core no longer has filesystem_async._results_queue; update Saver.start")
 
     @property
     def is_open(self) -> bool:
@@ -74,12 +81,12 @@ class Saver:
         return self._open is not None
 
     def start(self, state: SavedState, *, in_background: bool) -> None:
-        """Begin to write the present weights, optimizer and `state`; `finished` completes it.
+        """Starts writing the current weights, optimizer and `state`; `finished` completes the checkpoint.
 
-        In the background, the weights may change as soon as this returns.
+        With `in_background`, the weights may change as soon as this returns.
 
         Raises:
-            SaveFailed: there is no room, or the folder cannot be written to.
+            SaveFailed: the disk has too little space, or the folder cannot be written to.
         """
         assert self._open is None
         partial = Path(on_main(lambda: str(self._make_partial(state.step)), SaveFailed))
@@ -89,17 +96,20 @@ class Saver:
         self._check_room(sharded)
         strategy = _Strategy(*_BACKEND)
         on_main(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)), SaveFailed)
-        filesystem_async._results_queue = queue.SimpleQueue()  # Megatron would start a process for one
+        filesystem_async._results_queue = queue.SimpleQueue()  # Megatron's own would start a process
         request = strategy.async_save(sharded, str(partial))
         live = {_storage(tensor.data) for tensor in _sharded_tensors(sharded)}
         files = _Files(request, strategy.writer, live if in_background else None)
         self._open = _Writing(state, partial, strategy, files)
 
     def finished(self, *, wait: bool) -> bool:
-        """Complete the open checkpoint, where all ranks have written it or this may `wait` for that.
+        """Completes the open checkpoint if all ranks have written it; with `wait`, waits for them.
+
+        Returns:
+            Whether a checkpoint was completed.
 
         Raises:
-            SaveFailed
+            SaveFailed: a rank could not write it.
         """
         if self._open is None or not self._open.files.written(wait=wait):
             return False
@@ -113,7 +123,7 @@ class Saver:
         return True
 
     def _make_partial(self, step: int) -> Path:
-        """A folder of no other attempt: a rank of a lost job may still write into its own."""
+        """Creates a folder with a new name, as a rank of a dead job may still write to an earlier one."""
         partial = self.folder / f".{step_name(step)}.partial-{secrets.token_hex(4)}"
         checkpoint_folder.remove_unfinished(self.folder)
         partial.mkdir(parents=True)
@@ -127,7 +137,7 @@ class Saver:
         def check() -> None:
             free = shutil.disk_usage(self.folder).free
             if free < int(total):
-                raise OSError(f"the checkpoint needs {int(total):,} bytes and {free:,} are free")
+                raise OSError(f"the checkpoint needs {int(total):,} bytes, but only {free:,} are free")
 
         on_main(check, SaveFailed)
 
@@ -163,7 +173,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class _Writing:
-    """A checkpoint on its way."""
+    """A checkpoint that is being written."""
 
     state: SavedState
     partial: Path
@@ -172,10 +182,10 @@ class _Writing:
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's, which also tells its writer and the index to write at the end.
+    """Megatron's strategy; it also keeps its writer, and the index that must be written at the end.
 
-    Megatron's own last step (megatron-core 0.16.1, save_state_dict_async_finalize) leaves the other ranks waiting for
-    ever where the main one cannot write the index.
+    Megatron's own last step (megatron-core 0.16.1, save_state_dict_async_finalize) lets the other ranks wait forever if
+    the main process cannot write the index.
     """
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
@@ -184,15 +194,15 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 class _Files:
-    """This rank's files of a checkpoint, on their way to the disk.
+    """Writes this rank's files of a checkpoint in a thread.
 
-    They are written by a thread. Megatron's own writers (megatron-core 0.16.1, TemporalAsyncCaller and
-    write_preloaded_data_multiproc) are forked children; a fork of a process that has threads may hang, and every rank
-    has some: of gloo or NCCL, of the watch, of the loader.
+    Megatron's own writers (megatron-core 0.16.1, TemporalAsyncCaller and write_preloaded_data_multiproc) are forked
+    children. Forking a process that has threads may hang, and every rank has threads: of gloo or NCCL, the watchdog and
+    the loader.
     """
 
     def __init__(self, request: AsyncRequest, writer: FileSystemWriterAsync, live: set[int] | None) -> None:
-        """`live`: storages that the training may change while the thread writes; None to write at once."""
+        """`live`: storages that training may change while the thread writes; None writes without a thread."""
         self.sums: dict[str, list[int | str]] = {}
         self._writer = writer
         self._transforms = request.async_fn.args[0] if request.async_fn else []
@@ -205,7 +215,7 @@ class _Files:
             self._thread.run()
 
     def written(self, *, wait: bool) -> bool:
-        """Whether all ranks have written theirs; called by all of them."""
+        """Returns whether all ranks have written their files; all ranks must call it together."""
         if wait and self._thread.ident is not None:
             self._thread.join()
         open_files = torch.tensor([int(self._thread.is_alive())], device=torch.cuda.current_device())
@@ -213,7 +223,7 @@ class _Files:
         return not int(open_files)
 
     def _write(self) -> None:
-        """Write, then take the checksums while the content is still in the system's memory."""
+        """Writes the files and computes their checksums while the content is still in the page cache."""
         outcomes: dict[int, Any] = {}
         failure: Exception | None = None
         try:
@@ -226,7 +236,7 @@ class _Files:
                     raise outcome
                 outcomes[i], path = outcome, Path(bucket[0])
                 self.sums[path.name] = checkpoint_folder.checksum(path)
-        except Exception as error:  # told by the main thread, on every rank
+        except Exception as error:  # reported by the main thread on every rank
             failure = error
         if self._buckets:
             self._writer.results_queue.put(failure or outcomes)
@@ -234,7 +244,7 @@ class _Files:
 
 
 def _copied(bucket: Any, live: set[int]) -> Any:
-    """With copies of the live tensors: on a CPU Megatron hands out these."""
+    """Returns the bucket with copies of its live tensors; on a CPU, Megatron does not copy them."""
     path, key, (texts, tensors) = bucket
     return path, key, (texts, [(item, t.clone() if _storage(t) in live else t) for item, t in tensors])
 
@@ -244,10 +254,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _sharded_tensors(sharded: dict[str, Any]) -> list[ShardedTensor]:
-    """Those that hold data on this rank."""
+    """Returns the sharded tensors that hold data on this rank."""
     return [v for v in nested_values(sharded) if isinstance(v, ShardedTensor) and v.data is not None]
 
 
 def _plain(results: Any) -> Any:
-    """Write results, or a text that says why there are none (torch's wrapped exceptions bring a traceback along)."""
+    """Returns the write results, or the reason of a failure as text (torch's exceptions here include a traceback)."""
     return results if isinstance(results, list) else str(results[0]).removeprefix("Worker failure: ")

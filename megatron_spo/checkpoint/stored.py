@@ -1,4 +1,4 @@
-"""Parts of the tensors of a folder in torch's distributed format (torch_dist), read without the rest of it."""
+"""Reads single tensors, or parts of them, from a folder in torch's distributed format (torch_dist)."""
 
 import io
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_spo.model.transforms import Shape
 
 
 class StoredTensors:
-    """The tensors of a folder, by Megatron's keys without the prefix that all of them may have.
+    """The tensors of a folder, by Megatron's keys without their common prefix, if there is one.
 
     Raises:
         UserError: the index cannot be read.
@@ -31,7 +31,7 @@ class StoredTensors:
         try:
             index = read_index(folder)
         except Damaged as error:
-            raise UserError(f"{error}; name another checkpoint") from error
+            raise UserError(f"{error}; use another checkpoint") from error
         self._storage = index.storage_data
         every = index.state_dict_metadata.items()
         self._tensors = {
@@ -41,35 +41,35 @@ class StoredTensors:
         self.content = cache(self._content)
 
     def keys(self) -> set[str]:
-        """Of all tensors."""
+        """Returns the keys of all tensors."""
         return set(self._tensors)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of one tensor."""
+        """Returns the dtype of one tensor."""
         return self._tensors[key].properties.dtype
 
     def size(self, key: str) -> Shape:
-        """Shape of one tensor."""
+        """Returns the shape of one tensor."""
         return tuple(self._tensors[key].size)
 
     def part(self, key: str, at: tuple[int, ...] = ()) -> Lazy:
-        """A whole tensor, or the part of it that has these indices on its first axes."""
+        """Returns a tensor lazily, or the part of it at the indices `at` of its first axes."""
         return _Part(self, key, at, self.size(key)[len(at) :], self.dtype(key))
 
     def read(self, key: str, layer: int | None) -> Tensor:
-        """A whole tensor in memory, or the part of it that has this index on the first axis.
+        """Reads a whole tensor, or the part of it at index `layer` of the first axis.
 
         Raises:
-            UserError: the folder holds only some of it.
+            UserError: the folder holds only part of it.
         """
         part = self.part(key, () if layer is None else (layer,))
         return part.rows(0, part.shape[0])
 
     def _chunks(self, key: str, leading: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
-        """The stored boxes of a tensor, by the indices on the first axes that they take part in."""
+        """Returns the stored chunks of a tensor, by the indices of the first `leading` axes that they cover."""
         found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
         for chunk in self._tensors[key].chunks:
             spans = zip(chunk.offsets[:leading], chunk.sizes[:leading], strict=True)
@@ -78,13 +78,13 @@ class StoredTensors:
         return found
 
     def _content(self, key: str, offsets: torch.Size) -> InFile:
-        """Where the numbers of a box stand: torch.save has put them into a zip archive within the file."""
+        """Returns where the data of a chunk is; torch.save has written it into a zip archive within the file."""
         where = self._storage[MetadataIndex(self._prefix + key, offsets)]
         path = self.folder / where.relative_path
         with _Window(path, where.offset, where.length) as window, FakeTensorMode():
             tensor = torch.load(cast(IO[bytes], window), weights_only=True)
         if not tensor.is_contiguous():
-            raise UserError(f"{path} holds {key} with its axes swapped, which is not built; save it contiguous")
+            raise UserError(f"{path}: {key} is not stored contiguously, which is not supported; save it contiguous")
         # torch 2.13 documents this attribute under "Utilities" of its notes on serialization
         offset = where.offset + tensor.untyped_storage()._checkpoint_offset
         return InFile(path, offset + tensor.storage_offset() * tensor.itemsize, tuple(tensor.shape), tensor.dtype)
@@ -92,7 +92,7 @@ class StoredTensors:
 
 @dataclass(frozen=True)
 class _Part(Lazy):
-    """The part of a stored tensor with the indices `at` on its first axes."""
+    """The part of a stored tensor at the indices `at` of its first axes."""
 
     stored: StoredTensors
     key: str
@@ -117,12 +117,11 @@ class _Part(Lazy):
             self._copy(chunk, before * height + first - chunk.offsets[leading], target)
             filled += target.numel()
         if filled != out.numel():
-            raise UserError(
-                f"{self.stored.folder} holds {self.key} only in part; it is damaged: use another checkpoint"
-            )
+            raise UserError(f"{self.stored.folder} is damaged: it has only part of {self.key}; use another checkpoint")
 
     def _copy(self, chunk: ChunkStorageMetadata, start: int, target: Tensor) -> None:
-        """Rows of a box, all but its last axes (as many as `target` has behind the first) counted as rows."""
+        """Reads rows of a chunk into `target`; all its axes before the last `target.dim() - 1` together form the
+        rows."""
         box = self.stored.content(self.key, chunk.offsets)
         width = tuple(target.shape[1:])
         rows = InFile(box.path, box.offset, (prod(box.shape) // prod(width), *width), box.dtype)
@@ -133,7 +132,7 @@ class _Part(Lazy):
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file as a file object."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
         self._file, self._start, self._length = path.open("rb"), start, length

@@ -1,4 +1,4 @@
-"""AdamW whose step count lives in the parameter group."""
+"""AdamW that keeps its step count in the parameter group."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch.optim.adamw import adamw
 class GroupStepAdamW(torch.optim.AdamW):
     """torch's AdamW, with `step` in each group instead of in each parameter's state.
 
-    As in the fused Adam of Transformer Engine and apex, so that a checkpoint holds one count and the moments.
+    The fused Adam of Transformer Engine and apex does the same, so a checkpoint holds one count and the moments.
     """
 
     def fill_states(self) -> None:
-        """Make count and moments, so that an optimizer can be saved and loaded before its first step."""
+        """Creates count and moments, so that the optimizer can be saved and loaded before its first step."""
         for group in self.param_groups:
             group["step"] = 0
             for parameter in group["params"]:
@@ -23,7 +23,7 @@ class GroupStepAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update by torch's functional AdamW."""
+        """Runs one update with torch's functional AdamW."""
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -50,11 +50,11 @@ class GroupStepAdamW(torch.optim.AdamW):
 
 
 def keep_step_in_group(optimizer: Any) -> None:
-    """Replace torch's AdamW inside each of Megatron's optimizers; one from Transformer Engine or apex stays. Count and
-    moments are made now, so that an optimizer can be saved before its first step as well.
+    """Replaces torch's AdamW in each of Megatron's optimizers and creates count and moments; call it before the first
+    step.
 
-    The constructor refuses the real groups (main parameters are views, not leaves), so they are assigned, as Megatron
-    does itself. Must run before the first step.
+    An Adam from Transformer Engine or apex is kept. The constructor rejects the real parameter groups, because main
+    parameters are views instead of leaves, so the groups are assigned afterwards, as Megatron does itself.
     """
     for inner in optimizer.chained_optimizers:
         if type(inner.optimizer) is torch.optim.AdamW:

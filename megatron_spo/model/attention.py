@@ -1,11 +1,11 @@
 """Core attention for rows of prefix-shared pairs.
 
-A row is [shared | chosen tail | rejected tail] per pair, pair after pair. A token sees the earlier tokens of its own
-pair, but a rejected tail never sees the chosen one. The row is cut into segments of queries over their keys
-(model/segments.py), which a GPU's kernel for variable lengths takes as they are. Elsewhere, and under context
-parallelism, segments of like size are laid side by side and their queries taken in strips, each over the keys it can
-reach, so that about the visible half of the scores is computed. Under context parallelism every rank holds a share of
-each pair's tokens and gathers the keys and values of all.
+A row holds [shared | chosen tail | rejected tail] for one pair after another. A token sees the earlier tokens of its
+own pair, but a rejected tail never sees the chosen tail. The row is divided into segments of queries and their keys
+(model/segments.py), which a GPU kernel for variable lengths takes directly. Without such a kernel, and under context
+parallelism, segments of similar size are batched and their queries are processed in strips, each over the keys it can
+see, so that only about half of the scores are computed. Under context parallelism every rank holds a part of each
+pair's tokens and gathers the keys and values of all.
 """
 
 from dataclasses import dataclass
@@ -31,37 +31,37 @@ from megatron_spo.model.segments import Blocks, Segments, blocks_of, key_order, 
 from megatron_spo.runtime.device import to_device
 
 BLOCK = 16
-"""Queries and keys of a segment are padded to multiples of this: what torch's kernels sum in vectors of at most so many
-is then the same whatever other pairs are in the row, and so is bf16's rounding."""
+"""Queries and keys of a segment are padded to multiples of this. torch's kernels sum in vectors of at most this length,
+so the sums, and the rounding in bf16, do not depend on the other pairs in the row."""
 GPU_BLOCK = 128
-"""The same on a GPU without a kernel for variable lengths: fewer launches."""
+"""The same on a GPU without a kernel for variable lengths; larger, for fewer kernel launches."""
 STRIP = 64
-"""Queries of a strip on a CPU, whose kernel skips no scores, masked or not; a multiple of BLOCK."""
+"""Queries per strip on a CPU, whose kernel also computes masked scores; a multiple of BLOCK."""
 
 SCORES_PER_CHUNK = 2**24
-"""ScoreRule of capped attention held at a time on one rank (64 MiB in fp32, several times over)."""
+"""Number of scores of capped attention that a rank holds at a time (64 MiB in fp32, in several copies)."""
 
 
 @dataclass
 class RowOnDevice(PackedSeqParams):
-    """A packed row as the model takes it; Megatron hands it to every layer of every stage as `packed_seq_params`.
+    """A packed row as the model's input; Megatron passes it to every layer of every stage as `packed_seq_params`.
 
-    T tokens and E scored entries (position, target) on this rank. Under context parallelism a rank holds its share of
-    the tokens and the entries predicted there.
+    It has T tokens and E scored entries (position, target) on this rank. Under context parallelism a rank holds its
+    share of the tokens and the entries that they predict.
     """
 
     tokens: Tensor | None = None  # [1, T]
     positions: Tensor | None = None  # [T] rotary positions
     predict_at: Tensor | None = None  # [E] positions in the row
     targets: Tensor | None = None  # [E] token ids
-    entries: Tensor | None = None  # [E] which of the row's entries these are
-    padding: Tensor | None = None  # [1, T] bool, the tokens that fill up the row
+    entries: Tensor | None = None  # [E] indices of these entries among the row's
+    padding: Tensor | None = None  # [1, T] bool, true for padding tokens
     geometry: "Geometry | None" = None
 
 
 def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:
-    """Tensors of a row, or of the share of context-parallel rank `rank`, and the geometry of its attention, computed
-    once for all layers."""
+    """Copies a row, or the share of context-parallel rank `rank` of `ranks`, to `device` and computes the geometry of
+    its attention once for all layers."""
     length = len(row.tokens)
     owner = _owners(length, ranks)
     here = np.flatnonzero(owner == rank)
@@ -72,7 +72,7 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
     gathered[np.argsort(owner, kind="stable")] = np.arange(length)
     put = partial(to_device, device=device)
     return RowOnDevice(
-        qkv_format="sbhd",  # Megatron would reshape "thd" rows itself
+        qkv_format="sbhd",  # with "thd" Megatron would reshape the rows
         tokens=put(row.tokens[here])[None],
         positions=put(row.positions[here]),
         predict_at=put(local[row.predict_at[entries]]),
@@ -84,17 +84,18 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
 
 
 def _owners(length: int, ranks: int) -> np.ndarray:
-    """The context-parallel rank of each token [T]: 0 1 1 0 0 1 1 0 ... for two.
+    """Returns the context-parallel rank of each token [T]: 0 1 1 0 0 1 1 0 ... for two ranks.
 
-    A token costs as much attention as there are tokens before it in its pair; dealt out like this, the ranks have the
-    same work and the same number of tokens wherever the pairs of the row begin.
+    The attention cost of a token grows with the number of tokens before it in its pair. With this order the ranks have
+    equal work and equally many tokens, wherever the pairs of the row begin.
     """
     turn = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
     return np.resize(turn, length)
 
 
 class _GatherOverRanks(torch.autograd.Function):
-    """[T, ...] of every rank of a group, one after another; the gradient goes back summed to where it belongs."""
+    """Concatenates [T, ...] of all ranks of a group; the backward pass sums the gradients and returns each rank its
+    part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -113,25 +114,25 @@ class _GatherOverRanks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """What becomes of the products of queries and keys: times `scale`, capped (x -> softcap * tanh(x / softcap))."""
+    """How scores are made from products of queries and keys: times `scale`, then softcap * tanh(x / softcap) if set."""
 
     scale: float
     softcap: float | None = None
 
     def heads_repeat(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
-        """Whether the kernel needs the keys and values of a group once for each of its heads."""
+        """Returns whether the kernel needs the keys and values of a group repeated for each of its heads."""
         return self.softcap is not None or (q.is_cuda and not _kernel_takes(q, k, v, bias))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Attention [B, heads, Q, d] over k and v [B, groups, K, d]; bias [B, 1, Q, K]."""
+        """Returns attention [B, heads, Q, d] of q over k and v [B, groups, K, d]; bias [B, 1, Q, K] is added."""
         if self.softcap is not None:
             return self._capped(q, k, v, bias, self.softcap)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped, scale=self.scale)
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float) -> Tensor:
-        """No kernel of torch's caps. Queries are taken in chunks whose scores are computed again in the backward pass,
-        so that [Q, K] scores of all heads are never held at once."""
+        """Attention with capped scores, which no kernel of torch supports. Queries are processed in chunks whose scores
+        are recomputed in the backward pass, so that [Q, K] scores of all heads are never held at once."""
 
         def chunk(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             scores = ((q @ k.mT).float() * (self.scale / softcap)).tanh() * softcap
@@ -145,10 +146,10 @@ class ScoreRule:
 
 @dataclass(frozen=True)
 class Tiles:
-    """B segments of like size side by side, padded to Q queries and K keys.
+    """A batch of B segments of similar size, padded to Q queries and K keys.
 
     bias     [B, 1, Q, K] 0 where a query sees a key, else -inf
-    reaches  the keys, from and to, that the queries of each strip see at most
+    reaches  start and end of the keys that the queries of each strip can see
     """
 
     bias: Tensor
@@ -156,7 +157,7 @@ class Tiles:
     reaches: list[tuple[int, int]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: ScoreRule) -> Tensor:
-        """Queries [B * Q, heads, d] over keys and values [B * K, groups, d] -> [B * Q, heads * d]."""
+        """Returns attention [B * Q, heads * d] of q [B * Q, heads, d] over k and v [B * K, groups, d]."""
         count, _, _, _ = self.bias.shape
         q, k, v = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
         if scores.heads_repeat(q, k, v, self.bias):
@@ -171,8 +172,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tiling:
-    """A row cut into tiles: which token each of their queries [NQ] and keys [NK] is, and where each token's output
-    stands among the queries [T]."""
+    """A row divided into tiles: the token of each of their queries [NQ] and keys [NK], and the position of each token's
+    output among the queries [T]."""
 
     queries: Tensor
     keys: Tensor
@@ -180,7 +181,7 @@ class Tiling:
     tiles: list[Tiles]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: ScoreRule) -> Tensor:
-        """Query [T, heads, d], key and value [T of all ranks, groups, d] -> [T, heads * d]."""
+        """Returns attention [T, heads * d] of query [T, heads, d] over key and value [T of all ranks, groups, d]."""
         q, k, v = query.index_select(0, self.queries), key.index_select(0, self.keys), value.index_select(0, self.keys)
         sizes = [tile.bias.shape for tile in self.tiles]
         q_parts = q.split([size[0] * size[2] for size in sizes])
@@ -191,22 +192,23 @@ class Tiling:
 
 
 class Geometry:
-    """Who attends to whom in a row, in the form that a backend takes; made for the first layer, kept for the others."""
+    """Which tokens of a row attend to which, in the form a backend needs; the first layer creates it for all layers."""
 
     def __init__(
         self, segments: Segments, here: NDArray[np.int64], gathered: NDArray[np.int64], device: torch.device
     ) -> None:
-        """`here`: row positions of this rank's tokens. `gathered`: where each row position stands among the keys."""
+        """`here`: row positions of this rank's tokens. `gathered`: index of each row position among the gathered
+        keys."""
         self._segments, self._here, self._gathered, self._device = segments, here, gathered, device
         self._tilings: dict[int | None, Tiling] = {}
         self._varlen: Varlen | None = None
 
     def narrows(self, window: int | None) -> bool:
-        """Whether a query somewhere in the row sees fewer keys when it sees its `window` last ones only."""
+        """Returns whether a window of `window` keys hides any key from any query of the row."""
         return window is not None and int(self._segments.keys.max()) > window
 
     def tiling(self, dtype: torch.dtype, window: int | None) -> Tiling:
-        """For the kernel that takes a mask."""
+        """Returns the tiles for a kernel with a mask."""
         window = window if self.narrows(window) else None
         if window not in self._tilings:
             multiple = BLOCK if self._device.type == "cpu" else GPU_BLOCK
@@ -236,7 +238,7 @@ class Geometry:
         return Tiles(bias, strip, list(zip(*(bound.tolist() for bound in bounds), strict=True)))
 
     def varlen(self) -> Varlen:
-        """For a kernel that takes segments of any length; not under context parallelism."""
+        """Returns the segments for a kernel for variable lengths; not available under context parallelism."""
         if self._varlen is None:
             put = partial(to_device, device=self._device)
             segments = self._segments
@@ -255,8 +257,8 @@ def _bounds(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def _kernel_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
-    """Whether this torch has a kernel for grouped heads with a mask that never holds the scores [B, heads, Q, K]; else
-    it would silently take the plain product, which does."""
+    """Returns whether this torch has a kernel for grouped heads with a mask that never holds the scores
+    [B, heads, Q, K]. Otherwise torch would silently use the plain product, which holds them."""
     arguments = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, q.shape[1] != k.shape[1])
     return torch.backends.cuda.can_use_efficient_attention(arguments)
 
@@ -292,7 +294,8 @@ class PairAttention(MegatronModule):
         packed_seq_params: RowOnDevice,
         **_: Any,
     ) -> Tensor:
-        """Query [T, 1, heads, d], key and value [T, 1, groups, d], rotated; returns [T, 1, heads * d]."""
+        """Returns attention [T, 1, heads * d] of query [T, 1, heads, d] over key and value [T, 1, groups, d], all with
+        rotary embedding applied."""
         geometry = packed_seq_params.geometry
         assert geometry is not None
         kernel = None

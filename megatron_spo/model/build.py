@@ -1,4 +1,4 @@
-"""Build the policy for one rank: GPTModel over packed rows, with the log-prob head."""
+"""Builds the policy for one rank: a GPTModel over packed rows, with the log-prob head."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,8 +25,8 @@ from megatron_spo.model.logprobs import LogProbHead
 
 
 class RowRotary(RotaryEmbedding):
-    """Rotary angles [T, 1, 1, d] at the positions of a row, or [2, T, 1, 1, d] for two bases; put in place by changing
-    the class of the built one."""
+    """Returns rotary angles [T, 1, 1, d] at the positions of a row, or [2, T, 1, 1, d] for two bases. It is installed
+    by changing the class of the built module."""
 
     def get_rotary_seq_len(
         self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, row: RowOnDevice, **_: Any
@@ -40,7 +40,7 @@ class RowRotary(RotaryEmbedding):
 
 
 class PairModel(GPTModel):
-    """GPTModel over packed rows: returns what its head measures on the last stage, hidden states elsewhere."""
+    """GPTModel over packed rows; returns the output of its log-prob head on the last stage, hidden states elsewhere."""
 
     def __init__(
         self,
@@ -71,16 +71,16 @@ class PairModel(GPTModel):
             self.output_layer.softcap = shape.gemma.logit_softcap if shape.gemma else None
 
     def forward(self, row: RowOnDevice) -> Tensor:
-        """Log-probabilities and entropies [2, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
+        """Returns log-probs and entropies [2, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
         if self.post_process:
             self.output_layer.row = row
         padding = self._padding(row) if self.config.num_moe_experts else None
         return super().forward(row.tokens, None, None, packed_seq_params=row, padding_mask=padding)
 
     def _padding(self, row: RowOnDevice) -> Tensor:
-        """[1, T] the row's padding, for the routers; under sequence parallelism, this rank's part.
+        """Returns the row's padding mask [1, T] for the routers; under sequence parallelism, this rank's part.
 
-        The first stage cuts it up by itself, the others do not (megatron-core 0.16.1, gpt_model.py, _preprocess).
+        Megatron's first stage splits it itself, the others do not (megatron-core 0.16.1, gpt_model.py, _preprocess).
         """
         assert row.padding is not None
         if self.pre_process or not self.config.sequence_parallel:
@@ -90,16 +90,17 @@ class PairModel(GPTModel):
 
 
 def scale_by(factor: float) -> Callable[..., Tensor]:
-    """Forward hook of the embedding; the factor is rounded to the model's precision, as in transformers."""
+    """Returns a forward hook that scales the embedding; the factor is rounded to the model's precision, as in
+    transformers."""
     return lambda module, inputs, hidden: hidden * torch.tensor(factor, dtype=hidden.dtype, device=hidden.device)
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Rotary inverse frequencies [head_dim / 2], with the scaling that transformers defines for the model; [2,
-    head_dim / 2] where layers with a sliding window have their own, in the second row.
+    """Returns rotary inverse frequencies [head_dim / 2] with the scaling that transformers defines for the model, or
+    [2, head_dim / 2] if layers with a sliding window have their own, in the second row.
 
     Raises:
-        UserError: a scaling that also rescales attention, which is not built.
+        UserError: the scaling also rescales attention, which is not supported.
     """
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     plain = 1.0 / (shape.rope_theta**exponents)
@@ -128,8 +129,8 @@ def _scaled(plain: Tensor, shape: ModelShape) -> Tensor:
 
 
 def build_model(shape: ModelShape, config: TransformerConfig) -> list[PairModel]:
-    """This rank's chunks of the model (one, unless the pipeline is interleaved), with memory for their weights but not
-    their values."""
+    """Builds this rank's chunks of the model (one, unless the pipeline is interleaved), with memory for their weights
+    but not their values."""
     chunks = config.virtual_pipeline_model_parallel_size
     return [_build_chunk(shape, config, vp_stage) for vp_stage in (range(chunks) if chunks else [None])]
 
@@ -140,8 +141,8 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
     _accumulate_in_place(model)
     if shape.gemma is not None:
         for layer in model.decoder.layers:
-            # Megatron records gradients of what it adds to the residual under no_grad too (megatron-core 0.16.1,
-            # transformer_layer.py); with a norm in it, a forward pass alone would keep what its backward pass needs
+            # Megatron enables gradients for the residual addition even under no_grad (megatron-core 0.16.1,
+            # transformer_layer.py). With a norm in it, a forward pass alone would keep tensors for the backward pass.
             layer.bias_dropout_add_exec_handler = nullcontext
     if config.use_cpu_initialization:
         dispatch_without_gpu(model)
@@ -149,10 +150,10 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
 
 
 def _mark_tensor_parallel(model: PairModel) -> None:
-    """Tell the gradient norm which weights are parts of a larger one, so that it does not take them for duplicates.
-    Experts count as such, whole ones too: their optimizer has a shard of each on one rank only.
+    """Marks the weights that are parts of a larger one, so that the gradient norm does not treat them as duplicates.
 
-    megatron-core 0.16.1 does so only where it initialises them itself; Transformer Engine's layers always have.
+    Experts are marked too, even whole ones, as their optimizer has a shard of each on one rank only. megatron-core
+    0.16.1 marks weights only if it initialises them itself; Transformer Engine's layers are always marked.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
@@ -162,11 +163,11 @@ def _mark_tensor_parallel(model: PairModel) -> None:
 
 
 def _accumulate_in_place(model: PairModel) -> None:
-    """Let Transformer Engine's layers add a row's gradient to Megatron's fp32 buffer in the matrix product itself.
+    """Lets Transformer Engine's layers add a row's gradient to Megatron's fp32 buffer within the matrix product.
 
-    Set here, because the key of Megatron's configuration asks the output layer for a kernel of apex (megatron-core
-    0.16.1, tensor_parallel/layers.py). On the first row of a pass the buffer is overwritten, which is why one pass is
-    one run of the pipeline over buffers that were emptied (train/step.py).
+    It is set here, because Megatron's configuration key would require an apex kernel for the output layer
+    (megatron-core 0.16.1, tensor_parallel/layers.py). The first row of a pass overwrites the buffer. Therefore a pass
+    is one run of the pipeline over zeroed buffers (train/step.py).
     """
     for module in model.modules():
         if isinstance(module, TE_LINEAR_TYPES):

@@ -1,11 +1,11 @@
 """The mixture of experts: routers that can be balanced over the global batch, and dispatch without a GPU.
 
-Load balancing. The loss of a layer is E * sum_i f_i * P_i over its E experts: f_i the share of all assignments that
-expert i gets, P_i the mean of the router's softmax; 1 where the load is even (Switch Transformer, arXiv 2101.03961). f
-counts and has no gradient. Megatron and transformers take both from one micro-batch, so that the loss depends on which
-pairs share a row. Here P is the mean over the tokens of the global batch, whose number is known beforehand, and f that
-of the previous global batch: the gradient is then a sum over tokens, the same in every layout, micro-batch and packing,
-and no router waits for another. Padding takes no part.
+Load balancing: the loss of a layer is E * sum_i f_i * P_i over its E experts, where f_i is the share of assignments of
+expert i and P_i the mean of its router probability; it is 1 for an even load (Switch Transformer, arXiv 2101.03961). f
+is a count and has no gradient. Megatron and transformers take f and P from one micro-batch, so their loss depends on
+which pairs share a row. Here P is the mean over the tokens of the global batch, whose number is known beforehand, and f
+is that of the previous global batch. The gradient is then a sum over tokens, which is the same in every layout,
+micro-batch and packing, and no router waits for another. Padding tokens are excluded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,32 +22,32 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor
 
 Load = list[list[float]]
-"""[layers][E] share of a layer's assignments that each expert gets."""
+"""[layers][E] share of each layer's assignments that each expert gets."""
 
 
 class BalancedRouter(TopKRouter):
-    """Megatron's router; within `balancing` with the gradient of the load-balancing loss."""
+    """Megatron's router; within `balancing` it adds the gradient of the load-balancing loss."""
 
     pull: Tensor | None = None
-    """[E] derivative of the loss by a token's probability of each expert."""
+    """[E] derivative of the loss with respect to a token's probability of each expert."""
     seen: Tensor
-    """fp64 [2, E]: tokens that went to each expert, and the sum of their probabilities."""
+    """fp64 [2, E]: number of tokens routed to each expert, and the sum of all tokens' probabilities of it."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [T, 1, E] in fp32.
+        """Returns logits [T, 1, E] in fp32.
 
-        Megatron's own needs Transformer Engine (megatron-core 0.16.1, moe_utils.py: te_general_gemm is not defined
+        Megatron's own method needs Transformer Engine (megatron-core 0.16.1, moe_utils.py: te_general_gemm is undefined
         without it).
         """
         return F.linear(input.float(), self.weight.float())
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and bool map [T, E] of the experts that each token goes to."""
+        """Returns the weights and the bool map [T, E] of the experts that each token is routed to."""
         logits = logits.view(-1, self.num_experts)
         weights, chosen = topk_routing_with_score_function(
             logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
         )
-        if self.pull is None or not torch.is_grad_enabled():  # a layer to be recomputed passes here once without
+        if self.pull is None or not torch.is_grad_enabled():  # recomputed layers run once without gradients
             return weights, chosen
         assert padding_mask is not None
         real = ~padding_mask.reshape(-1, 1)
@@ -57,7 +57,7 @@ class BalancedRouter(TopKRouter):
 
 
 def _routers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, BalancedRouter]]:
-    """This rank's routers with the index of their layer in the model."""
+    """Yields this rank's routers with the index of their layer in the model."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, BalancedRouter):
@@ -66,18 +66,19 @@ def _routers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, BalancedR
 
 
 def freeze_routers(chunks: Sequence[torch.nn.Module]) -> None:
-    """Leave the routers' weights out of training; must come before the optimizer is made."""
+    """Freezes the routers' weights; call it before the optimizer is created."""
     for _, router in _routers(chunks):
         router.weight.requires_grad_(False)
 
 
 @contextmanager
 def balancing(chunks: Sequence[torch.nn.Module], load: Load | None, scale: float) -> Iterator[None]:
-    """Within the context, gradients hold that of each layer's load-balancing loss times `scale` as well.
+    """Adds the gradient of each layer's load-balancing loss, times `scale`, within the context.
 
     Args:
-        load: the f of each layer; None before the first batch, which gets no gradient, as if the load were even.
-        scale: of a token, all that the loss is multiplied by.
+        chunks: this rank's chunks of the model.
+        load: f of each layer; None before the first batch, which gets no gradient, as for an even load.
+        scale: factor of the loss per token.
     """
     for layer, router in _routers(chunks):
         count, device = router.num_experts, router.weight.device
@@ -92,22 +93,22 @@ def balancing(chunks: Sequence[torch.nn.Module], load: Load | None, scale: float
 
 
 def balance(chunks: Sequence[torch.nn.Module], layers: int) -> tuple[Load, float]:
-    """The load of the rows that came by within the last `balancing`, of all ranks, and their load-balancing loss, the
-    mean over the layers. Every rank must call it."""
+    """Returns the load of the rows of all ranks in the last `balancing` context, and their load-balancing loss,
+    averaged over the layers. All ranks must call it together."""
     routers = dict(_routers(chunks))
     sample = next(iter(routers.values())).seen
     totals = sample.new_zeros(2, layers, sample.shape[1])
     for layer, router in routers.items():
         totals[:, layer] = router.seen
-    dist.all_reduce(totals)  # no two ranks have seen the same token in the same layer
+    dist.all_reduce(totals)  # no two ranks count the same token in the same layer
     shares, means = (total / total.sum(-1, keepdim=True) for total in totals.cpu())
     loss = (shares * means).sum(-1).mean() * shares.shape[-1]
     return [[float(share) for share in row] for row in shares], float(loss)
 
 
 class _DispatchWithoutGpu(MoEAlltoAllTokenDispatcher):
-    """Takes over the split sizes of the exchange as numbers; Megatron does so for CUDA tensors only (megatron-core
-    0.16.1, moe_utils.py, maybe_move_tensor_to_cpu)."""
+    """Converts the split sizes of the all-to-all to numbers on the CPU, too; Megatron does it only for CUDA tensors
+    (megatron-core 0.16.1, moe_utils.py, maybe_move_tensor_to_cpu)."""
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Any = None) -> Any:
         if point == self.cuda_dtoh_point:
@@ -119,7 +120,7 @@ class _DispatchWithoutGpu(MoEAlltoAllTokenDispatcher):
 
 
 def dispatch_without_gpu(model: torch.nn.Module) -> None:
-    """Make the token dispatchers of a built model work on CPU tensors."""
+    """Makes the token dispatchers of a built model work with CPU tensors."""
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.token_dispatcher.__class__ = _DispatchWithoutGpu

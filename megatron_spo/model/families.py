@@ -1,10 +1,10 @@
-"""The one table between Hugging Face and Megatron tensor names, for import, export and random weights.
+"""The table of Hugging Face and Megatron tensor names, for import, export and random weights.
 
-The families llama, mistral, qwen2 and qwen3 share Hugging Face's names; they differ in query/key norms, in the
-biases of the attention projections and in tied embeddings, which are facts of the ModelShape. Gemma's have two more
-norms in a layer, and `post_attention_layernorm` means another one there. The mixtures of experts,
-mixtral and qwen3_moe, have names of their own for the router and for the three matrices of each expert; on disk, on the
-hub and in what transformers saves, every expert has tensors of its own.
+The families llama, mistral, qwen2 and qwen3 share Hugging Face's names; they differ in query/key norms, in the biases
+of the attention projections and in tied embeddings, which ModelShape describes. Gemma's layers have two more norms, and
+`post_attention_layernorm` is a different norm there. The mixtures of experts, mixtral and qwen3_moe, have their own
+names for the router and for the three matrices of each expert. On the hub, and as saved by transformers, every expert
+has its own tensors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,10 +27,10 @@ _EXPERTS = {  # block of the layer; gate, up and down projection of an expert
 class Mapping:
     """One Megatron checkpoint key and the Hugging Face tensors it is made of.
 
-    In Megatron's sharded state dict the layers of a model are stacked on a first axis under one key, and the experts of
-    a layer on a second, so `at` is (layer,) or (layer, expert), or () for tensors outside the layers. Norm weights
-    carry the key of the linear layer behind them, as in Transformer Engine's fused layers, so checkpoints of both layer
-    specs are interchangeable; the one before a router stands alone in both.
+    Megatron's sharded state dict stacks the layers of a model on a first axis under one key, and the experts of a layer
+    on a second. So `at` is (layer,) or (layer, expert), or () for tensors outside the layers. Norm weights have the key
+    of the linear layer after them, as in Transformer Engine's fused layers, so that checkpoints of both kinds of layers
+    are interchangeable; the norm before a router has its own key in both.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Mapping:
 
 
 Layout = tuple[str, tuple[str, ...], Transform]
-"""Key and Hugging Face names with {layer} and {expert} to be filled in."""
+"""Key, Hugging Face names with the placeholders {layer} and {expert}, and transform."""
 
 
 def _attention_rows(shape: ModelShape) -> Iterator[Layout]:
@@ -93,7 +93,7 @@ def _filled(rows: Iterable[Layout], layer: int, expert: int | None = None) -> It
 
 
 def mappings(shape: ModelShape) -> list[Mapping]:
-    """Every tensor of a model of this shape, each Hugging Face name exactly once."""
+    """Returns the mappings of all tensors of a model of this shape, each Hugging Face name exactly once."""
     rows = [Mapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), PaddedVocabulary(shape.vocab))]
     for layer in range(shape.layers):
         rows += _filled(_attention_rows(shape), layer)
@@ -110,7 +110,7 @@ def mappings(shape: ModelShape) -> list[Mapping]:
 
 
 def full_shape(row: Mapping, shape: ModelShape, vocabulary: int) -> tuple[int, ...]:
-    """Shape of the Megatron tensor of one row without its stacked axes; `vocabulary` is padding included."""
+    """Returns the shape of the Megatron tensor of one row without its stacked axes; `vocabulary` includes padding."""
     heads, ffn = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.ffn
     if row.key.startswith("decoder.layers.mlp.experts.") and shape.experts is not None:
         ffn = shape.experts.ffn
@@ -129,16 +129,16 @@ def full_shape(row: Mapping, shape: ModelShape, vocabulary: int) -> tuple[int, .
 
 
 def left_out(names: Iterable[str], shape: ModelShape, folder: Path) -> list[str]:
-    """Tensors of a Hugging Face folder that the model computes from others; the rest must be its own.
+    """Returns the names of a Hugging Face folder's tensors that the model computes from others and does not need.
 
     Raises:
-        UserError: one belongs to no part of the model.
+        UserError: a tensor belongs to no part of the model.
     """
     known = {name for row in mappings(shape) for name in row.sources}
     others = sorted(set(names) - known)
     needless = {name for name in others if is_needless(name, tied=shape.tied)}
     if stray := [name for name in others if name not in needless]:
-        raise UserError(f"{folder} holds {stray[0]}, which a {shape.family} model of its config.json does "
-                        f"not have ({len(stray)} such tensors); take the model as it is on the hub, or as "
+        raise UserError(f"{folder} holds {stray[0]}, which is not part of a {shape.family} model with its "
+                        f"config.json ({len(stray)} such tensors); use the model as it is on the hub, or as "
                         "transformers' save_pretrained writes it by default")  # fmt: skip
     return sorted(needless)

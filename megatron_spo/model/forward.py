@@ -1,4 +1,4 @@
-"""The one way rows go through the model: training, evaluation and the reference pass all come through here."""
+"""Runs rows through the model; training, evaluation and the reference pass all use this."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,20 +14,21 @@ from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
 
 RowFunction = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor]]
-"""(row, response sums [pairs, 2, C]) -> (this row's share of the global objective, what to collect of the row).
+"""(row, response sums [pairs, 2, C]) -> (this row's share of the global objective, the values to collect for the row).
 
-The C columns of the sums are what the model's head measures of each token: log-probability, entropy, and the hidden
-state where it was asked for."""
+The C columns of the sums are the values that the model's head gives for each token: log-prob, entropy and, if
+requested, the hidden state."""
 
 
 def response_sums(row: PackedRow, entries: Tensor, measured: Tensor) -> Tensor:
-    """fp32 [pairs, 2, C] sums over the scored tokens of each response: chosen, rejected (0 where there is none).
+    """Returns fp32 [pairs, 2, C] sums over the scored tokens of each response: chosen, rejected (0 if there is none).
+
+    Under context parallelism the sums are those of all ranks, with this rank's gradient.
 
     Args:
         row: the whole row.
-        entries: int64 [E], the row's entries that were scored here.
-        measured: [C, E], of theirs. Under context parallelism the sums are those of all ranks, with this rank's
-            gradient.
+        entries: int64 [E], indices of the row's entries that were scored on this rank.
+        measured: [C, E], the values of these entries.
     """
     device = measured.device
     every = torch.zeros(len(row.targets), len(measured), device=device).index_copy(0, entries, measured.t().float())
@@ -42,7 +43,8 @@ def response_sums(row: PackedRow, entries: Tensor, measured: Tensor) -> Tensor:
 
 
 def score_rows(chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, runtime: Runtime) -> list[Tensor]:
-    """Log-prob sums [pairs, 2] of each of this rank's rows, on the last pipeline stage; [] elsewhere."""
+    """Returns the log-prob sums [pairs, 2] (nats) of each of this rank's rows on the last pipeline stage; []
+    elsewhere."""
     return run_rows(chunks, rows, lambda row, sums: (sums.sum(), sums[..., 0]), runtime=runtime, backward=False)
 
 
@@ -54,10 +56,13 @@ def run_rows(
     runtime: Runtime,
     backward: bool,
 ) -> list[Tensor]:
-    """Send this rank's rows through the pipeline, one row per micro-batch.
+    """Runs this rank's rows through the pipeline, one row per micro-batch.
 
-    With `backward`, the gradients of the sum of all rows' objectives, over all data-parallel ranks, end up in the
-    model's gradient buffers. Returns what `function` collected per row, on the last pipeline stage; [] elsewhere.
+    With `backward`, the gradient of the sum of all rows' objectives over all data-parallel ranks is accumulated in the
+    model's gradient buffers.
+
+    Returns:
+        The values that `function` collected for each row on the last pipeline stage; [] elsewhere.
     """
 
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
@@ -70,8 +75,8 @@ def run_rows(
         def finish(measured: Tensor) -> tuple[Tensor, Tensor]:
             assert on_device.entries is not None
             objective, collected = function(row, response_sums(row, on_device.entries, measured))
-            # Megatron divides by the micro-batches and its DDP by the data-parallel size: undo both, once, here (of
-            # the context-parallel size, which DDP divides by too, Megatron takes care itself)
+            # Megatron divides by the number of micro-batches and its DDP by the data-parallel size; this undoes both.
+            # DDP also divides by the context-parallel size, for which Megatron compensates itself.
             return objective * (len(rows) * runtime.topology.data), collected
 
         return module(on_device), finish

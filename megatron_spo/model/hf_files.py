@@ -1,4 +1,4 @@
-"""Hugging Face model folders: find them, read slices of their tensors, and fingerprint them."""
+"""Hugging Face model folders: finding them, reading slices of their tensors, and fingerprinting them."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ from megatron_spo.model.transforms import LazyTensor
 SHARD_BYTES = 5 * 2**30
 DTYPES = dict(zip(FLOATS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
-"""What a model folder needs of a repository of the hub."""
+"""Patterns of the files of a hub repository that a model folder needs."""
 
 
 def locate_model(path: str) -> Path:
-    """The folder of a model: `path` itself, or the local copy of a hub id, downloaded when it is not cached.
+    """Returns the folder of a model: `path` itself, or the local copy of a hub id, which is downloaded if not cached.
 
     Raises:
-        UserError: neither a folder nor a hub id that can be fetched.
+        UserError: `path` is neither a folder nor a hub id that can be downloaded.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -45,17 +45,17 @@ def locate_model(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.path {path!r} is neither a folder nor a model that could be fetched from the hub "
+            f"model.path = {path!r} is neither a folder nor a model that could be downloaded from the hub "
             f"({type(error).__name__}); give the path of a Hugging Face model folder"
         ) from error
 
 
 def model_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of a model folder, in the model's order, and the names of those that it does not need.
+    """Returns the tensors of a model folder in the model's order, and the names of those that it does not need.
 
     Raises:
         UserError: a file is damaged, or a tensor is missing, belongs to no part of the model, or has another shape or
-            type of numbers than config.json calls for.
+            dtype than config.json requires.
     """
     every = stored_tensors(folder)
     needless = left_out(every, shape, folder)
@@ -64,20 +64,20 @@ def model_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, StoredTens
         expected = row.transform.shapes(full_shape(row, shape, shape.vocab))
         for name, size in zip(row.sources, expected, strict=True):
             if name not in every:
-                raise UserError(f"{folder} lacks the tensor {name}, which its config.json calls for")
+                raise UserError(f"{folder} lacks the tensor {name}, which its config.json requires")
             found = every[name]
             if found.shape != size:
-                raise UserError(f"{folder}: {name} has shape {found.shape}, but its config.json calls for {size}")
+                raise UserError(f"{folder}: {name} has shape {found.shape}, but its config.json requires {size}")
             check_numbers(name, found)
             tensors[name] = found
     return tensors, needless
 
 
 def check_weights(folder: Path, shape: ModelShape) -> None:
-    """Make sure, before anything is computed, that a folder holds this model and that transformers would load the same.
+    """Checks that a folder holds this model and that transformers would load the same weights.
 
     Raises:
-        UserError: as `model_tensors`; or the head is another one than config.json says.
+        UserError: as `model_tensors`, or the output layer contradicts config.json.
     """
     model_tensors(folder, shape)
     check_tied(folder, shape.raw, stored_tensors(folder))
@@ -85,7 +85,7 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
 
 
 class HFWeights:
-    """The tensors of a model folder, opened lazily: only the slices asked for are read.
+    """The tensors of a model folder, opened lazily: only the requested slices are read.
 
     Raises:
         UserError: as `model_tensors`.
@@ -107,18 +107,18 @@ class HFWeights:
         self._handles.clear()
 
     def slice(self, name: str) -> LazyTensor:
-        """One tensor, unread."""
+        """Returns one tensor without reading it."""
         return self._handles[self._where[name].file].get_slice(name)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(raw: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    """What identifies a model: its config.json and the digests of its safetensors files, by their names."""
+    """Returns the digest of a model, from its config.json and the digests of its safetensors files by name."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
     for name, content in sorted(digests.items()):
         digest.update(f"{name} {content}".encode())

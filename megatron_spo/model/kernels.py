@@ -1,7 +1,7 @@
-"""Attention kernels of GPUs that take segments of any length, causal masks aligned at the end of the keys.
+"""GPU attention kernels for segments of variable length, with causal masks aligned at the end of the keys.
 
-torch's, where there is one (it is FlashAttention), else that of Transformer Engine. Both are given
-q [queries of all segments, heads, d], k and v [keys of all segments, groups, d] and the bounds of the segments in each.
+Uses torch's kernel (FlashAttention) if there is one, else Transformer Engine's. Both take q [queries of all segments,
+heads, d], k and v [keys of all segments, groups, d] and the bounds of the segments in queries and keys.
 """
 
 import inspect
@@ -23,8 +23,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, "Varlen"], Tensor]
 class Varlen:
     """S segments whose queries are the row's tokens in order.
 
-    order            [NK]         row position of each key, segment after segment
-    queries, keys    int32 [S + 1] bounds of the segments
+    order            [NK]         row position of each key, segment by segment
+    queries, keys    int32 [S + 1] bounds of the segments among queries and keys
     """
 
     order: Tensor
@@ -34,13 +34,13 @@ class Varlen:
     most_keys: int
 
     def attend(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Q [T, heads, d], k and v [T, groups, d] -> [T, heads * d]."""
+        """Returns attention [T, heads * d] of q [T, heads, d] over k and v [T, groups, d]."""
         return kernel(q.contiguous(), k.index_select(0, self.order), v.index_select(0, self.order), self).flatten(1)
 
 
 @cache
 def varlen_kernel(device: str, dtype: torch.dtype) -> Kernel | None:
-    """The kernel for tensors of this type, None where there is none: on a CPU, and in fp32."""
+    """Returns the kernel for tensors of this device and dtype, or None if there is none (on a CPU, in fp32)."""
     if device != "cuda" or dtype == torch.float32:
         return None
     try:
@@ -51,8 +51,8 @@ def varlen_kernel(device: str, dtype: torch.dtype) -> Kernel | None:
 
 
 def of_torch(function: Callable[..., Any]) -> Kernel:
-    """torch.nn.attention.varlen.varlen_attn, whose way to say causal and to take grouped heads differs by version; the
-    windows of both are aligned at the end."""
+    """Returns a kernel from torch.nn.attention.varlen.varlen_attn, whose arguments for causal masks and grouped heads
+    differ between versions; all of them align the mask at the end."""
     known = inspect.signature(function).parameters
     causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
 
@@ -72,11 +72,11 @@ def of_torch(function: Callable[..., Any]) -> Kernel:
 
 
 def of_engine() -> Kernel:
-    """Transformer Engine's, by the mask's own name: Megatron's (AttnMaskType, megatron-core 0.16.1) has no member for
-    it, and its "causal" is aligned at the start."""
+    """Returns Transformer Engine's kernel. It uses Transformer Engine's name of the mask, as Megatron's AttnMaskType
+    (megatron-core 0.16.1) has no member for it and its "causal" is aligned at the start."""
     from transformer_engine.pytorch import DotProductAttention
 
-    modules: dict[tuple[int, int, int], Any] = {}  # no part of the model: it has no parameters
+    modules: dict[tuple[int, int, int], Any] = {}  # not part of the model, as they have no parameters
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Varlen) -> Tensor:
         heads, groups, width = q.shape[1], k.shape[1], q.shape[2]

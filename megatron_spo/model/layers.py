@@ -1,4 +1,4 @@
-"""What the transformer layers of the model are made of."""
+"""The modules of the model's transformer layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +22,10 @@ from megatron_spo.model.experts import BalancedRouter
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient Megatron sums over the tensor-parallel ranks under sequence parallelism; a zero-centred
-    one multiplies by 1 + weight, in fp32.
+    """RMSNorm whose gradient Megatron sums over the tensor-parallel ranks under sequence parallelism. A zero-centred
+    norm multiplies by 1 + weight, in fp32.
 
-    Megatron's own wrapper of torch's norm refuses both (megatron-core 0.16.1).
+    Megatron's own wrapper of torch's norm supports neither (megatron-core 0.16.1).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -40,8 +40,8 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 class NormedResidual(torch.nn.Module):
-    """The residual plus the norm of what a block puts out, in the place and with the signature of Megatron's function
-    that adds bias and dropout, of which there are none."""
+    """Adds the norm of a block's output to the residual. It replaces Megatron's function that adds bias and dropout,
+    which are not used here, and has its signature."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -52,7 +52,8 @@ class NormedResidual(torch.nn.Module):
 
 
 class TwoBaseAttention(SelfAttention):
-    """Self-attention that takes its own of the rotary angles [2, T, 1, 1, d]: the second in sliding layers."""
+    """Self-attention that selects its part of the rotary angles [2, T, 1, 1, d]: the second in sliding-window
+    layers."""
 
     def __init__(self, *arguments: Any, sliding_layers: tuple[int, ...], **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -63,15 +64,15 @@ class TwoBaseAttention(SelfAttention):
 
 
 def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of one chunk of the model, of Megatron's own linear layers or Transformer Engine's.
+    """Returns the spec of one chunk's layers, with Megatron's or Transformer Engine's linear layers.
 
-    Attention's core and the norms outside the linear layers are ours in both, and the parameters have the same names in
-    the sharded state dict (families.py), also the `_extra_state` of each linear layer: what Transformer Engine puts
-    there (scales of delayed fp8) Megatron's layers ignore, and theirs is empty. Experts are Megatron's own alone.
+    Core attention and the norms outside the linear layers come from this package in both. The parameters have the same
+    names in the sharded state dict (families.py), including the `_extra_state` of each linear layer: Transformer Engine
+    stores scales of delayed fp8 there, which Megatron's layers ignore; theirs is empty. Experts are always Megatron's.
     """
     if config.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
-        layer = spec.submodules  # the linear layers begin with the norm
+        layer = spec.submodules  # its linear layers include the norm before them
     else:
         experts = shape.experts.count if shape.experts else None
         spec = get_gpt_layer_local_spec(
@@ -81,7 +82,7 @@ def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | Non
         layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
         if experts:
             layer.mlp.submodules.router = BalancedRouter
-            layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # no linear layer to be fused into behind it
+            layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # no linear layer follows that could include it
     layer.self_attention.submodules.core_attention = partial(PairAttention, shape=shape)
     if shape.qk_norm:
         layer.self_attention.submodules.q_layernorm = SequenceParallelRMSNorm
@@ -93,7 +94,7 @@ def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | Non
 
 
 def _as_gemma(layer: TransformerLayerSubmodules, shape: ModelShape, config: TransformerConfig) -> None:
-    """Norms behind attention and feed-forward network, under the keys that NeMo gives them, and two rotary bases."""
+    """Adds norms after attention and feed-forward network, with NeMo's keys, and a second rotary base."""
     for place, linear in (("self_attn_bda", "self_attention.linear_proj"), ("mlp_bda", "mlp.linear_fc2")):
         setattr(layer, place, ModuleSpec(NormedResidual, params={"config": config}))
         layer.sharded_state_dict_keys_map[f"{place}.norm."] = f"{linear}.post_layernorm."

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of scored tokens, from hidden states, without a [tokens, vocabulary] tensor.
+"""Log-probs and entropies of scored tokens from hidden states, without a [tokens, vocabulary] tensor.
 
 The output layer is split over the tensor-parallel group by vocabulary. Logits exist for one chunk of positions at a
-time; the backward pass computes them again from the stored log-normaliser.
+time; the backward pass recomputes them with the stored log-normaliser.
 """
 
 from typing import Any
@@ -16,23 +16,23 @@ from torch import Tensor
 from megatron_spo.model.attention import RowOnDevice
 
 LOGITS_PER_CHUNK = 2**24
-"""Logits held at a time on one rank (64 MiB in fp32)."""
+"""Number of logits held at a time on one rank (64 MiB in fp32)."""
 GPU_FACTOR = 4
-"""How many times as many a GPU holds, which small products do not keep busy."""
+"""Factor by which a GPU holds more logits, because small matrix products do not use it fully."""
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """fp32 [n, m] product of [n, k] and [k, m] in the model's precision."""
+    """Returns the fp32 [n, m] product of [n, k] and [k, m] in the model's precision."""
     if left.dtype == torch.float32:
         return left @ right
     if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)  # only on GPUs
+        return torch.mm(left, right, out_dtype=torch.float32)  # out_dtype is supported on GPUs only
     return left.float() @ right.float()
 
 
 class VocabParallelLogProb(torch.autograd.Function):
-    """log softmax(hidden @ weight^T)[target], with the vocabulary spread over a process group, and the entropy of that
-    softmax, which has no gradient; the logits x are c tanh(x / c) before it where there is a `softcap` c."""
+    """Computes log softmax(hidden @ weight^T)[target] and the entropy of that softmax, with the vocabulary split over a
+    process group. The entropy has no gradient. With a `softcap` c, the logits x become c tanh(x / c)."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,8 @@ class VocabParallelLogProb(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden [E, h], weight [V_local, h] (rows from `first_row` of the vocabulary), targets [E] -> two fp32 [E]."""
+        """Returns log-probs and entropies, fp32 [E] (nats), for hidden [E, h], weight [V_local, h] (vocabulary rows
+        from `first_row` on) and targets [E]."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normaliser, entropies = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for part in _chunks(hidden, weight):
@@ -102,19 +103,20 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _local(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Index [n, 1] of each target among this rank's rows (any, where it has no such row), and whether it is here [n].
+    """Returns the index [n, 1] of each target among this rank's rows (arbitrary if the row is on another rank), and
+    whether the row is on this rank [n].
 
-    No list of the targets that are here: a GPU's process would have to wait for its length.
+    It returns no list of the local targets, as the process would have to wait for the GPU to know its length.
     """
     local = targets - first_row
     return local.clamp(0, rows - 1)[:, None], (local >= 0) & (local < rows)
 
 
 class LogProbHead(ColumnParallelLinear):
-    """The output layer, returning log-prob and entropy [E, 2] of the row's scored entries instead of logits.
+    """Output layer that returns log-prob and entropy [E, 2] of the row's scored entries instead of logits.
 
-    Put in place by changing the class of the built output layer, so that Megatron's flags for tied embeddings stay.
-    `row`, `vocab` (the real vocabulary; padded rows take no part in the softmax) and `softcap` are set by the model.
+    It is installed by changing the class of the built output layer, which keeps Megatron's flags for tied embeddings.
+    The model sets `row`, `vocab` (size without padding; padded rows are excluded from the softmax) and `softcap`.
     """
 
     row: RowOnDevice
@@ -127,7 +129,7 @@ class LogProbHead(ColumnParallelLinear):
         weight = self.weight if weight is None else weight
         assert self.row.predict_at is not None
         if self.sequence_parallel:
-            # each rank's d_hidden is complete after the function's own all-reduce: do not sum it again
+            # The function's own all-reduce makes each rank's d_hidden complete, so it must not be summed again.
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=False)
         hidden = input_[:, 0].index_select(0, self.row.predict_at)
         rows = len(weight)

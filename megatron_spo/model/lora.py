@@ -1,11 +1,11 @@
 """Low-rank adapters (LoRA) on the projections of a frozen model.
 
-An adapted projection gives W x + alpha / r * B A x. Every Hugging Face projection has a pair A [r, in], B [out, r] of
-its own, also where Megatron fuses several projections into one linear layer, so that the adapters are PEFT's, tensor
-by tensor. With the adapters off, the policy is the reference.
+An adapted projection computes W x + alpha / r * B A x (LoRA, arXiv 2106.09685). Every Hugging Face projection has its
+own pair A [r, in], B [out, r], even if Megatron fuses several projections into one linear layer, so that the adapters
+equal PEFT's tensor by tensor. With the adapters off, the policy is the reference.
 
-Under tensor parallelism B is cut by rows with a column-parallel layer, A by columns with a row-parallel one; the other
-of the two is whole on every rank. What is communicated is always the product with A: r numbers per token.
+Under tensor parallelism B is split by rows in a column-parallel layer, and A by columns in a row-parallel one; the
+other matrix is whole on every rank. Only the product with A is communicated: r numbers per token.
 """
 
 import zlib
@@ -41,13 +41,13 @@ _LAYERS = "decoder.layers."
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer of Megatron's with adapters.
+    """A Megatron linear layer with adapters.
 
     Attributes:
-        layer: of the whole model, from 0.
+        layer: index of the layer in the whole model, from 0.
         linear: path within the layer, such as self_attention.linear_qkv.
-        modules: the Hugging Face modules that it fuses, in order, by projection.
-        by_group: their outputs alternate by query group, instead of standing one after another.
+        modules: projection -> Hugging Face module, for the projections that the linear layer fuses, in order.
+        by_group: whether their outputs alternate by query group instead of following one another.
     """
 
     layer: int
@@ -56,16 +56,16 @@ class Site:
     by_group: bool
 
     def adapted(self, targets: Sequence[str]) -> list[str]:
-        """Its projections that have adapters."""
+        """Returns its projections that have adapters."""
         return [projection for projection in self.modules if projection in targets]
 
     def key(self, projection: str, side: str) -> str:
-        """Checkpoint key of A or B (`side`) of a projection, all layers stacked."""
+        """Returns the checkpoint key of A or B (`side`) of a projection, with all layers stacked."""
         return f"{_LAYERS}{self.linear}_lora.{projection}_{side}"
 
 
 def sites(shape: ModelShape, targets: Sequence[str]) -> Iterator[Site]:
-    """The linear layers that hold a projection of `targets`."""
+    """Yields the linear layers that contain a projection of `targets`."""
     for row in mappings(shape):
         modules = {source.split(".")[-2]: source.removesuffix(".weight") for source in row.sources}
         if len(row.at) == 1 and row.key.endswith(".weight") and set(modules) & set(targets):
@@ -76,8 +76,9 @@ def sites(shape: ModelShape, targets: Sequence[str]) -> Iterator[Site]:
 class LoraAdapter(Module):
     """The adapters of the projections of one linear layer.
 
-    Parameters `{projection}_A` [r, in] and `{projection}_B` [out, r], this rank's part. A starts uniform as PEFT's,
-    from a generator seeded by the projection's name, the same in every layout; B starts at zero.
+    Its parameters are this rank's parts of `{projection}_A` [r, in] and `{projection}_B` [out, r]. A is initialised
+    uniformly as in PEFT, from a generator seeded by the projection's name, so it is the same in every layout; B is
+    zero.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class LoraAdapter(Module):
         for projection in self._adapted:
             columns = sizes[projection][0]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.modules[projection]}".encode()))
-            bound = columns**-0.5  # Kaiming's, with the slope sqrt(5) that PEFT has from torch's linear layer
+            bound = columns**-0.5  # Kaiming uniform with slope sqrt(5), which PEFT takes from torch's linear layer
             a = torch.empty(lora.rank, columns).uniform_(-bound, bound, generator=generator)
             if self._row_parallel:
                 a = a.chunk(ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
@@ -114,11 +115,11 @@ class LoraAdapter(Module):
                 self.register_parameter(f"{projection}_{side}", parameter)
 
     def _mark(self, parameter: Parameter, side: str) -> None:
-        """Tell Megatron how the tensor-parallel ranks hold a parameter, for the gradient's norm and its reduction."""
+        """Marks how the tensor-parallel ranks hold a parameter, for Megatron's gradient norm and reduction."""
         if side == self._cut_side:
             axis = 1 if self._row_parallel else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
-        else:  # under sequence parallelism each rank has seen its own tokens only
+        else:  # under sequence parallelism each rank sees only its own tokens
             parameter.sequence_parallel = self._sequence_parallel  # type: ignore[attr-defined]
 
     @property
@@ -126,7 +127,7 @@ class LoraAdapter(Module):
         return "A" if self._row_parallel else "B"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """From the linear layer's input on this rank, what the adapters add to its output on this rank."""
+        """Returns what the adapters add to the linear layer's output on this rank, from its input on this rank."""
         down = F.linear(hidden, torch.cat([self.get_parameter(f"{name}_A") for name in self._adapted]))
         parts = (self._scale * self._exchange(down)).split(self._rank, dim=-1)
         ups = {n: F.linear(x, self.get_parameter(f"{n}_B")) for n, x in zip(self._adapted, parts, strict=True)}
@@ -137,9 +138,10 @@ class LoraAdapter(Module):
         return torch.cat([block.unflatten(-1, (self._groups, -1)) for block in blocks], dim=-1).flatten(-2)
 
     def _exchange(self, down: Tensor) -> Tensor:
-        """The product with A, as the linear layer's output has its tokens.
+        """Communicates the product with A, so that its tokens are those of the linear layer's output.
 
-        Row-parallel: a sum over all columns of A. Column-parallel: the gradient is a sum over all rows of B.
+        In a row-parallel layer it is summed over all columns of A. In a column-parallel layer its gradient is summed
+        over all rows of B.
         """
         if self._row_parallel and self._sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(down)
@@ -150,7 +152,7 @@ class LoraAdapter(Module):
         return copy_to_tensor_model_parallel_region(down)
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
-        """The parameters for Megatron's checkpoints, as global tensors of Hugging Face's order."""
+        """Returns the parameters for Megatron's checkpoints, as global tensors in Hugging Face's order."""
         axis = 1 if self._row_parallel else 0
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
@@ -163,10 +165,10 @@ class LoraAdapter(Module):
 
 
 def add_adapters(chunks: Sequence[PairModel], shape: ModelShape, lora: LoraConfig, seed: int) -> None:
-    """Freeze the model and put adapters on the projections of `lora.targets`; nothing with `lora.rank` 0.
+    """Freezes the model and adds adapters to the projections of `lora.targets`; does nothing if `lora.rank` is 0.
 
-    To be called before the model is wrapped, so that Megatron keeps gradients, main parameters and moments of the
-    adapters alone.
+    Call it before the model is wrapped, so that Megatron keeps gradients, main parameters and moments of the adapters
+    only.
     """
     if not lora.rank:
         return
@@ -193,9 +195,9 @@ def _adapt(
 
 
 def _adding(adapter: LoraAdapter, config: TransformerConfig) -> Callable[..., Any]:
-    """Forward hook of a linear layer, whose outputs are (product, bias).
+    """Returns the forward hook of a linear layer, whose outputs are (product, bias).
 
-    Transformer Engine's may begin with the norm; the adapters then need it a second time.
+    Transformer Engine's layer may include the norm before it; then the norm is computed again for the adapters.
     """
 
     def hook(linear: Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]) -> Any:
@@ -211,16 +213,17 @@ def _adding(adapter: LoraAdapter, config: TransformerConfig) -> Callable[..., An
 
 
 def _require_gradient(module: Module, inputs: Any, hidden: Tensor) -> Tensor:
-    """A layer that is recomputed passes gradients on only where its input asks for them; a frozen embedding's does not.
+    """Forward hook that makes the output of a frozen embedding require gradients.
 
-    (megatron-core 0.16.1, tensor_parallel/random.py, CheckpointFunction)
+    Otherwise a recomputed layer would pass no gradients on (megatron-core 0.16.1, tensor_parallel/random.py,
+    CheckpointFunction).
     """
     return hidden.requires_grad_(torch.is_grad_enabled())
 
 
 @contextmanager
 def adapters_off(chunks: Sequence[PairModel]) -> Iterator[None]:
-    """Within the context the model is the one that the adapters were put on."""
+    """Switches the adapters off within the context, so that the model is the base model."""
     adapters = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoraAdapter)]
     for adapter in adapters:
         adapter.active = False
@@ -232,15 +235,15 @@ def adapters_off(chunks: Sequence[PairModel]) -> Iterator[None]:
 
 
 def without_base(state: dict[str, Any]) -> dict[str, Any]:
-    """A chunk's sharded state dict without the model that adapters were put on: what a checkpoint must hold.
+    """Returns a chunk's sharded state dict without the frozen base model, as a checkpoint stores it.
 
-    All of it where there are no adapters.
+    Without adapters, it returns the whole state dict.
     """
     return {name: entry for name, entry in state.items() if not _is_of_base(getattr(entry, "data", None))}
 
 
 def load_beside_base(chunk: PairModel, state: dict[str, Any]) -> None:
-    """Fill a chunk from what `without_base` left; the model that the adapters were put on stays as it is."""
+    """Loads into a chunk a state dict that `without_base` returned; the base model is not changed."""
     base = {name for name, parameter in chunk.named_parameters() if _is_of_base(parameter)}
     absent, stray = chunk.load_state_dict(state, strict=False)
     assert set(absent) == base and not stray, f"absent {sorted(set(absent) ^ base)}, stray {stray}"

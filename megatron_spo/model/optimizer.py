@@ -1,4 +1,4 @@
-"""What turns a model into something trainable: Megatron's data parallelism, optimizer and learning rate."""
+"""Makes a model trainable with Megatron's data parallelism and optimizer; the learning rate schedule."""
 
 import math
 from dataclasses import dataclass
@@ -26,23 +26,23 @@ class Trainable:
     config: TransformerConfig
 
     def gather_weights(self) -> None:
-        """Bring the weights up to date on every rank, where the next forward pass would have done it."""
+        """Updates the weights on every rank now, instead of in the next forward pass."""
         for chunk in self.wrapped:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
 
 def lower_precision(chunk: PairModel, config: TransformerConfig) -> torch.nn.Module:
-    """A chunk in its training precision, for forward passes alone or before `make_trainable`."""
+    """Returns a chunk in its training precision, for forward passes only or before `make_trainable`."""
     return Float16Module(config, chunk) if config.bf16 else chunk
 
 
 def make_trainable(
     chunks: list[PairModel], config: TransformerConfig, optimizer: OptimizerConfig, *, overlap: bool
 ) -> Trainable:
-    """Wrap in Megatron's DDP with gradients reduced in fp32, and make the distributed optimizer.
+    """Wraps the chunks in Megatron's DDP, which reduces gradients in fp32, and creates the distributed optimizer.
 
-    `overlap`: communicate gradients and weights beside the computation.
+    `overlap`: communicate gradients and weights during the computation.
     """
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -78,10 +78,10 @@ def make_trainable(
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
-    """Learning rate of the step with index `step` (from 0) of `steps`.
+    """Returns the learning rate of the step with index `step` (from 0) of `steps`.
 
-    The warm-up is linear and reaches the peak at its last step: lr * (step + 1) / warmup_steps. The decay spans the
-    remaining steps, from the peak to min_lr_ratio * lr at the last.
+    The warm-up is linear and reaches the peak at its last step: lr * (step + 1) / warmup_steps. The decay covers the
+    remaining steps, from the peak to min_lr_ratio * lr at the last step.
     """
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps

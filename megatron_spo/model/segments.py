@@ -1,9 +1,9 @@
-"""What attends to what in a row of prefix-shared pairs, as segments: numpy, pure.
+"""Divides a row of prefix-shared pairs into attention segments; pure numpy functions.
 
-A pair [shared | chosen tail | rejected tail] makes two segments: the queries [shared | chosen tail] over the same keys,
+A pair [shared | chosen tail | rejected tail] has two segments: the queries [shared | chosen tail] over the same keys,
 and the queries [rejected tail] over the keys [shared | rejected tail]. In both, the last query sees all keys and each
-one before sees one key less (causal, aligned at the end). The row's padding is a segment of its own, so that each token
-is a query exactly once, and segments stand in the order of the row.
+earlier one sees one key less (causal, aligned at the end). The row's padding is a separate segment, so that each token
+is a query exactly once. Segments are in the order of the row.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Segments:
-    """S segments with at least one query on this rank; all arrays int64 [S].
+    """S segments with at least one query on this rank; all arrays are int64 [S].
 
-    The keys of a segment are row positions prefix_start ... + prefix, then start ... + length; its queries here are
-    the local tokens first ... + queries.
+    The keys of a segment are the row positions from `prefix_start` to `prefix_start + prefix`, then from `start` to
+    `start + length` (exclusive). Its queries on this rank are the local tokens from `first` to `first + queries`.
     """
 
     prefix_start: Int64
@@ -31,15 +31,15 @@ class Segments:
 
     @property
     def keys(self) -> Int64:
-        """Keys of each segment."""
+        """Number of keys of each segment."""
         return self.prefix + self.length
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """B segments of like size, side by side, padded to Q queries and K keys.
+    """A batch of B segments of similar size, padded to Q queries and K keys.
 
-    queries, at  int64 [B, Q]  local token of each query, and its place among its segment's keys
+    queries, at  int64 [B, Q]  local token of each query, and its index among its segment's keys
     keys         int64 [B, K]  row position of each key
     Padding repeats the last token of its segment; no real query sees a padded key.
     """
@@ -51,8 +51,8 @@ class Blocks:
 
 
 def segments_of(pairs: Int64, length: int, here: Int64) -> Segments:
-    """Segments of a row of `length` tokens with pairs [n, 4] (start, shared, chosen tail, rejected tail), of which the
-    tokens `here` (ascending row positions) are on this rank."""
+    """Returns the segments of a row of `length` tokens with `pairs` [n, 4] (start, shared, chosen tail, rejected tail);
+    the tokens `here` (ascending row positions) are on this rank."""
     start, shared, chosen, rejected = pairs.T
     split = start + shared + chosen
     end = int((split + rejected).max(initial=0))
@@ -66,7 +66,8 @@ def segments_of(pairs: Int64, length: int, here: Int64) -> Segments:
 
 
 def blocks_of(segments: Segments, here: Int64, *, multiple: int) -> list[Blocks]:
-    """Segments whose queries and keys are equally many, once padded to a multiple of `multiple`, side by side."""
+    """Returns batches of the segments that have equally many queries and keys after padding to multiples of
+    `multiple`."""
     sizes = -(-np.stack([segments.queries, segments.keys], axis=1) // multiple) * multiple
     kinds, kind_of = np.unique(sizes, axis=0, return_inverse=True)
     return [
@@ -93,7 +94,7 @@ def _side_by_side(segments: Segments, here: Int64, members: Int64, most_queries:
 
 
 def places(segments: Segments, blocks: list[Blocks]) -> Int64:
-    """Where each local token [T] stands among the blocks' flattened queries, one block after another."""
+    """Returns the index of each local token [T] among the flattened queries of all blocks, in order."""
     found = np.empty(int(segments.queries.sum()), dtype=np.int64)
     before = 0
     for block in blocks:
@@ -105,7 +106,7 @@ def places(segments: Segments, blocks: list[Blocks]) -> Int64:
 
 
 def key_order(segments: Segments) -> Int64:
-    """Row position of each key, segment after segment, without padding."""
+    """Returns the row position of each key, segment by segment, without padding."""
     total, starts = int(segments.keys.sum()), np.cumsum(segments.keys) - segments.keys
     number = np.arange(total) - np.repeat(starts, segments.keys)
     prefix = np.repeat(segments.prefix, segments.keys)

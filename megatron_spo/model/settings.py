@@ -1,4 +1,4 @@
-"""Megatron's configuration of the model, from ours."""
+"""Makes Megatron's configuration of the model from this package's."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU as Gemma computes it, by its approximation with tanh."""
+    """Returns GELU by its tanh approximation, as Gemma uses it."""
     return F.gelu(x, approximate="tanh")
 
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
-    """Megatron's configuration of the model: the one place that makes it."""
+    """Returns Megatron's configuration of the model; no other code creates one."""
     dtype = DTYPES[precision.dtype]
     interleaved = parallel.virtual_pipeline is not None
     engine = uses_transformer_engine(precision, experts=shape.experts is not None)
@@ -52,7 +52,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         pipeline_model_parallel_layout=_pipeline_layout(shape, parallel),
-        # with two stages, a batched exchange would mix up what the same neighbour sends as previous and as next
+        # With two stages, the previous and the next stage are the same rank, and a batched exchange would mix them up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context,
@@ -61,48 +61,48 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,  # rows are as long as their pairs
-        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, even without experts
+        variable_seq_lengths=True,  # rows have different lengths
+        moe_token_dispatcher_type="alltoall",  # required by variable lengths, even without experts
         **_experts(shape, parallel),
         use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,  # every tensor is filled from its global key below
+        perform_initialization=False,  # weights.py fills every tensor
         transformer_impl="transformer_engine" if engine else "local",
         **_fp8(precision),
-        gradient_accumulation_fusion=False,  # build.py switches it on where it can be
-        masked_softmax_fusion=False,  # of Megatron's own attention, in whose place ours is
-        # compiled by torch; keeps one tensor less for the backward pass
+        gradient_accumulation_fusion=False,  # build.py enables it where possible
+        masked_softmax_fusion=False,  # part of Megatron's own attention, which is replaced
+        # Compiled by torch; keeps one tensor less for the backward pass.
         bias_activation_fusion=engine and shape.gemma is None,
         bias_dropout_fusion=False,  # there is no dropout
-        # takes angles [T, 1, 1, d] by the token's place in the row, which is how RowRotary hands them on
+        # Expects angles [T, 1, 1, d] by the token's index in the row, as RowRotary returns them.
         apply_rope_fusion=engine,
         finalize_model_grads_func=finalize_model_grads,
     )
 
 
 def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
-    """The part of Megatron's configuration that fp8 adds: the layers' products alone; weights are kept in bf16, and
-    attention, norms, embedding and log-prob head compute as without it."""
+    """Returns the part of Megatron's configuration for fp8. Only the layers' matrix products use fp8; weights stay in
+    bf16, and attention, norms, embedding and log-prob head are unchanged."""
     if precision.recipe is None:
         return {}
     return {
         "fp8": precision.recipe.number_format,
         "fp8_recipe": precision.fp8,
-        "fp8_amax_history_len": 1024,  # delayed alone: Transformer Engine's default, Megatron's is the last row
+        "fp8_amax_history_len": 1024,  # for "delayed": Transformer Engine's default; Megatron's is the last row only
         "fp8_amax_compute_algo": "max",
     }
 
 
 def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
-    """The part of Megatron's configuration that a mixture of experts adds."""
+    """Returns the part of Megatron's configuration for a mixture of experts."""
     if shape.experts is None:
         return {}
     return {
         "num_moe_experts": shape.experts.count,
         "moe_router_topk": shape.experts.per_token,
         "moe_ffn_hidden_size": shape.experts.ffn,
-        # the softmax over the chosen logits is that over all of them, renormalised
+        # The softmax over the chosen logits equals the renormalised softmax over all logits.
         "moe_router_pre_softmax": not shape.experts.renormalised,
-        "moe_router_dtype": "fp32",  # in bf16, logits of different experts tie, and rounding would choose
+        "moe_router_dtype": "fp32",  # in bf16, logits of different experts tie and rounding would decide
         "moe_router_load_balancing_type": "none",  # see model/experts.py
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": expert_tensor(parallel),
@@ -110,7 +110,7 @@ def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _pipeline_layout(shape: ModelShape, parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each pipeline stage holds, in Megatron's words."""
+    """Returns the layers of each pipeline stage in Megatron's notation."""
     if parallel.pipeline == 1:
         return None
     counts = stages_of(shape, parallel)

@@ -1,7 +1,7 @@
-"""How one Megatron tensor is laid out in Hugging Face tensors: pure transforms, each with its inverse.
+"""Pure transforms between one Megatron tensor and its Hugging Face tensors, in both directions.
 
-A transform never holds a whole model: `read` takes the rows and columns that one rank needs from lazily opened
-sources, `runs` says where the rows of each source are, for export.
+A transform never holds a whole model: `read` takes the rows and columns that one rank needs from lazily opened sources;
+`runs` gives the positions of each source's rows, for export.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class LazyTensor(Protocol):
-    """A tensor on disk, as safetensors' `get_slice` gives it."""
+    """A tensor on disk, as safetensors' `get_slice` returns it."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -24,16 +24,17 @@ class LazyTensor(Protocol):
 
 
 class Transform(Protocol):
-    """One global Megatron tensor made of some Hugging Face tensors."""
+    """How one global Megatron tensor is made of Hugging Face tensors."""
 
     def shapes(self, full: Shape) -> list[Shape]:
-        """Shapes of the Hugging Face tensors of a Megatron tensor of shape `full`."""
+        """Returns the shapes of the Hugging Face tensors of a Megatron tensor of shape `full`."""
 
     def read(self, sources: Sequence[LazyTensor], index: Index) -> Tensor:
-        """The part `index` of the Megatron tensor."""
+        """Reads the part `index` of the Megatron tensor."""
 
     def runs(self, source: int, full: Shape) -> list[slice]:
-        """Where the rows of one Hugging Face tensor stand in a Megatron tensor of shape `full`, in their order."""
+        """Returns the slices of a Megatron tensor of shape `full` with the rows of one Hugging Face tensor, in
+        order."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Concatenate:
-    """Sources of equal height, one below the other (gate over up in SwiGLU's linear_fc1)."""
+    """Sources with equally many rows, concatenated (gate, then up in SwiGLU's linear_fc1)."""
 
     parts: int
 
@@ -108,7 +109,7 @@ class GroupedQKV:
 
 @dataclass(frozen=True)
 class PaddedVocabulary:
-    """Vocabulary rows; Megatron's tensor has rows of zeros below them, so that every rank holds equally many."""
+    """Vocabulary rows; Megatron's tensor has rows of zeros after them, so that every rank holds equally many."""
 
     vocab: int
 

@@ -1,7 +1,7 @@
-"""Fill the model from a Hugging Face folder or at random.
+"""Loads the model's weights from a Hugging Face folder, or initialises them randomly.
 
 Weights are addressed by the global key, shape and offset that Megatron's sharded state dict gives for each local
-tensor, so the same code serves every tensor and pipeline layout, and each rank reads only its slices.
+tensor, so the same code works for every tensor and pipeline layout, and each rank reads only its slices.
 """
 
 import zlib
@@ -20,7 +20,7 @@ from megatron_spo.model.transforms import PaddedVocabulary
 
 
 def local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:
-    """Each local tensor with its row of the family table and the part of the global tensor that it is."""
+    """Yields each local tensor with its row of the family table and its index in the global tensor."""
     table = {(row.key, row.at): row for row in mappings(shape)}
     sharded = model.sharded_state_dict()
     apply_factories(sharded)
@@ -38,7 +38,7 @@ def local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping
 
 @torch.no_grad()
 def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
-    """Fill the model from a Hugging Face folder; only this rank's slices are read.
+    """Loads the weights from a Hugging Face folder; reads only this rank's slices.
 
     Raises:
         UserError: as `hf_files.model_tensors`.
@@ -51,9 +51,9 @@ def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
 
 @torch.no_grad()
 def fill_randomly(model: PairModel, shape: ModelShape, seed: int) -> None:
-    """Draw the weights as transformers does for a new model: normal matrices, neutral norms, biases of zero.
+    """Initialises the weights as transformers does for a new model: normal matrices, neutral norms, zero biases.
 
-    Each global tensor has a generator of its own, seeded by its name, so the model is the same in every layout.
+    Each global tensor has its own generator, seeded by its name, so the model is the same in every layout.
     """
     for row, tensor, index in local_tensors(model, shape):
         if row.is_norm:

@@ -27,8 +27,8 @@ class PairLogprobs:
 
     Attributes:
         chosen, rejected: the policy's log-probs summed over response tokens (nats), with gradient.
-        chosen_tokens, rejected_tokens: response token counts as floats; `rejected_tokens` is 0 where a row
-            has only a chosen response, and such a row may enter no preference loss.
+        chosen_tokens, rejected_tokens: response token counts as floats; `rejected_tokens` is 0 if a row has
+            only a chosen response, and such a row must not be part of a preference loss.
         reference_chosen, reference_rejected: the same sums under the frozen reference, or None.
     """
 
@@ -61,7 +61,10 @@ class PairLogprobs:
 
     @property
     def chosen_fall(self) -> Tensor:
-        """relu(r_w - p_w), 0 within rounding: a run starts at the kink, where noise would switch the gradient on."""
+        """relu(r_w - p_w), with 0 for values within rounding.
+
+        A run starts at the kink, where rounding would otherwise turn the gradient on.
+        """
         fall = -self.chosen_ratio
         return torch.where(fall > ROUNDING * self.chosen.abs(), fall, 0.0)
 
@@ -78,7 +81,7 @@ class PairLogprobs:
 
 def _present(reference: Tensor | None) -> Tensor:
     if reference is None:
-        raise ValueError("the reference's log-probs are needed here and were not given")
+        raise ValueError("this loss needs the reference's log-probs, but none were given")
     return reference
 
 
@@ -102,8 +105,8 @@ def robust(pairs: PairLogprobs, *, beta: float, label_smoothing: float) -> Tenso
 def ipo(pairs: PairLogprobs, *, beta: float, average: bool) -> Tensor:
     """(gap - 1/(2 beta))^2: IPO (arXiv 2310.12036, eq. 17; beta is its tau).
 
-    `average` takes the gap of log-ratios per token, the form behind the paper's results according to its
-    authors (and TRL's); otherwise the gap of sums, as in the formula and in the older trainers.
+    With `average`, gap is the difference of log-ratios per token, which the authors say they used for the paper's
+    results and which TRL uses; otherwise it is the difference of sums, as in the formula and in older trainers.
     """
     return ((pairs.mean_gap if average else pairs.gap) - 1 / (2 * beta)) ** 2
 
@@ -131,7 +134,7 @@ def alpha_dpo(
 
     z is the length-normalised log-ratio gap, standardised by running statistics of the steps before this one,
     so a pair's loss does not depend on its micro-batch and evaluation changes nothing. The authors' trainer
-    includes the present micro-batch, also in evaluation, and divides by zero where the policy equals the
+    includes the current micro-batch, even in evaluation, and divides by zero if the policy equals the
     reference.
     """
     margin = alpha * statistics.standardise(pairs.mean_gap.detach()) + gamma_beta_ratio
@@ -141,18 +144,18 @@ def alpha_dpo(
 def cpo(pairs: PairLogprobs, *, beta: float, label_smoothing: float, nll_weight: float) -> Tensor:
     """-ls(beta (p_w - p_l)) - nll_weight a_w: CPO (arXiv 2401.08417).
 
-    The second term is a mean over pairs; TRL's `cpo_alpha` takes the mean over the chosen tokens of the
-    micro-batch, which is the same where all chosen responses have one length. `spo.lambda` in unit `token` is
-    the token mean.
+    The second term is a mean over pairs. TRL's `cpo_alpha` takes the mean over the chosen tokens of the
+    micro-batch, which is the same if all chosen responses have the same length. `spo.lambda` in unit `token`
+    weighs the token mean.
     """
     return _smoothed(beta * (pairs.chosen - pairs.rejected), label_smoothing) - nll_weight * pairs.chosen_mean
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0 without cancellation; x is kept a rounding step off the pole at 0."""
+    """log(1 - exp(x)) for x <= 0 without cancellation; x is kept one rounding step away from the pole at 0."""
     log_half = -math.log(2)
-    # Each branch sees only arguments of its own range: torch.where would turn the other's infinity into a NaN
-    # gradient.
+    # Each branch gets only arguments in its own range, because torch.where would turn an infinity in the unused
+    # branch into a NaN gradient.
     near_zero = torch.log(-torch.expm1(x.clamp(min=log_half, max=-torch.finfo(x.dtype).eps)))
     far = torch.log1p(-torch.exp(x.clamp(max=log_half)))
     return torch.where(x < log_half, far, near_zero)
@@ -161,8 +164,8 @@ def _log1mexp(x: Tensor) -> Tensor:
 def orpo(pairs: PairLogprobs, *, beta: float) -> Tensor:
     """-a_w - beta ls(log odds ratio of exp(a_w) and exp(a_l)): ORPO (arXiv 2403.07691, where beta is lambda).
 
-    The first term is a mean over pairs of the response's token mean, as the paper writes it. TRL takes the
-    token mean over prompt and chosen response of the micro-batch instead; the odds-ratio term is the same.
+    The first term is a mean over pairs of the response's token mean, as in the paper. TRL takes the token mean
+    over prompt and chosen response of the micro-batch instead; the odds-ratio term is the same.
     """
     chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -206,8 +209,8 @@ def sppo_hard(pairs: PairLogprobs, *, beta: float) -> Tensor:
 def discopop(pairs: PairLogprobs, *, beta: float, discopop_tau: float) -> Tensor:
     """(1-m) (-ls(beta h)) + m exp(-beta h), m = sigma(beta h / tau): DiscoPOP (arXiv 2406.08414, eq. 5).
 
-    The product m exp(-beta h) is one exponential here: with tau <= 1 it stays below 1 where exp(-beta h)
-    overflows.
+    The product m exp(-beta h) is computed as one exponential, because for tau <= 1 it stays below 1 even if
+    exp(-beta h) overflows.
     """
     logits = beta * pairs.gap
     blend = logits / discopop_tau
@@ -217,7 +220,7 @@ def discopop(pairs: PairLogprobs, *, beta: float, discopop_tau: float) -> Tensor
 def bco_pair(pairs: PairLogprobs, *, beta: float) -> Tensor:
     """-ls(u_w) - ls(-u_l) with u = beta (p - r): BCO on pairs (arXiv 2404.04656, section 4).
 
-    The paper's and older TRL's reward shift (a running mean of rewards) is left out, as in TRL 1.16.
+    The reward shift of the paper and of older TRL (a running mean of rewards) is omitted, as in TRL 1.16.
     """
     return -logsigmoid(beta * pairs.chosen_ratio) - logsigmoid(-beta * pairs.rejected_ratio)
 
@@ -245,12 +248,12 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         )
     }
 )
-# What a loss with running statistics keeps statistics of; its function takes them as `statistics`.
+# For losses with running statistics: the value per pair that they track. Their functions take `statistics`.
 TRACKED: Mapping[str, Callable[[PairLogprobs], Tensor]] = MappingProxyType({"alpha_dpo": lambda pairs: pairs.mean_gap})
 
 
 def preference_losses(terms: Sequence[LossTerm], pairs: PairLogprobs, statistics: LossStatistics) -> Tensor:
-    """The upper level's loss of each pair, [pairs]: the sum of weight * loss over the terms."""
+    """Returns the upper level's loss of each pair, [pairs]: the sum of weight * loss over the terms."""
     return torch.stack([term.weight * _loss(term, pairs, statistics) for term in terms]).sum(0)
 
 
@@ -262,15 +265,15 @@ def _loss(term: LossTerm, pairs: PairLogprobs, statistics: LossStatistics) -> Te
 
 
 def statistic_values(terms: Sequence[LossTerm], pairs: PairLogprobs) -> Tensor | None:
-    """Per pair, what `LossStatistics.update` sums over the global batch ([pairs], detached), or None."""
+    """Returns the value per pair that `LossStatistics` tracks ([pairs], detached), or None if no loss tracks one."""
     tracked = [term.spec.name for term in terms if term.spec.name in TRACKED]
     return TRACKED[tracked[0]](pairs).detach() if tracked else None
 
 
 def rewards(terms: Sequence[LossTerm], pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
-    """Implicit rewards of both responses, [pairs], detached: beta (p - r), or beta a if reference-free.
+    """Returns the implicit rewards of both responses, [pairs], detached: beta (p - r), or beta a if reference-free.
 
-    Those of several losses are added up with the losses' weights, as their gradients are.
+    The rewards of several losses are added with the losses' weights, as their gradients are.
     """
     chosen, rejected = torch.zeros_like(pairs.chosen), torch.zeros_like(pairs.rejected)
     for term in terms:

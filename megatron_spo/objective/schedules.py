@@ -1,8 +1,8 @@
 """Bilevel schedules: pure functions from (settings, step, state) to the plan of one optimizer step.
 
-No schedule touches a tensor. What a schedule remembers is `ScheduleState`, part of the checkpoint; whatever
-the step number alone decides (ramp, phase of the alternation) is computed from it and not stored, so a
-resumed run agrees.
+No schedule uses tensors. The state of a schedule is `ScheduleState`, which is part of the checkpoint. Everything
+that depends only on the step number (ramp, phase of the alternation) is computed from it and not stored, so a
+resumed run gives the same plans.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,19 +13,19 @@ from megatron_spo.config.spo import RUNNING_MIN, SpoConfig
 from megatron_spo.objective.step_plan import Add, Barrier, Pass, Shift, StepPlan
 
 GAP_ROUNDING = 1e-5
-"""Nats per chosen token below which a gap above epsilon is the layout's rounding."""
+"""Nats per chosen token by which a gap may exceed epsilon because of rounding, which depends on the layout."""
 
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """What a schedule carries from step to step.
+    """The state that a schedule carries from step to step.
 
     Attributes:
-        lambda_: the current multiplier of `dual`; for the other schedules the configured one, unchanged.
+        lambda_: the current multiplier of `dual`; for other schedules the configured value, unchanged.
         gap: g - v of the last global batch, nats per chosen token; None before the first.
-        gap_ema: its exponential moving average, started at the first gap.
+        gap_ema: exponential moving average of the gap, starting at the first one.
         best_sft: the lowest g of a global batch so far, nats per chosen token; None before the first.
-        raised: what alarms have multiplied the configured lambda by (`raise_lambda`).
+        raised: factor by which alarms have multiplied the configured lambda (`raise_lambda`).
     """
 
     lambda_: float
@@ -35,16 +35,16 @@ class ScheduleState:
     raised: float = 1.0
 
     def saw(self, sft: float) -> "ScheduleState":
-        """The state once a training batch had the SFT loss g = `sft`."""
+        """Returns the state after a training batch with the SFT loss g = `sft` (nats per chosen token)."""
         return replace(self, best_sft=sft if self.best_sft is None else min(self.best_sft, sft))
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain numbers for the checkpoint."""
+        """Returns the state as plain numbers for the checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, float | None]) -> "ScheduleState":
-        """The inverse of `to_dict`."""
+        """Inverse of `to_dict`."""
         lambda_, raised = state["lambda_"], state.get("raised", 1.0)
         assert lambda_ is not None and raised is not None
         return cls(lambda_, state["gap"], state["gap_ema"], state["best_sft"], raised)
@@ -63,11 +63,10 @@ def _with_lambda(lambda_: float) -> StepPlan:
 
 
 def _penalty(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
-    """Constant lambda, or a linear ramp that reaches it at step `ramp_steps` - 1, like a learning rate's
-    warm-up.
+    """Constant lambda, or a linear ramp that reaches it at step `ramp_steps` - 1, like a learning rate warm-up.
 
-    The batch constraint switches the term off unless the last measured gap lies above epsilon, beyond rounding;
-    before the first measurement the policy is still the reference, whose gap is 0.
+    The batch constraint switches the term off unless the last measured gap exceeds epsilon by more than rounding.
+    Before the first measurement the policy is still the reference, whose gap is 0.
     """
     if spo.constraint == "batch" and (state.gap is None or state.gap <= spo.epsilon + GAP_ROUNDING):
         return _with_lambda(0.0)
@@ -80,7 +79,7 @@ def _dual(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
 
 
 def _alternating(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
-    """`sft_steps` steps on g, then `preference_steps` on f, and again."""
+    """Repeats `sft_steps` steps on g, then `preference_steps` steps on f."""
     on_sft = step % (spo.sft_steps + spo.preference_steps) < spo.sft_steps
     return _sft(spo, step, state) if on_sft else _none(spo, step, state)
 
@@ -95,7 +94,8 @@ def _lookahead(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
 
 
 def _barrier(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
-    """grad f, plus as much of grad g as makes g fall at barrier_rate * max(last gap - epsilon, 0) (dynamic barrier)."""
+    """grad f, plus the smallest multiple of grad g that makes g fall at the rate barrier_rate * max(last gap - epsilon,
+    0) (dynamic barrier)."""
     excess = max((state.gap or 0.0) - spo.epsilon, 0.0)
     passes = (Pass(preference=1.0, sft=0.0, slot="f"), Pass(preference=0.0, sft=1.0, slot="g"))
     return StepPlan(passes, 0.0, Barrier("f", "g", spo.barrier_rate * excess))
@@ -115,23 +115,23 @@ SCHEDULES: Mapping[str, Callable[[SpoConfig, int, ScheduleState], StepPlan]] = M
 
 
 def initial_state(spo: SpoConfig) -> ScheduleState:
-    """The state before step 0."""
+    """Returns the state before step 0."""
     return ScheduleState(lambda_=spo.lambda_)
 
 
 def plan_step(spo: SpoConfig, step: int, state: ScheduleState) -> StepPlan:
-    """The plan of optimizer step `step`, counted from 0 over the whole run."""
+    """Returns the plan of optimizer step `step`, counted from 0 over the whole run."""
     return SCHEDULES[spo.schedule](spo, step, state)
 
 
 def optimal_value(spo: SpoConfig, state: ScheduleState, measured: float | None) -> float | None:
-    """v, the lower level's optimal value in nats per chosen token; None where it is not known.
+    """Returns v, the lower level's optimal value in nats per chosen token, or None if it is unknown.
 
-    `spo.v` null takes `measured`, the reference's own SFT loss on the rows whose g is compared with it. A number
-    stands for itself. `running_min` is the setting without an SFT model: the lowest g of a training batch so far. In
-    training that includes the batch itself, so that its gap is never negative and the first is 0; in an evaluation,
-    whose rows are others, the gap may be of either sign. A batch's g is noisy and its minimum lies below the mean
-    that any one model reaches: the noisier the batches, the wider should epsilon be.
+    If `spo.v` is null, v is `measured`, the reference's SFT loss on the rows whose g is compared with it. If `spo.v` is
+    a number, v is that number. `running_min` is for runs without an SFT model: v is the lowest g of a training batch so
+    far. In training this includes the batch itself, so its gap is never negative and the first gap is 0. In an
+    evaluation, which has other rows, the gap may have either sign. The g of a batch is noisy, and its minimum lies
+    below the mean that any single model reaches, so noisier batches need a larger epsilon.
     """
     if spo.v is None:
         return measured
@@ -139,7 +139,7 @@ def optimal_value(spo: SpoConfig, state: ScheduleState, measured: float | None) 
 
 
 def observe(spo: SpoConfig, state: ScheduleState, gap: float) -> ScheduleState:
-    """The state after a step whose global batch had the gap g - v = `gap` (nats per chosen token).
+    """Returns the state after a step whose global batch had the gap g - v = `gap` (nats per chosen token).
 
     `dual` moves its multiplier along the smoothed gap: clip(lambda + dual_lr * (gap - epsilon), 0,
     lambda_max).
@@ -153,7 +153,8 @@ def observe(spo: SpoConfig, state: ScheduleState, gap: float) -> ScheduleState:
 
 
 def raise_lambda(spo: SpoConfig, state: ScheduleState, factor: float) -> ScheduleState:
-    """The state with lambda multiplied by `factor`, for schedules that have one; that of `dual` up to lambda_max."""
+    """Returns the state with lambda multiplied by `factor`, for schedules with a lambda; for `dual` at most
+    lambda_max."""
     if spo.schedule == "dual":
         return replace(state, lambda_=min(state.lambda_ * factor, spo.lambda_max))
     return replace(state, raised=state.raised * factor)

@@ -1,11 +1,11 @@
-"""What one optimizer step does, as plain data: schedules write it, the training step carries it out."""
+"""The plan of one optimizer step as plain data: a schedule makes it, the training step executes it."""
 
 from dataclasses import dataclass
 from enum import Flag, auto
 
 
 class Role(Flag):
-    """The terms of the objective that a data set feeds: one set feeds both, or each has its own."""
+    """The terms of the objective that a data set is used for: one set for both terms, or one set for each."""
 
     PREFERENCE = auto()
     SFT = auto()
@@ -14,7 +14,7 @@ class Role(Flag):
 
 @dataclass(frozen=True)
 class Shift:
-    """Weights moved to theta - `step` * (the gradient in `slot`) for the time of one pass."""
+    """Moves the weights to theta - `step` * (the gradient in `slot`) during one pass."""
 
     slot: str
     step: float
@@ -22,14 +22,14 @@ class Shift:
 
 @dataclass(frozen=True)
 class Pass:
-    """One sweep over the global batch: the gradient of `preference` * f + `sft` * (the SFT term).
+    """One pass over the global batch: the gradient of `preference` * f + `sft` * (the SFT term).
 
     Attributes:
-        preference: weight of the preference loss f; 0 leaves it out, and rows without a rejected response are allowed.
-        sft: weight of the SFT term. Beside a preference term it is lambda in the unit `spo.lambda_unit`, under
-            `spo.constraint`; alone it weighs g itself (nats per chosen token), which has no unit to choose.
+        preference: weight of the preference loss f; 0 omits it and allows rows without a rejected response.
+        sft: weight of the SFT term. With a preference term it is lambda in the unit `spo.lambda_unit`, under
+            `spo.constraint`; alone it weighs g itself (nats per chosen token), whatever the unit.
         slot: name under which the gradient is kept.
-        shift: where the gradient is taken, if not at the present weights.
+        shift: where the gradient is taken; None means at the current weights.
     """
 
     preference: float
@@ -38,13 +38,13 @@ class Pass:
     shift: Shift | None = None
 
     def weighs(self, role: Role) -> bool:
-        """Whether rows of this role enter the pass."""
+        """Returns whether the pass uses rows of this role."""
         return bool((self.preference and Role.PREFERENCE in role) or (self.sft and Role.SFT in role))
 
 
 @dataclass(frozen=True)
 class Add:
-    """The step's gradient is the sum of coefficient * slot."""
+    """The step's gradient is the sum of coefficient * gradient over the slots."""
 
     parts: tuple[tuple[str, float], ...]
 
@@ -60,14 +60,14 @@ class Barrier:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The passes of one optimizer step, in order, and how their gradients become the one that the optimizer takes.
+    """The passes of one optimizer step, in order, and how their gradients are combined for the optimizer.
 
     Attributes:
-        passes: at least one; the metrics of a step are measured at the present weights, those of a data set in the
-            first such pass that weighs it.
-        lambda_: the weight of the SFT term beside f in this step (the metric `spo/lambda`); 0 where there is none.
-            `Barrier` finds its own.
-        combine: None takes the gradient of the only pass.
+        passes: at least one. Metrics are measured at the current weights; those of a data set in the first such pass
+            that uses it.
+        lambda_: weight of the SFT term relative to f in this step (the metric `spo/lambda`); 0 if there is none.
+            `Barrier` computes its own.
+        combine: None uses the gradient of the only pass.
     """
 
     passes: tuple[Pass, ...]
@@ -76,5 +76,5 @@ class StepPlan:
 
     @property
     def upper(self) -> Pass:
-        """The pass that weighs the preference loss, or the first where none does."""
+        """The pass with the preference loss, or the first pass if there is none."""
         return next((one for one in self.passes if one.preference), self.passes[0])

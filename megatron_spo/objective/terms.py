@@ -1,8 +1,8 @@
 """The objective of one pass over a part of the global batch.
 
-Everything is divided here, once, by counts of the *global* batch that are known before the forward pass. A
-part's value is its share, so summing over parts gives the same objective and gradient however the batch is
-cut into rows, micro-batches and ranks.
+All terms are divided here by counts of the *global* batch, which are known before the forward pass. The value of a
+part is its share of the objective, so the sum over parts, and its gradient, do not depend on how the batch is divided
+into rows, micro-batches and ranks.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from megatron_spo.objective.step_plan import Pass, Role
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Sizes of a set's global batch: f is a mean over its pairs, g over all response tokens of the chosen."""
+    """Sizes of a set's global batch: f is a mean over its pairs, g over the tokens of all chosen responses."""
 
     pairs: int
     chosen_tokens: int
@@ -36,20 +36,21 @@ def objective(
     statistics: LossStatistics,
     role: Role = Role.BOTH,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This part's share of the pass's objective, and what was computed per pair on the way.
+    """Returns this part's share of the pass's objective, and the loss of each pair.
 
-    The objective is f + lambda * g (unit `token`) or f - lambda * beta * mean(s_w) (unit `relative`), s_w
-    being the chosen log-prob as the loss uses it (sum or token mean). The value v of the reference is a
-    constant and is not subtracted. With `spo.constraint: pair` a hinge on each pair takes the place of the
-    SFT term. Several losses are added up with their weights, and so are their relative terms.
+    The objective is f + lambda * g (unit `token`) or f - lambda * beta * mean(s_w) (unit `relative`), where s_w
+    is the chosen log-prob as the loss uses it (sum or token mean). The value v of the reference is a constant and
+    is not subtracted. With `spo.constraint: pair`, a hinge on each pair replaces the SFT term. Several losses, and
+    their relative terms, are added with their weights.
 
     Args:
-        pairs: the pairs of this part, possibly none.
-        pass_: the weights of the two terms; see `Pass` for what the SFT weight means.
-        losses: the preference loss, or several.
-        counts: of the global batch of the set that the pairs come from, not of this part.
+        pairs: the pairs of this part; may be empty.
+        pass_: the weights of the two terms; see `Pass` for the meaning of the SFT weight.
+        losses: one or more preference losses.
+        spo: the configuration of the SFT term.
+        counts: counts of the global batch of the set that the pairs come from, not of this part.
         statistics: running statistics of the steps before this one.
-        role: the terms that these pairs feed. An SFT row of a separate set counts as a pair of its own set.
+        role: the terms that these pairs are used for. An SFT row of a separate set counts as a pair of its own set.
 
     Returns:
         A scalar, differentiable in the policy's log-probs, and detached [pairs] tensors by name:
@@ -58,8 +59,7 @@ def objective(
     per_pair: dict[str, Tensor] = {}
     value = pairs.chosen.new_zeros(())
     if pass_.preference and Role.PREFERENCE in role:
-        # Not a Python branch on the values: that would make the host wait for the device in every
-        # micro-batch.
+        # A Python branch on the values would make the host wait for the device in every micro-batch.
         torch._assert_async(
             (pairs.rejected_tokens > 0).all(), "a row without a rejected response has no preference loss"
         )
@@ -78,7 +78,7 @@ def _nll(pairs: PairLogprobs, counts: GlobalCounts) -> Tensor:
 
 
 def _sft_term(pairs: PairLogprobs, losses: Sequence[LossTerm], spo: SpoConfig, counts: GlobalCounts) -> Tensor:
-    """The term that lambda weighs beside a preference loss, by `spo.constraint` and `spo.lambda_unit`."""
+    """The SFT term next to a preference loss, according to `spo.constraint` and `spo.lambda_unit`, without lambda."""
     excess = torch.relu(pairs.chosen_fall / pairs.chosen_tokens - spo.epsilon) if spo.constraint == "pair" else None
     if spo.lambda_unit == "token":
         return _nll(pairs, counts) if excess is None else excess.sum() / counts.pairs
@@ -89,6 +89,6 @@ def _sft_term(pairs: PairLogprobs, losses: Sequence[LossTerm], spo: SpoConfig, c
         if excess is None:
             value = value - scale * (pairs.chosen if statistic == "sum" else pairs.chosen_mean).sum()
         else:
-            # The hinge is per token; a loss that sums feels a nat per token n_w times.
+            # The hinge is per token; for a loss on sums, a nat per token counts n_w times.
             value = value + scale * (excess * (pairs.chosen_tokens if statistic == "sum" else 1.0)).sum()
     return value / counts.pairs

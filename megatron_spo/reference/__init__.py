@@ -1,1 +1,1 @@
-"""The reference model's log-probs: computing them, the cache, and reading them in training."""
+"""The reference model's log-probs: computing them, caching them, and reading them in training."""

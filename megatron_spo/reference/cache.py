@@ -1,4 +1,4 @@
-"""The reference's log-probs, computed once, read memory-mapped.
+"""The cache of the reference's log-probs, computed once and read memory-mapped.
 
 Folder `<cache>/<name>-<first 12 digits of the data set's fingerprint>/`:
 
@@ -6,9 +6,8 @@ Folder `<cache>/<name>-<first 12 digits of the data set's fingerprint>/`:
     index.json    version, what the records depend on, their count and checksum
     parts/        while filling: chunks of records, each with its own digest, written by any process
 
-Everything appears by rename after fsync, so a kill leaves whole files or none; a part that is torn or
-belongs to something else counts as missing. `finish` replaces a stale cache only when its successor is
-whole.
+Every file is renamed into place after fsync, so a killed process leaves complete files or none. A part that is
+damaged or has another fingerprint counts as missing. `finish` replaces a stale cache only when the new one is complete.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 VERSION = 4
 RECORD = np.dtype([("chosen", "<f4"), ("rejected", "<f4"), ("row_hash", "<u8")])
-"""Sums of log-probs (nats) over the scored tokens of each response, and the hash of the row's token ids."""
+"""A record: sums of log-probs (nats) over the scored tokens of each response, and the hash of the row's token ids."""
 REMEDY = "run: megatron-spo reference CONFIG.yaml"
 DIGEST = 16
 Records = NDArray[np.void]
@@ -44,7 +43,7 @@ Records = NDArray[np.void]
 
 @dataclass(frozen=True)
 class ReferenceFingerprint:
-    """What a cached log-prob depends on; each part is named when it differs."""
+    """Everything that a cached log-prob depends on; error messages name each part that differs."""
 
     weights: str
     tokenizer: str
@@ -52,10 +51,10 @@ class ReferenceFingerprint:
     precision: str
     dataset: str
     date: str = ""
-    """told to the chat template, empty if it does not ask for it (as in caches that do not record it)"""
+    """Date given to the chat template; empty if the template does not use it, or if the cache does not record it."""
 
     def differences(self, found: dict[str, Any]) -> list[str]:
-        """One line for each part in which a cache differs from what is wanted now."""
+        """Returns one line for each part in which a cache differs from this fingerprint."""
         return [
             f"{_PARTS[part]}: the cache has {found.get(part, '')!r}, this run has {wanted!r}"
             for part, wanted in asdict(self).items()
@@ -69,12 +68,12 @@ _PARTS = {
     "truncation": "truncation",
     "precision": "precision",
     "dataset": "the data set's rows",
-    "date": "the date told to the chat template",
+    "date": "the date given to the chat template",
 }
 
 
 class ReferenceStore:
-    """Memory-mapped log-probs of the reference, checked when opened."""
+    """Memory-mapped log-probs of the reference; `open_reference` checks and opens it."""
 
     def __init__(self, records: Records, dataset: TokenizedSet, folder: Path) -> None:
         self.records, self._hashes = records, dataset.row_hashes
@@ -84,24 +83,24 @@ class ReferenceStore:
         return len(self.records)
 
     def get(self, indices: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Sums of log-probs (chosen fp32 [B], rejected fp32 [B]) of the data set rows `indices` [B]."""
+        """Returns the summed log-probs (nats; chosen fp32 [B], rejected fp32 [B]) of data set rows `indices` [B]."""
         wanted = np.asarray(indices)
         rows = self.records[wanted]
         chosen, rejected = rows["chosen"], rows["rejected"]
         fine = np.isfinite(chosen) & np.isfinite(rejected) & (rows["row_hash"] == self._hashes[wanted])
         if not fine.all():
             where = self._dataset.describe(int(wanted[~fine][0]))
-            raise UserError(f"reference cache {self.folder} is damaged: the record of {where} is bad; {REMEDY}")
+            raise UserError(f"reference cache {self.folder} is damaged: the record of {where} is invalid; {REMEDY}")
         return chosen, rejected
 
 
 def open_reference(
     cache: str | Path, name: str, fingerprint: ReferenceFingerprint, dataset: TokenizedSet
 ) -> ReferenceStore:
-    """Open the finished cache of data set `name`.
+    """Opens the complete cache of data set `name`.
 
-    UserError when it is missing, filled in part, stale (naming each part that differs) or damaged, with the
-    remedy.
+    Raises:
+        UserError: it is missing, incomplete, stale (the message names each part that differs) or damaged.
     """
     folder = cache_folder(cache, name, fingerprint)
     index = _read_index(folder)
@@ -115,7 +114,7 @@ def open_reference(
     records = _map_records(folder, index)
     if len(records) != len(dataset):
         raise UserError(
-            f"reference cache {folder} is damaged: it is of {len(records)}, not of the {len(dataset)} pairs; {REMEDY}"
+            f"reference cache {folder} is damaged: it has {len(records)} pairs instead of {len(dataset)}; {REMEDY}"
         )
     return ReferenceStore(records, dataset, folder)
 
@@ -123,7 +122,7 @@ def open_reference(
 class ReferenceWriter:
     """Fills the cache of one data set, chunk by chunk, from any number of processes.
 
-    Chunks are ranges of data set indices; a chunk is written whole. `finish` is called by one process.
+    Chunks are ranges of data set indices and are written as a whole. One process calls `finish`.
     """
 
     def __init__(self, folder: Path, fingerprint: ReferenceFingerprint, dataset: TokenizedSet, chunk: int) -> None:
@@ -143,7 +142,7 @@ class ReferenceWriter:
         dataset: TokenizedSet,
         chunk: int = 256,
     ) -> Self:
-        """Start or continue filling; `complete` says that nothing is left to do."""
+        """Starts or continues filling; if `complete` is set, nothing is left to do."""
         folder = cache_folder(cache, name, fingerprint)
         writer = cls(folder, fingerprint, dataset, chunk)
         if not writer.complete:
@@ -152,15 +151,15 @@ class ReferenceWriter:
         return writer
 
     def missing_chunks(self) -> list[int]:
-        """Chunks that are not there, or not whole, or not of this model and data."""
+        """Returns the chunks that are missing, damaged, or from another model or data set."""
         return [] if self.complete else [k for k in range(self.chunks) if self._read_part(k) is None]
 
     def chunk_indices(self, k: int) -> NDArray[np.int64]:
-        """Data set indices of chunk `k`."""
+        """Returns the data set indices of chunk `k`."""
         return np.arange(k * self._chunk, min((k + 1) * self._chunk, len(self._dataset)), dtype=np.int64)
 
     def write_chunk(self, k: int, chosen: ArrayLike, rejected: ArrayLike) -> None:
-        """Store the log-prob sums of chunk `k` (nats; rejected 0 for SFT rows).
+        """Writes the log-prob sums of chunk `k` (nats; rejected is 0 for SFT rows).
 
         Raises:
             UserError: a sum is not finite.
@@ -184,14 +183,18 @@ class ReferenceWriter:
             file.write(self._digest(k, payload) + payload)
 
     def finish(self) -> None:
-        """Check and merge all parts; a no-op on a complete cache. UserError when a part is missing."""
+        """Checks and merges all parts; does nothing if the cache is complete.
+
+        Raises:
+            UserError: a part is missing.
+        """
         if self.complete:
             return
         missing = self.missing_chunks()
         if missing:
             count = len(self._dataset)
             done = count - sum(len(self.chunk_indices(k)) for k in missing)
-            raise UserError(f"reference cache {self._folder} is unfinished: it holds {done} of {count} pairs; {REMEDY}")
+            raise UserError(f"reference cache {self._folder} is incomplete: it has {done} of {count} pairs; {REMEDY}")
         header = io.BytesIO()
         form = {"descr": RECORD.descr, "fortran_order": False, "shape": (len(self._dataset),)}
         np.lib.format.write_array_header_1_0(header, form)
@@ -222,7 +225,7 @@ class ReferenceWriter:
                 return False
             return len(_map_records(self._folder, index)) == len(self._dataset)
         except UserError:
-            return False  # damaged: filled anew
+            return False  # damaged, so it is filled again
 
     def _part(self, k: int) -> Path:
         return self._parts / f"{k:08d}.part"
@@ -231,7 +234,7 @@ class ReferenceWriter:
         return hashlib.blake2b(self._salt + k.to_bytes(8, "little") + payload, digest_size=DIGEST).digest()
 
     def _read_part(self, k: int) -> bytes | None:
-        """The records of chunk `k`, None unless they are whole and of this fingerprint."""
+        """Returns the records of chunk `k`, or None if they are damaged or have another fingerprint."""
         try:
             content = self._part(k).read_bytes()
         except FileNotFoundError:
@@ -242,7 +245,7 @@ class ReferenceWriter:
 
 
 def cache_folder(cache: str | Path, name: str, fingerprint: ReferenceFingerprint) -> Path:
-    """Where the cache of data set `name` lies."""
+    """Returns the folder of the cache of data set `name`."""
     return Path(cache) / f"{_slug(name)}-{fingerprint.dataset[:12]}"
 
 
@@ -251,7 +254,11 @@ def _slug(name: str) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a finished cache, None where there is none; UserError when it cannot be understood."""
+    """Returns the index of a complete cache, or None if there is no index.
+
+    Raises:
+        UserError: the index cannot be read or has another format.
+    """
     try:
         text = (folder / "index.json").read_text(encoding="utf-8")
         index = json.loads(text)
@@ -260,14 +267,16 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"reference cache {folder} is damaged: index.json is not readable; {REMEDY}") from error
+        raise UserError(f"reference cache {folder} is damaged: index.json cannot be read; {REMEDY}") from error
     if version != VERSION:
-        raise UserError(f"reference cache {folder} has format {version}, this version reads format {VERSION}; {REMEDY}")
+        raise UserError(
+            f"reference cache {folder} has format {version}, but this version reads format {VERSION}; {REMEDY}"
+        )
     return {**known, "fingerprint": fingerprint}
 
 
 def _map_records(folder: Path, index: dict[str, Any]) -> Records:
-    """The records, memory-mapped, their size and checksum verified."""
+    """Returns the memory-mapped records after checking their size and checksum."""
     damaged = f"reference cache {folder} is damaged: records.npy"
     try:
         content = np.memmap(folder / "records.npy", np.uint8, mode="r")
@@ -283,29 +292,29 @@ def _map_records(folder: Path, index: dict[str, Any]) -> Records:
 
 
 def _why_missing(cache: Path, name: str, fingerprint: ReferenceFingerprint, dataset: TokenizedSet) -> str:
-    """Tell an unfinished cache, a cache of other rows, and none at all apart."""
+    """Returns the message for a cache that is incomplete, for other rows, or missing."""
     folder = cache_folder(cache, name, fingerprint)
     if any((folder / "parts").glob("*.part")):
         done = sum(
             max(part.stat().st_size - DIGEST, 0) // RECORD.itemsize for part in (folder / "parts").glob("*.part")
         )
         count = len(dataset)
-        return f"reference cache {folder} is unfinished: it holds {min(done, count)} of {count} pairs; {REMEDY}"
+        return f"reference cache {folder} is incomplete: it has {min(done, count)} of {count} pairs; {REMEDY}"
     for other in sorted(cache.glob(f"{_slug(name)}-" + "[0-9a-f]" * 12)):
         with contextlib.suppress(UserError):
             index = _read_index(other)
             if index is not None:
                 lines = "".join(f"\n  {line}" for line in fingerprint.differences(index["fingerprint"]))
-                return f"the reference cache for '{name}' in {cache} is of other rows ({other.name}):{lines}\n{REMEDY}"
+                return f"the reference cache for '{name}' in {cache} is for other rows ({other.name}):{lines}\n{REMEDY}"
     return f"there is no reference cache for '{name}' in {cache}; {REMEDY}"
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """File system errors as a message about the cache."""
+    """Turns file system errors into a UserError about the cache."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"reference cache {folder} cannot be written: {error}; set reference.cache elsewhere"
+            f"reference cache {folder} cannot be written: {error}; set reference.cache to another folder"
         ) from error

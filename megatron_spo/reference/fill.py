@@ -1,4 +1,4 @@
-"""Fills the reference cache: the forward-only sibling of run.py."""
+"""Fills the reference cache by forward passes."""
 
 import numpy as np
 import torch
@@ -17,16 +17,16 @@ from megatron_spo.runtime.processes import Runtime, agreed
 
 
 def fill(config: Config) -> None:
-    """Score every pair of every data set under the model of `config.model` and store the sums in `reference.cache`.
+    """Scores every pair of every data set with the model of `config.model` and writes the sums to `reference.cache`.
 
-    Chunks of pairs are dealt out to the data-parallel ranks; each is written by the rank that scored it. What an
-    earlier call has stored is kept; a complete cache is left alone.
+    Chunks of pairs are distributed over the data-parallel ranks; the rank that scores a chunk writes it. Chunks from an
+    earlier call are kept, and a complete cache is not changed.
 
     Raises:
         UserError: on every rank alike.
     """
     if config.reference.cache is None:
-        raise UserError("reference.cache is not set: name the folder that shall hold the reference's log-probs")
+        raise UserError("reference.cache is not set; set it to the folder for the reference's log-probs")
     runtime = join(config)
     inputs = read_inputs(config, runtime)
     runtime.progress.phase("building and loading", times=4)
@@ -42,7 +42,7 @@ def fill(config: Config) -> None:
     if open_ones:
         _fill(config, inputs, open_ones, runtime)
     for name, dataset in inputs.named_sets().items():
-        known = "" if name in open_ones else ", complete before this call"
+        known = "" if name in open_ones else ", already complete"
         if runtime.is_main:
             print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
 
@@ -62,10 +62,10 @@ def _fill(config: Config, inputs: Inputs, writers: dict[str, ReferenceWriter], r
 def _score(
     chunks: list[torch.nn.Module], writer: ReferenceWriter, dataset: TokenizedSet, config: Config, runtime: Runtime
 ) -> None:
-    """Score this data-parallel rank's share of the missing chunks."""
+    """Scores this data-parallel rank's share of the missing chunks."""
     loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiples=row_multiples(config))
     missing = writer.missing_chunks()
-    torch.distributed.barrier()  # nobody writes before everybody has looked
+    torch.distributed.barrier()  # no rank may write before every rank has listed the missing chunks
     ranks, shown = runtime.topology.data, runtime.is_main and config.logging.progress
     turns = range(0, len(missing), ranks)
     for turn in tqdm(turns, unit="turn", desc="reference", disable=not shown):
@@ -81,8 +81,8 @@ def _score(
 
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:
-    """How many rows a rank must run that has so many: ranks that share experts take every step together."""
-    from megatron.core import parallel_state  # not above: prepare.py imports Megatron first
+    """Returns how many rows a rank with `rows` rows must run, as ranks that share experts run every row together."""
+    from megatron.core import parallel_state  # here, because prepare.py must import Megatron first
 
     most = torch.tensor(rows, device=runtime.device)
     group = parallel_state.get_expert_model_parallel_group()

@@ -1,4 +1,4 @@
-"""What a cached log-prob depends on, as fingerprints."""
+"""Fingerprints of everything that a cached log-prob depends on."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from megatron_spo.runtime.device import uses_transformer_engine
 
 
 def reference_fingerprint(config: Config, inputs: Inputs, dataset: TokenizedSet, weights: str) -> ReferenceFingerprint:
-    """What a cached log-prob of this data set depends on."""
+    """Returns the fingerprint of everything that a cached log-prob of this data set depends on."""
     return ReferenceFingerprint(
         weights=weights,
         tokenizer=tokenizer_fingerprint(inputs.tokenizer),
@@ -29,15 +29,15 @@ def reference_fingerprint(config: Config, inputs: Inputs, dataset: TokenizedSet,
 
 
 def numerics(precision: PrecisionConfig, *, experts: bool) -> str:
-    """What computes the log-probs, as far as it shows in their digits."""
+    """Describes the numerics of the log-probs: precision, kind of layers and fp8 recipe."""
     engine = ", Transformer Engine" if uses_transformer_engine(precision, experts=experts) else ""
     return precision.dtype + engine + (f", fp8 {precision.fp8}" if precision.fp8 else "")
 
 
 def weights_fingerprint(config: Config, inputs: Inputs) -> str:
-    """SHA-256 over the content of the model's weights and shape; the ranks share the reading.
+    """Returns the SHA-256 of the model's weights and shape; the ranks share the reading.
 
-    Random weights are fixed by shape and seed.
+    For random weights it covers shape and seed, which determine them.
     """
     if config.model.init == "random":
         digest = hashlib.sha256(json.dumps(inputs.shape.raw, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""What a step's seconds go into."""
+"""Measures how the time of a step is divided into phases."""
 
 import time
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import torch
 
 PHASES = ("data", "forward_backward", "optimizer", "communication")
-"""Named parts of a step; what is left is `other`."""
+"""Named parts of a step; the rest is `other`."""
 
 
 class Clock:
-    """Time by phases between `start` and `read`, each second counted once: an inner phase's is not the outer one's.
+    """Measures the time of phases between `start` and `read`. Time in a nested phase counts only for the nested phase.
 
-    On a GPU moments are events in its stream.
+    On a GPU, times are taken with events in its stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,13 +22,13 @@ class Clock:
         self._begin = 0.0
 
     def start(self) -> None:
-        """A step begins."""
+        """Starts the time of a step."""
         self._begin = time.perf_counter()
         self._marks = [(self._now(), "")]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What is done within is `name`, one of PHASES."""
+        """Counts the time within the context for phase `name`, one of PHASES."""
         before = self._marks[-1][1] if self._marks else ""
         self._mark(name)
         try:
@@ -37,9 +37,9 @@ class Clock:
             self._mark(before)
 
     def read(self) -> dict[str, float]:
-        """Seconds since `start`, and of each phase, which together with `other` are these.
+        """Returns the seconds since `start`, in total and by phase; the phases and `other` add up to the total.
 
-        Waits for the GPU: the question whether to stop (StopRequest.reason), which follows every step, does so anyway.
+        This waits for the GPU, which `StopRequest.reason` does after every step anyway.
         """
         last, _ = self._marks[-1]
         if not isinstance(last, float):

@@ -1,8 +1,8 @@
-"""Lets Megatron-Core run where there is no GPU.
+"""Lets Megatron-Core run without a GPU.
 
-Megatron-Core asks for CUDA by name in many places, though all of its arithmetic and communication works on CPU
-tensors with gloo. `install()` answers those requests with the CPU. It changes only names listed in `BRIDGED`, hides the
-packages in `HIDDEN`, does nothing where a GPU is present, and fails loudly when a listed name is gone.
+Megatron-Core uses CUDA by name in many places, though all of its arithmetic and communication works on CPU tensors with
+gloo. `install()` redirects these uses to the CPU. It changes only the names listed in `BRIDGED`, hides the packages in
+`HIDDEN`, does nothing if a GPU is present, and raises an error if a listed name no longer exists.
 """
 
 import sys
@@ -48,7 +48,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for a CUDA stream: there is one order of work on a CPU."""
+    """Replaces a CUDA stream; work on a CPU has only one order."""
 
     def wait_stream(self, other: Any) -> None:
         return None
@@ -59,7 +59,7 @@ class _NoStream:
 
 @dataclass(frozen=True)
 class Bridged:
-    """One replaced name, of a module or a class in it: what answers for it, and why (seen in megatron-core 0.16.1)."""
+    """A replaced name of a module or a class in it, its replacement, and the reason (seen in megatron-core 0.16.1)."""
 
     module: str
     name: str
@@ -70,7 +70,7 @@ class Bridged:
 BRIDGED = (
     Bridged("torch.cuda", "current_device", lambda: CPU, "device of buffers in p2p, optimizer, rotary embedding"),
     Bridged("torch.cuda", "synchronize", lambda *a, **k: None, "called after batched p2p and in timers"),
-    Bridged("torch.cuda", "current_stream", lambda *a, **k: _NoStream(), "asked for by overlap and checkpoint code"),
+    Bridged("torch.cuda", "current_stream", lambda *a, **k: _NoStream(), "used by overlap and checkpoint code"),
     Bridged("torch.cuda", "Stream", _NoStream, "made by the token dispatcher of a mixture of experts"),
     Bridged(
         "torch.cuda", "FloatTensor", torch.FloatTensor, "optimizer/clip_grads.py makes one-element tensors with it"
@@ -107,8 +107,8 @@ BRIDGED = (
 )
 
 HIDDEN = ("transformer_engine", "apex", "amp_C")
-"""Packages of GPU kernels that Megatron-Core 0.16.1 prefers wherever they are installed (Adam in optimizer/__init__.py,
-the norm in optimizer/clip_grads.py), also where no GPU is there or CUDA_VISIBLE_DEVICES hides it."""
+"""Packages of GPU kernels that Megatron-Core 0.16.1 prefers if they are installed (Adam in optimizer/__init__.py, the
+norm in optimizer/clip_grads.py), even if there is no GPU or CUDA_VISIBLE_DEVICES hides it."""
 
 _mode: _CudaMeansCpu | None = None
 
@@ -131,7 +131,7 @@ def install() -> bool:
         return False
     if _mode is None:
         for package in HIDDEN:
-            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it is an ImportError now
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it raises ImportError now
         for entry in BRIDGED:
             owner, name = import_module(entry.module), entry.name
             if "." in name:
@@ -139,7 +139,7 @@ def install() -> bool:
                 owner = getattr(owner, of)
             if not hasattr(owner, name):
                 raise RuntimeError(
-                    f"{entry.module}.{entry.name} is gone, so the CPU bridge must be revised ({entry.why})"
+                    f"{entry.module}.{entry.name} no longer exists; update runtime/cpu_bridge.py ({entry.why})"
                 )
             setattr(owner, name, entry.answer)
         _mode = _CudaMeansCpu()

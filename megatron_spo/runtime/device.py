@@ -1,4 +1,4 @@
-"""The GPU of this process: what it can run, and how arrays get there."""
+"""The device of this process: its name, its memory, what it can run, and copying arrays to it."""
 
 import os
 from pathlib import Path
@@ -13,22 +13,22 @@ from megatron_spo.config.schema import PrecisionConfig
 from megatron_spo.errors import UserError
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux says how much memory a container may use (version 2 and 1); "max" where there is no limit."""
+"""Files with the memory limit of a container, in bytes (cgroup versions 2 and 1); "max" means no limit."""
 
 
 def to_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`array` on `device`; a GPU gets it from pinned memory, so that the process need not wait for it."""
+    """Copies `array` to `device`; to a GPU from pinned memory, so that the process need not wait for the copy."""
     tensor = torch.from_numpy(array).to(dtype).contiguous()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def name_of(device: torch.device) -> str:
-    """What a GPU's driver calls it; "cpu"."""
+    """Returns the name of a GPU according to its driver, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU, or of this machine's memory, as far as this process's group of processes may use it."""
+    """Returns the memory in bytes of a GPU, or of this machine as far as the cgroup of this process may use it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -37,28 +37,28 @@ def memory_of(device: torch.device) -> int:
 
 
 def uses_transformer_engine(precision: PrecisionConfig, *, experts: bool = False) -> bool:
-    """Whether the layers are Transformer Engine's here; `check_device` has passed. Those with experts are not yet."""
+    """Returns whether the layers are Transformer Engine's; call `check_device` first. Layers with experts never are."""
     if precision.layers == "auto" and precision.fp8 is None:
         return not experts and precision.dtype == "bf16" and torch.cuda.is_available() and have_engine()
     return precision.layers != "torch"
 
 
 def check_device(precision: PrecisionConfig) -> None:
-    """Whether this process can run the layers and the fp8 recipe that the config names.
+    """Checks that this process can run the configured layers and fp8 recipe.
 
     Raises:
-        UserError: no GPU, one that is too old or too new, or a Transformer Engine that cannot be imported.
+        UserError: there is no GPU, it does not support the recipe, or Transformer Engine cannot be imported.
     """
     if not uses_transformer_engine(precision):
         return
     remedy = "set precision.fp8=null precision.layers=torch"
     if not torch.cuda.is_available():
         raise UserError(
-            f"{precision.reason} needs an NVIDIA GPU, and torch finds none here (megatron-spo doctor); {remedy}"
+            f"{precision.reason} needs an NVIDIA GPU, but torch finds none (see megatron-spo doctor); {remedy}"
         )
     if not have_engine():
         raise UserError(
-            f"{precision.reason} needs Transformer Engine, which cannot be imported here: build it for this torch "
+            f"{precision.reason} needs Transformer Engine, which cannot be imported; build it for this torch "
             f"(pip install --no-build-isolation -e '.[gpu]'), or {remedy}"
         )
     if precision.fp8 is None:
@@ -67,12 +67,12 @@ def check_device(precision: PrecisionConfig) -> None:
     if why := obstacle(precision.fp8, capability, str(torch.version.cuda)):
         raise UserError(
             f"precision.fp8 = {precision.fp8} cannot run on this {torch.cuda.get_device_name()} (compute capability "
-            f"{capability[0]}.{capability[1]}): {why}; megatron-spo doctor lists the recipes that can"
+            f"{capability[0]}.{capability[1]}): {why}; choose one of the recipes that megatron-spo doctor lists"
         )
 
 
 def have_engine() -> bool:
-    """As Megatron-Core sees it, whose layers these are."""
+    """Returns whether Megatron-Core can import Transformer Engine; the layers are Megatron-Core's wrappers of it."""
     from megatron.core.extensions.transformer_engine import HAVE_TE  # after the bridge: importing it touches torch.cuda
 
     return bool(HAVE_TE)

@@ -1,11 +1,11 @@
-"""The only place of environment variables: what the launcher (torchrun, or nothing) says about this process."""
+"""Reads environment variables, such as those set by a launcher (torchrun, srun). No other module reads them."""
 
 import os
 import time
 from pathlib import Path
 
 STARTED = time.monotonic()
-"""When this process began, near enough: the commands import this module first."""
+"""Approximate start time of this process (monotonic seconds): commands import this module first."""
 
 
 def _integer(name: str, default: int) -> int:
@@ -13,51 +13,51 @@ def _integer(name: str, default: int) -> int:
 
 
 def launched() -> bool:
-    """Whether a launcher such as torchrun started this process."""
+    """Returns whether a launcher such as torchrun started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def has_agent() -> bool:
-    """Whether torchrun's agent watches over this process: it hands on the signals that it gets."""
+    """Returns whether torchrun's agent supervises this process; the agent forwards the signals it receives."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def main_address() -> str:
-    """Where the process of rank 0 runs."""
+    """Returns the address of the machine that runs rank 0."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def world_size() -> int:
-    """Number of processes of the job."""
+    """Returns the number of processes of the job."""
     return _integer("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    """Index of this process in the job."""
+    """Returns the index of this process in the job."""
     return _integer("RANK", 0)
 
 
 def local_rank() -> int:
-    """Index of this process on its node."""
+    """Returns the index of this process on its node."""
     return _integer("LOCAL_RANK", 0)
 
 
 def one_queue_per_gpu() -> None:
-    """Let a GPU begin its work in the order in which it was asked for, unless the user has said otherwise.
+    """Sets CUDA_DEVICE_MAX_CONNECTIONS=1 unless it is set, so that a GPU starts its work in the order of submission.
 
-    Megatron's tensor parallelism counts on it to hide communication behind products (megatron-core 0.16.1,
-    tensor_parallel/layers.py). Read when the GPU is first used.
+    Megatron's tensor parallelism relies on it to overlap communication with matrix products (megatron-core 0.16.1,
+    tensor_parallel/layers.py). The variable is read when the GPU is first used.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def local_world_size() -> int:
-    """Number of processes of the job on this node."""
+    """Returns the number of processes of the job on this node."""
     return _integer("LOCAL_WORLD_SIZE", 1)
 
 
 def datasets_cache() -> Path:
-    """Where Hugging Face `datasets` keeps its files (its config.HF_DATASETS_CACHE), without importing it."""
+    """Returns the cache folder of Hugging Face `datasets` (its config.HF_DATASETS_CACHE) without importing it."""
     home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     home = os.path.expanduser(os.environ.get("HF_HOME", home))
     return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets")))

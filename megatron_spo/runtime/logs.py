@@ -1,4 +1,4 @@
-"""The log of a command, on stderr: one line a message, with its level, and the rank if it is not 0.
+"""Logging of the commands to stderr: one line per message, with its level from WARNING on, and the rank if it is not 0.
 
 Modules use `logging.getLogger(__name__)`. Other programs that import the package configure logging as they like.
 """
@@ -10,7 +10,7 @@ from megatron_spo.runtime.env import rank
 
 
 class _Stderr(logging.Handler):
-    """Writes to what `sys.stderr` is at that time."""
+    """Writes to the current `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
@@ -24,7 +24,7 @@ class _Line(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Show the package's messages of level INFO and above on stderr; a second call changes nothing."""
+    """Writes the package's log messages of level INFO and above to stderr; a second call changes nothing."""
     logger = logging.getLogger("megatron_spo")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         handler = _Stderr()

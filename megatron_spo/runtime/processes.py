@@ -1,4 +1,4 @@
-"""Process groups, device and seeds of one job."""
+"""Sets up the process groups, device and seeds of a job."""
 
 import atexit
 import contextlib
@@ -24,12 +24,12 @@ from megatron_spo.runtime.watchdog import watch
 
 T = TypeVar("T")
 COLLECTIVES = timedelta(seconds=DAY)
-"""How long a collective may wait: the watch, which knows who is late, ends the job long before."""
+"""How long a collective may wait. The watchdog, which knows which rank is late, ends the job long before."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What this process is: its device and its coordinates in the layout."""
+    """The device of this process and its coordinates in the layout."""
 
     topology: Topology
     device: torch.device
@@ -43,7 +43,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and the screen of the job."""
+        """Whether this process writes the job's files and its output on screen."""
         return self.rank == 0
 
     @property
@@ -53,18 +53,18 @@ class Runtime:
 
 
 def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: float = 30) -> Runtime:
-    """Join the job's processes, lay the parallel groups over them and seed Megatron's generators.
+    """Connects the job's processes, creates the parallel groups and seeds Megatron's generators.
 
-    The processes stay joined until they exit; a further call lays another layout over them.
+    The processes stay connected until they exit; another call creates the groups of another layout.
 
     Args:
         topology: the layout; its world size must be the number of launched processes.
         seed: seed of the random-number trackers.
-        threads: CPU threads per process; 0 takes the node's cores divided by its processes.
-        hang_minutes: time without progress after which the job ends.
+        threads: CPU threads per process; 0 means the node's cores divided by its processes.
+        hang_minutes: minutes without progress after which the job ends.
 
     Raises:
-        LostRank: not all of the job's processes came.
+        LostRank: not all of the job's processes connected.
     """
     if topology.tensor > 1:
         env.one_queue_per_gpu()
@@ -78,7 +78,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if dist.is_initialized():  # an earlier command of this process: its groups would keep their threads
+    if dist.is_initialized():  # by an earlier command in this process; its groups would keep their threads
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -104,7 +104,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
 
 
 def lay_groups(topology: Topology, **more: Any) -> None:
-    """Lay Megatron's parallel groups over the processes; `more` goes to Megatron as it is."""
+    """Creates Megatron's parallel groups; `more` is passed to Megatron."""
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda
 
     parallel_state.initialize_model_parallel(
@@ -119,11 +119,11 @@ def lay_groups(topology: Topology, **more: Any) -> None:
 
 
 _meetings: list[dist.Store] = []
-"""The store in which the processes meet, and views of it under prefixes: one for each set of groups."""
+"""The store through which the processes connect, followed by one view with its own prefix per set of groups."""
 
 
 def _store(minutes: float) -> dist.Store:
-    """Where the processes find each other, for one set of groups."""
+    """Returns the store for one set of groups."""
     if not _meetings:
         _meetings.append(_meet(minutes) if env.launched() else dist.HashStore())
         atexit.register(dist.destroy_process_group)
@@ -132,7 +132,7 @@ def _store(minutes: float) -> dist.Store:
 
 
 def _meet(minutes: float) -> dist.Store:
-    """Wait for all processes and begin to watch over them; returns the store that they share."""
+    """Waits for all processes and starts the watchdog; returns the store that they share."""
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=minutes)))
         if world_size > 1 and rank == 0:
@@ -143,8 +143,9 @@ def _meet(minutes: float) -> dist.Store:
             watch().join_hub(env.main_address(), int(port), token)
     except (dist.DistError, OSError) as error:
         raise LostRank(
-            f"not all of the {env.world_size()} processes came to {env.main_address()} within {minutes:g} minutes "
-            f"(training.hang_timeout): {str(error).splitlines()[0]}"
+            f"not all of the {env.world_size()} processes connected to {env.main_address()} within {minutes:g} minutes "
+            f"(training.hang_timeout): {str(error).splitlines()[0]}. Check that every process was started and can "
+            "reach this address"
         ) from error
     signals.tell_others = watch().leave
     atexit.register(_say_goodbye)
@@ -152,16 +153,16 @@ def _meet(minutes: float) -> dist.Store:
 
 
 def _say_goodbye() -> None:
-    """At the interpreter's end: done, or broken by an exception that nobody caught."""
+    """Tells the watchdog, when the interpreter exits, whether an uncaught exception ended this process."""
     error = getattr(sys, "last_value", None)
     watch().leave(0 if error is None else 1, f"{type(error).__name__}: {error}")
 
 
 def on_main(action: Callable[[], T], failure: type[Exception]) -> T:
-    """What the main process makes of `action`, on all processes; it may meet an OSError.
+    """Runs `action` on the main process and returns its result on all processes.
 
     Raises:
-        failure: on all ranks alike, where it did.
+        failure: on all ranks alike, if `action` raised an OSError.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -178,11 +179,13 @@ def on_main(action: Callable[[], T], failure: type[Exception]) -> T:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """Make every process raise at the end of the context if one has a UserError in it, with the message of the lowest
-    rank that has one. All ranks enter it together; nothing in it may wait for another rank.
+    """Raises a UserError on every process if any process raised one within the context.
+
+    All ranks must enter the context together, and nothing in it may wait for another rank.
 
     Raises:
-        UserError: on all ranks alike, so that no rank waits for one that has left.
+        UserError: on all ranks alike, with the message of the lowest rank that raised one, so that no rank waits for
+            one that has left.
     """
     error: UserError | None = None
     try:

@@ -1,7 +1,7 @@
-"""What each process of a job knows of the others, and who is to blame when they stand still.
+"""Progress of the processes of a job, and which of them blocks the others if there is none.
 
-Every process counts what it does in a `Progress`: phases that all ranks go through alike, and ticks within them. A
-thread (watch_thread.py) tells rank 0, which judges; a verdict ends all processes.
+Every process counts its work in a `Progress`: phases, which all ranks pass alike, and ticks within them. A thread
+(watchdog.py) reports it to rank 0, which decides whether the job must end; such a verdict ends all processes.
 """
 
 import sys
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 DAY = 24 * 3600.0
-"""Seconds that the first phase may take: downloading and tokenising have no progress to show."""
+"""Seconds that the first phase may take; downloading and tokenising report no progress."""
 
 
 class Progress:
-    """How far this process is. The main thread writes, the watching thread reads."""
+    """Progress of this process. The main thread writes it, the watchdog thread reads it."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
@@ -25,23 +25,24 @@ class Progress:
         self.start_up(DAY)
 
     def start_up(self, seconds: float) -> None:
-        """The first phase of a command; `seconds` is the longest time without progress in the later ones."""
+        """Starts the first phase of a command; `seconds`: longest time without progress in the later phases."""
         self._seconds = seconds
         self.phase("start-up", times=DAY / seconds)
 
     def phase(self, label: str, *, times: float = 1) -> None:
-        """The next phase; all ranks must go through the same ones. `times` the ordinary patience in this one."""
+        """Starts the next phase; all ranks must pass the same phases. `times` multiplies the time allowed without
+        progress in this phase."""
         self._label, self._patience, self._ticks = label, times * self._seconds, 0
         self._phase += 1
         self._at = time.monotonic()
 
     def tick(self) -> None:
-        """One row more in this phase."""
+        """Counts one more row in this phase."""
         self._ticks += 1
         self._at = time.monotonic()
 
     def report(self) -> dict[str, Any]:
-        """For rank 0."""
+        """Returns the progress as a message to rank 0."""
         where, waits = _whereabouts(self._thread)
         return {
             "phase": self._phase,
@@ -55,7 +56,7 @@ class Progress:
 
 
 def _whereabouts(thread: int) -> tuple[str, bool]:
-    """The innermost line of a thread, and whether it waits for other processes there."""
+    """Returns the line that a thread executes, and whether it waits for other processes there."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "nowhere", False
@@ -71,7 +72,7 @@ def _whereabouts(thread: int) -> tuple[str, bool]:
 
 @dataclass
 class Member:
-    """One process as rank 0 knows it; times on rank 0's clock."""
+    """What rank 0 knows about one process; times are on rank 0's clock."""
 
     rank: int
     host: str
@@ -81,23 +82,23 @@ class Member:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Rank and host, for messages."""
         return f"rank {self.rank} (host {self.host})"
 
     @property
     def last_did(self) -> str:
-        """For messages."""
+        """Last reported phase and row, for messages."""
         rows = f", row {self.report['ticks']}" if self.report.get("ticks") else ""
         return f"{self.report.get('label', 'start-up')}{rows}"
 
     def idle(self, now: float) -> float:
-        """Seconds without progress."""
+        """Returns the seconds without progress."""
         return float(self.report["idle"] + now - self.heard)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job ends: exit code, message, who is to blame, and how long the others may take to end by themselves."""
+    """Why the job ends: exit code, message, ranks at fault, and the seconds that the others get to exit themselves."""
 
     code: int
     message: str
@@ -106,9 +107,9 @@ class Verdict:
 
 
 def laggards(members: Iterable[Member], now: float) -> list[Member]:
-    """Who holds up the job: of those that are behind all others for too long, the ones that do not themselves wait.
+    """Returns the processes that block the job: of those furthest behind, the ones that do not wait for others.
 
-    Empty as long as one of the hindmost makes progress or may still take its time.
+    It returns [] while any process that is furthest behind makes progress or is within its allowed time.
     """
     present = [member for member in members if not member.left and "phase" in member.report]
     if not present:
@@ -121,18 +122,18 @@ def laggards(members: Iterable[Member], now: float) -> list[Member]:
 
 
 def hung(guilty: list[Member], now: float) -> str:
-    """The message about laggards."""
+    """Returns the message about processes without progress."""
     named = "; ".join(f"{member.name}: {member.last_did}, now in {member.report.get('where')}" for member in guilty[:8])
     more = f"; and {len(guilty) - 8} more" if len(guilty) > 8 else ""
     minutes = min(member.idle(now) for member in guilty) / 60
     return (
         f"no progress for {minutes:.1f} minutes (training.hang_timeout), the job waits for {named}{more}. Start the "
-        "same command again, without that machine if it happens again"
+        "same command again; if it hangs again, leave out that machine"
     )
 
 
 def died(lost: list[Member], how: str) -> str:
-    """The message about processes that are gone."""
+    """Returns the message about processes that died."""
     named = "; ".join(f"{member.name}, last in: {member.last_did}" for member in lost[:8])
     more = f"; and {len(lost) - 8} more" if len(lost) > 8 else ""
-    return f"{named}{more}: {how}. Start the same command again: it goes on from the newest checkpoint"
+    return f"{named}{more}: {how}. Start the same command again; it resumes from the newest checkpoint"

@@ -1,4 +1,4 @@
-"""Keeps third parties' notices about themselves off a run's screen; `megatron-spo doctor` says what is missing."""
+"""Hides warnings of third-party packages about themselves; `megatron-spo doctor` shows what is missing."""
 
 import warnings
 
@@ -8,10 +8,10 @@ NOTICES = (
     (FutureWarning, "megatron", "Megatron-Core about its own arguments"),
     (FutureWarning, r"torch\.distributed", "collectives that Megatron-Core 0.16.1 calls by an older name"),
 )
-"""(category, module, what it is about)."""
+"""(warning category, module, what the warning is about)."""
 
 
 def quiet_third_parties() -> None:
-    """Ignore those notices from now on; warnings of other modules stay."""
+    """Ignores these warnings from now on; warnings of other modules are still shown."""
     for category, module, _ in NOTICES:
         warnings.filterwarnings("ignore", category=category, module=module)

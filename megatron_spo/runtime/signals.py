@@ -1,7 +1,8 @@
-"""SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C): the first asks for an orderly end, the second ends at once.
+"""Handles SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C): the first signal requests an orderly stop, the second
+ends the process at once.
 
-Python runs its own handlers only between bytecodes of the main thread, which may wait in a collective for minutes.
-So a thread reads the signals from the wake-up descriptor, to which the interpreter's C handler writes at once.
+Python runs its handlers only between bytecodes of the main thread, which may wait in a collective for minutes.
+Therefore a thread reads the signals from the wake-up descriptor, to which the interpreter's C handler writes at once.
 """
 
 import contextlib
@@ -25,32 +26,33 @@ LOG = logging.getLogger(__name__)
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO = 1.0
-"""Seconds in which torchrun's agent repeats a Ctrl-C that the terminal has already sent: one signal, not two."""
+"""Seconds within which torchrun's agent repeats a Ctrl-C that the terminal has already sent; both count as one."""
 UNWINDING = 5.0
-"""Seconds that the main thread has to react where a signal ends the process at once."""
+"""Seconds that the main thread has to react if a signal ends the process at once."""
 
 
 class _Mode(Enum):
     AT_ONCE = "there is nothing to save"
     UNWINDING = "the main thread was told to stop"
-    AFTER_STEP = "whoever runs the steps asks for `requested`"
-    OVER = "the process is ending, with an exit code that stands"
+    AFTER_STEP = "the training loop checks `requested` after each step"
+    OVER = "the process is exiting with a fixed exit code"
 
 
 class Signals:
-    """What this process was asked to do; inert until `handled` is entered."""
+    """The signals that this process received; does nothing until `handled` is entered."""
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
-        """The first signal that came."""
+        """The first signal received."""
         self.before_exit: Callable[[int, str], None] = _nothing
-        """Called with code and reason before the process ends in the middle of something."""
+        """Called with exit code and reason before the process ends at once."""
         self.tell_others: Callable[[int, str], None] = _nothing
-        """Called after it: the other processes of the job end for this reason, instead of finding this one dead."""
+        """Called after `before_exit`, so that the other processes of the job end for the same reason instead of
+        reporting this one as dead."""
         self._mode, self._code, self._came = _Mode.AT_ONCE, Stopped.code, 0.0
 
     def after_step(self) -> None:
-        """From now on a first signal is only noted in `requested`."""
+        """From now on, the first signal is only recorded in `requested`."""
         self._mode = _Mode.AFTER_STEP
 
     @property
@@ -59,12 +61,12 @@ class Signals:
         return self._mode is _Mode.OVER
 
     def over(self, code: int) -> None:
-        """The process is about to exit with this code: a further signal only sees to it that it does."""
+        """Declares that the process is about to exit with this code; a further signal does not change the code."""
         self._mode, self._code = _Mode.OVER, code
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the three signals until the end of the context; needs the main thread, else does nothing."""
+        """Handles the three signals within the context; does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -80,7 +82,7 @@ class Signals:
         try:
             yield
         finally:
-            if self._mode is not _Mode.OVER or env.world_size() == 1:  # else a signal could still change the code
+            if self._mode is not _Mode.OVER or env.world_size() == 1:  # else a later signal could change the exit code
                 _active = False
                 self._restore(before, writer, thread)
 
@@ -97,12 +99,12 @@ class Signals:
             raise Stopped(_name(number))
 
     def _read(self, reader: socket.socket) -> None:
-        came = select.poll()  # unlike select(), it takes descriptors above 1023
+        came = select.poll()  # unlike select(), it accepts descriptors above 1023
         came.register(reader, select.POLLIN)
         while True:
             unwinding = self.requested is not None and self._mode is not _Mode.AFTER_STEP
             if not came.poll(1000 * UNWINDING if unwinding else None):
-                self._exit(self._code, f"{_name(self.requested or 0)}, while the main thread was held up")
+                self._exit(self._code, f"{_name(self.requested or 0)}, while the main thread was blocked")
             numbers = reader.recv(64)
             if not numbers:
                 reader.close()
@@ -143,9 +145,9 @@ _active = False
 
 
 def _in_forked_child() -> None:
-    """A child (tokenisation, an asynchronous save) would write its signals into the descriptor of its parent.
+    """Resets signal handling in a forked child (tokenisation), whose signals would go to its parent's descriptor.
 
-    Its parent decides when it ends: a Ctrl-C of the terminal and SLURM's warning are not for it.
+    The child ignores Ctrl-C and SLURM's warning: its parent decides when it ends.
     """
     if _active:
         signal.set_wakeup_fd(-1)
@@ -157,4 +159,4 @@ def _in_forked_child() -> None:
 os.register_at_fork(after_in_child=_in_forked_child)
 
 signals = Signals()
-"""This process's: there is one set of handlers in a process."""
+"""The signals of this process; a process has only one set of handlers."""

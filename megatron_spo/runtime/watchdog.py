@@ -1,7 +1,7 @@
-"""The threads behind the watchdog: rank 0 hears every other process once a second over TCP, and each hears rank 0.
+"""The watchdog threads: every other process reports to rank 0 once a second over TCP, and rank 0 answers each.
 
-A killed process is noticed when the kernel closes its connection; a stopped one, or a machine that is gone, by its
-silence. This needs no launcher, and it works when rank 0 itself is the one that died.
+A killed process is noticed because the kernel closes its connection; a stopped process or a lost machine, because it
+stops answering. This needs no launcher, and it works even if rank 0 is the process that died.
 """
 
 import contextlib
@@ -28,59 +28,59 @@ INTERVAL = 1.0
 SILENCE = 60.0
 """Seconds without a report after which a process counts as lost."""
 SETTLE = 1.0
-"""Seconds in which further losses are put into the same message."""
+"""Seconds within which further dead processes are reported in the same message."""
 GRACE = 15.0
-"""Seconds in which processes that meet the same error may say so themselves."""
+"""Seconds within which processes with the same error can report it themselves."""
 LONG = 1e6
 _OF_OTHERS = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
 class Watch:
-    """This process's part in the watch over the job."""
+    """The watchdog of this process."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.progress = Progress()
         self.on_loss: Callable[[Verdict], None] = lambda verdict: None
-        """Called before the process ends, on the lowest rank that is left."""
+        """Called on the lowest remaining rank before the process ends."""
         self._reached, self._said = threading.Event(), threading.Event()
         self._leaving: tuple[int, str] | None = None
         self._socket: socket.socket | None = None
         self.woken, self._wake = os.pipe()
 
     def start_hub(self) -> tuple[int, str]:
-        """Rank 0 listens; returns the port and the word by which the others are known."""
+        """Starts listening on rank 0; returns the port and the token with which the others identify themselves."""
         self._socket = socket.create_server(("", 0), backlog=min(4096, self.world_size + 8))
         token = secrets.token_hex(16)
         self._run(_Hub(self, self._socket, token).run)
         return int(self._socket.getsockname()[1]), token
 
     def join_hub(self, host: str, port: int, token: str) -> None:
-        """The others connect."""
+        """Connects another rank to rank 0."""
         self._socket = socket.create_connection((host, port), timeout=SILENCE)
         hello = {"rank": self.rank, "host": socket.gethostname(), "token": token}
         self._socket.sendall(_line(hello))
         self._run(_Spoke(self, self._socket, host).run)
 
     def leave(self, code: int, message: str) -> None:
-        """Say that this process ends, before it does; with a code other than 0 it then ends within GRACE."""
+        """Announces that this process is about to end; with a code other than 0 it is ended after GRACE seconds."""
         if self._socket is not None and self._leaving is None and not self._reached.is_set():
             self._leaving = (code, message)
             os.write(self._wake, b"!")
             self._said.wait(3 * INTERVAL)
 
     def explain(self, error: BaseException, *, ours: bool) -> None:
-        """Let an error that the loss of another process may have caused be told as that loss.
+        """Waits for a verdict if the loss of another process may have caused this error, so that the loss is reported.
 
-        Where a verdict comes in time, it ends this process and nothing returns. `ours`: it is an error with a message
-        of its own, or an end that was asked for.
+        If a verdict arrives in time, it ends this process and the call does not return. `ours`: the error has its own
+        message for the user, or the stop was requested.
         """
         patience = SILENCE + 10 if _OF_OTHERS.search(str(error)) else 0 if ours else 3 * INTERVAL
         if self._socket is not None and self._reached.wait(patience):
             time.sleep(LONG)
 
     def ends(self, verdict: Verdict) -> None:
-        """End this process, called from the thread."""
+        """Ends this process with the verdict's message and code; called by the watchdog thread."""
         self._reached.set()
         time.sleep(verdict.grace)
         with contextlib.suppress(Exception):
@@ -91,15 +91,15 @@ class Watch:
         os._exit(verdict.code)
 
     def left(self) -> tuple[int, str] | None:
-        """What `leave` was told."""
+        """Returns the exit code and message given to `leave`, or None."""
         return self._leaving
 
     def told(self) -> None:
-        """The others know that this process leaves."""
+        """Records that the others know that this process is ending; ends it if it takes longer than GRACE."""
         self._said.set()
         if self._leaving and self._leaving[0]:
             time.sleep(GRACE)
-            os._exit(self._leaving[0])  # something holds up its end
+            os._exit(self._leaving[0])  # something blocks the exit
 
     def _run(self, target: Callable[[], None]) -> None:
         os.register_at_fork(after_in_child=self._forget)
@@ -109,17 +109,17 @@ class Watch:
         try:
             target()
         except Exception as error:
-            LOG.warning(f"the watch over the other processes ended ({error!r})")
+            LOG.warning(f"the watchdog thread failed ({error!r}); dead or hanging processes are no longer noticed")
         self._said.set()
 
     def _forget(self) -> None:
-        """In a forked child: its copy of the connection must not outlive the process that is watched."""
+        """Closes a forked child's copy of the connection, which must not outlive the watched process."""
         if self._socket is not None:
             self._socket.close()
 
 
 class _Lines:
-    """JSON objects over a connection, one a line."""
+    """Sends and receives JSON objects over a connection, one per line."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self._rest = connection, b""
@@ -133,7 +133,7 @@ class _Lines:
         return True
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
-        """What has come, and whether the other side is still there."""
+        """Returns the received objects, and whether the connection is still open."""
         try:
             content = self.connection.recv(1 << 16)
         except OSError:
@@ -143,7 +143,7 @@ class _Lines:
 
 
 def _readable(descriptors: list[int]) -> list[int]:
-    """Those that can be read from, after an INTERVAL at most (poll: select ends at 1024 descriptors)."""
+    """Returns the descriptors that can be read, after at most INTERVAL. Uses poll, as select stops at 1024."""
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
@@ -155,7 +155,7 @@ def _line(values: dict[str, Any]) -> bytes:
 
 
 class _Spoke:
-    """The thread of every rank but 0."""
+    """The watchdog thread of every rank except 0."""
 
     def __init__(self, watch: Watch, connection: socket.socket, host: str) -> None:
         self._watch, self._lines, self._host = watch, _Lines(connection), host
@@ -168,7 +168,7 @@ class _Spoke:
                 self._lines.send({"bye": leaving[0], "message": leaving[1]})
                 self._watch.told()
                 return
-            self._lines.send(self._watch.progress.report())  # where it cannot be sent, reading tells why
+            self._lines.send(self._watch.progress.report())  # if sending fails, reading shows why
             now = time.monotonic()
             if now - looked > SILENCE / 2:
                 heard = now  # this process itself was stopped for a while
@@ -193,7 +193,7 @@ class _Spoke:
 
 
 class _Hub:
-    """The thread of rank 0."""
+    """The watchdog thread of rank 0."""
 
     def __init__(self, watch: Watch, server: socket.socket, token: str) -> None:
         self._watch, self._server, self._token = watch, server, token
@@ -240,7 +240,7 @@ class _Hub:
             member = self._members[first["rank"]] if first["token"] == self._token else None
         except (ValueError, KeyError, TypeError):
             member = None
-        if member is None:  # not one of ours
+        if member is None:  # not a process of this job
             lines.connection.close()
             return
         member.host, member.heard = first["host"], time.monotonic()
@@ -283,7 +283,7 @@ class _Hub:
         return [self._members[rank] for rank in ranks]
 
     def _bye(self, code: int, message: str) -> None:
-        """Rank 0 leaves: the others go their way, or end with it."""
+        """Tells the others that rank 0 ends; with a code other than 0 they end, too."""
         if code == 0:
             self._tell({"bye": 0})
         else:
@@ -301,7 +301,7 @@ class _Hub:
 
 
 def _ended(name: str, rank: int, code: int, message: str) -> Verdict:
-    """The verdict when a process left with a code other than 0; the others may be about to say the same."""
+    """Returns the verdict after a process ended with a code other than 0; others may be about to report the same."""
     grace = GRACE if code in (UserError.code, Anomaly.code) else 3 * INTERVAL if code == Stopped.code else 0.0
     return Verdict(code if grace else LostRank.code, f"{name} ended: {message}", (rank,), grace)
 
@@ -314,7 +314,7 @@ _watch: Watch | None = None
 
 
 def watch() -> Watch:
-    """This process's part in the watch over the job; where there is one process, nobody watches."""
+    """Returns the watchdog of this process; with a single process it does nothing."""
     global _watch
     if _watch is None:
         _watch = Watch(env.rank(), env.world_size())

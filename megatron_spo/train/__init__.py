@@ -1,1 +1,1 @@
-"""One optimizer step after another: runs what a schedule plans on whatever layout the processes form."""
+"""The training loop: runs the planned optimizer steps, evaluates, saves checkpoints and logs, in any layout."""

@@ -1,4 +1,4 @@
-"""Gradients as vectors: keep, give back, multiply, and step along one for a while.
+"""Vector operations on gradients: copy, set, inner product, and a temporary step along one.
 
 A gradient is the list of fp32 tensors that Megatron's distributed optimizer steps with on this rank: its shard of the
 reduced gradient. One pass's gradient must be taken before the next pass reuses the buffers, whose content is then
@@ -21,19 +21,19 @@ Gradient = list[Tensor]
 
 
 def clear(trainable: Trainable) -> None:
-    """Empty the buffers before a pass."""
+    """Zeroes the gradient buffers before a pass."""
     for chunk in trainable.wrapped:
         chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
 
 
 def take(trainable: Trainable) -> Gradient:
-    """A copy of this rank's shard of the gradient that the last pass left (after prepare_grads)."""
+    """Returns a copy of this rank's shard of the last pass's gradient; call it after `prepare_grads`."""
     return [_grad(parameter).clone() for parameter in _parameters(trainable)]
 
 
 def give(trainable: Trainable, parts: Sequence[tuple[float, Gradient]]) -> None:
-    """Make the sum of coefficient * gradient the one that the optimizer will step with (after prepare_grads)."""
+    """Sets the optimizer's gradient to the sum of coefficient * gradient; call it after `prepare_grads`."""
     for i, parameter in enumerate(_parameters(trainable)):
         total = _grad(parameter).zero_()
         for coefficient, gradient in parts:
@@ -41,7 +41,7 @@ def give(trainable: Trainable, parts: Sequence[tuple[float, Gradient]]) -> None:
 
 
 def dot(trainable: Trainable, a: Gradient, b: Gradient) -> float:
-    """Inner product of two gradients over all ranks, each parameter counted once."""
+    """Returns the inner product of two gradients over all ranks, counting each parameter once."""
     total = torch.zeros((), dtype=torch.float64, device=next(trainable.chunks[0].parameters()).device)
     for parameter, left, right in zip(_parameters(trainable), a, b, strict=True):
         group = parallel_state.get_tensor_model_parallel_group()
@@ -53,9 +53,9 @@ def dot(trainable: Trainable, a: Gradient, b: Gradient) -> float:
 
 @contextmanager
 def shifted(trainable: Trainable, gradient: Gradient, step: float) -> Iterator[None]:
-    """Within the context the model's weights are theta - step * gradient; afterwards they are theta, bit for bit.
+    """Sets the model's weights to theta - step * gradient within the context and restores theta bit for bit afterwards.
 
-    Only this rank's shard of the fp32 main parameters is kept aside, not the weights.
+    Only this rank's shard of the fp32 main parameters is saved for that, not the weights.
     """
     parameters = _parameters(trainable)
     kept = [parameter.detach().clone() for parameter in parameters]
@@ -71,14 +71,14 @@ def shifted(trainable: Trainable, gradient: Gradient, step: float) -> Iterator[N
 
 
 def _spread(trainable: Trainable) -> None:
-    """Bring the main parameters into the model, on all data-parallel ranks (what Megatron does after a step)."""
+    """Copies the main parameters into the model on all data-parallel ranks, as Megatron does after a step."""
     for inner in trainable.optimizer.chained_optimizers:
         inner._copy_main_params_to_model_params()
     for chunk in trainable.wrapped:
         chunk.start_param_sync(force_sync=True)
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-            # megatron-core 0.16.1 would take these weights for those of the optimizer step that follows, and with
-            # overlap_param_gather never gather the latter
+            # With overlap_param_gather, megatron-core 0.16.1 would take these weights for those after the next
+            # optimizer step and would never gather the latter.
             group.param_gather_dispatched = False
 
 
@@ -88,5 +88,5 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _parameters(trainable: Trainable) -> list[Tensor]:
-    """This rank's shards of the main parameters, experts (which have an optimizer of their own) included."""
+    """Returns this rank's shards of the main parameters, including experts, which have a separate optimizer."""
     return [parameter for inner in trainable.optimizer.chained_optimizers for parameter in inner.get_parameters()]

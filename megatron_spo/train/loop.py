@@ -36,12 +36,12 @@ RETRY = 10.0
 LOWER_IS_BETTER = ("loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_down")
 
 AtPeak = Callable[[str, NDArray[np.int64]], float]
-"""Seconds that pairs of a data set, by its name and their indices, would take on all GPUs at their peak."""
+"""(name of a data set, indices of pairs) -> seconds that they would take on all GPUs at peak FLOP/s."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one training run works with."""
+    """The objects that one training run works with."""
 
     config: Config
     engine: Engine
@@ -52,8 +52,8 @@ class Training:
     directory: RunDirectory
     decode: Decode
     answer: Callable[[TrainState], Mapping[str, float]] | None
-    """Answers held-out prompts under the present weights and logs the scores; the share of right answers of each set
-    that has them, on all ranks, which call it together."""
+    """Answers held-out prompts with the current weights and logs the scores. Returns the share of correct answers per
+    set that has them, on all ranks; all ranks must call it together. None if no prompts are answered."""
     steps: int
     stop: StopRequest
     progress: Progress
@@ -62,11 +62,11 @@ class Training:
 
 
 def run(job: Training, state: TrainState) -> TrainState:
-    """Train from `state` to the last step; checkpoints, evaluations and log lines on their cadences.
+    """Trains from `state` to the last step, with the configured checkpoints, evaluations and log lines.
 
     Raises:
-        Stopped: on every rank, asked for by a signal or the time limit; everything is saved.
-        Anomaly: on every rank, where training.on_anomaly or monitor.on_alarm says so.
+        Stopped: on every rank, because of a signal or the time limit; everything is saved.
+        Anomaly: on every rank, if training.on_anomaly or monitor.on_alarm is "stop".
     """
     config, known = job.config, state.monitor.raised
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
@@ -74,7 +74,7 @@ def run(job: Training, state: TrainState) -> TrainState:
             state = _answer(job, state)
         if state.evaluation_owed:
             state = _measure(job, state)
-            if state.step == job.steps:  # nothing follows that would write down the best evaluation
+            if state.step == job.steps:  # no later step would save the best evaluation
                 _save(job, state, surely=True, due=False)
         while state.step < job.steps:
             with job.stop.timing("step"):
@@ -99,8 +99,9 @@ def run(job: Training, state: TrainState) -> TrainState:
             _save(job, state, surely=last or halt or bool(stop), due=checkpoint_due)
             if halt:
                 raise Anomaly(
-                    f"{'; '.join(alarms)}. Stopped by monitor.on_alarm: stop, everything is saved; the same command "
-                    "goes on past the alarm, another output folder and more spo.lambda or less optimizer.lr avoid it"
+                    f"{'; '.join(alarms)}. Training stopped because of monitor.on_alarm=stop; everything is saved. The "
+                    "same command resumes past the alarm. To avoid the alarm, start again in another output folder "
+                    "with a higher spo.lambda or a lower optimizer.lr"
                 )
             if stop and (state.evaluation_owed or not last):
                 job.stop.end(stop, state.step)
@@ -108,14 +109,14 @@ def run(job: Training, state: TrainState) -> TrainState:
 
 
 def _due(job: Training, step: int) -> tuple[bool, bool]:
-    """Whether an evaluation is due after this step, and answers to held-out prompts."""
+    """Returns whether after this step an evaluation is due, and whether answers to held-out prompts are due."""
     last, config = step == job.steps, job.config
     evaluation = bool(job.evals) and (last or _falls_on(config.training.eval_every, step))
     return evaluation, job.answer is not None and (last or _falls_on(config.monitor.generate_every, step))
 
 
 def _measure(job: Training, state: TrainState) -> TrainState:
-    """What is due after a step: the evaluation, and answers to held-out prompts."""
+    """Runs what is due after a step: the evaluation and the answers to held-out prompts."""
     evaluation, answers = _due(job, state.step)
     with job.stop.timing("evaluation"):
         if evaluation:
@@ -126,7 +127,7 @@ def _measure(job: Training, state: TrainState) -> TrainState:
 
 
 def _answer(job: Training, state: TrainState) -> TrainState:
-    """Answers to held-out prompts, and the alarms of their scores."""
+    """Answers held-out prompts and raises the alarms on their scores."""
     if job.answer is None:
         return state
     job.progress.phase(f"answers after step {state.step}", times=4)
@@ -137,7 +138,7 @@ def _answer(job: Training, state: TrainState) -> TrainState:
 
 
 def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Sequence[dict[str, Any]]) -> TrainState:
-    """Raise these alarms, and lambda where it is to be; the state after that."""
+    """Logs these alarms and raises lambda if configured; returns the new state."""
     config, schedule = job.config, state.schedule
     raises = config.monitor.on_alarm == "raise_lambda"
     if alarms and raises:
@@ -145,8 +146,8 @@ def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Seque
     for line in alarms:
         if schedule != state.schedule:
             line["message"] += f"; lambda is multiplied by {config.monitor.raise_factor:g}"
-        elif raises:  # that of dual is at its bound, or has come down to 0
-            line["message"] += f"; lambda stays {schedule.lambda_:g}, which no factor raises"
+        elif raises:
+            line["message"] += f"; lambda stays at {schedule.lambda_:g}: it is 0 or already at spo.lambda_max"
         job.directory.log("alarm", state.step, line)
         if job.directory.is_main:
             LOG.warning(line["message"])
@@ -154,7 +155,7 @@ def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Seque
 
 
 def evaluate(job: Training, state: TrainState) -> TrainState:
-    """Log the metrics of every held-out set, and write what was found of each pair."""
+    """Logs the metrics of every held-out set and writes the results of each pair."""
     config = job.config
     pass_ = plan_step(config.spo, state.step, state.schedule).upper
     job.progress.phase(f"evaluation after step {state.step}")
@@ -177,11 +178,13 @@ def evaluate(job: Training, state: TrainState) -> TrainState:
 
 
 def _better(metric: str | None, metrics: dict[str, float], state: TrainState) -> Best | None:
-    """The best evaluation including one with these metrics."""
+    """Returns the best evaluation so far, including the one with these metrics."""
     if metric is None:
         return state.best
     if metric not in metrics:
-        raise UserError(f"checkpoint.best: {metric} is not measured in this run; measured are {', '.join(metrics)}")
+        raise UserError(
+            f"checkpoint.best = {metric} is not measured in this run; set it to one of {', '.join(metrics)}"
+        )
     value, best = metrics[metric], state.best
     if best is None or (value < best.value if metric in LOWER_IS_BETTER else value > best.value):
         return Best(value, state.step)
@@ -189,9 +192,9 @@ def _better(metric: str | None, metrics: dict[str, float], state: TrainState) ->
 
 
 def _save(job: Training, state: TrainState, *, surely: bool, due: bool) -> None:
-    """Complete a checkpoint that is being written, if it is ready or must be, and begin one that is due.
+    """Completes the checkpoint that is being written, if it is ready or must be, and starts one if it is due.
 
-    `surely`: the training ends here, so a checkpoint must be on the disk before this returns.
+    `surely`: training ends here, so the checkpoint must be on disk before this returns.
     """
     if surely or (due and job.saver.is_open):
         job.progress.phase(f"saving step {state.step}", times=4)
@@ -213,10 +216,10 @@ def _complete(job: Training, state: TrainState, *, wait: bool) -> None:
 
 
 def _raise_alarm(job: Training, bad: BadStep, state: TrainState, step: int) -> None:
-    """Tell of a bad step or evaluation; a checkpoint on its way is completed first, as this may be the end.
+    """Logs a bad step or evaluation. First completes a checkpoint that is being written, as training may end here.
 
     Raises:
-        Anomaly: on every rank, where training.on_anomaly says so.
+        Anomaly: on every rank, if training.on_anomaly is "stop".
     """
     _complete(job, state, wait=True)
     alarm(bad, step, job.directory, job.config.training.on_anomaly)
@@ -224,21 +227,21 @@ def _raise_alarm(job: Training, bad: BadStep, state: TrainState, step: int) -> N
 
 @contextlib.contextmanager
 def _reported(job: Training, state: TrainState) -> Iterator[None]:
-    """A checkpoint that cannot be written does not end the training."""
+    """Turns a checkpoint that cannot be written into a warning and an alarm line; training continues."""
     try:
         yield
     except SaveFailed as error:
-        reason = f"no checkpoint could be written into {job.directory.checkpoints}: {error}"
+        reason = f"no checkpoint could be written to {job.directory.checkpoints}: {error}"
         job.directory.log("alarm", state.step, {"reason": reason})
         if job.directory.is_main:
-            LOG.warning(f"step {state.step}: {reason}. The training continues; make room there")
+            LOG.warning(f"step {state.step}: {reason}. Training continues; free disk space there")
 
 
 def _save_now(job: Training, state: TrainState) -> None:
-    """Write the checkpoint at the end, trying again while someone may make room for it.
+    """Writes the last checkpoint; retries for `training.hang_timeout` so that a user can free disk space.
 
     Raises:
-        NotSaved: on every rank.
+        NotSaved: on every rank, if the last attempt fails.
     """
     attempts = max(1, math.ceil(job.config.training.hang_timeout * 60 / RETRY))
     for left in range(attempts - 1, -1, -1):
@@ -249,12 +252,13 @@ def _save_now(job: Training, state: TrainState) -> None:
         except SaveFailed as error:
             where = f"step {state.step} could not be saved in {job.directory.checkpoints}: {error}"
             if left == 0:
-                raise NotSaved(f"{where}. Its weights are lost; the same command goes on from the checkpoint before") \
-                    from error  # fmt: skip
+                raise NotSaved(
+                    f"{where}. Its weights are lost; the same command resumes from the previous checkpoint"
+                ) from error
             if job.directory.is_main:
                 LOG.warning(
-                    f"{where}. Its weights are still in memory: make room there, or make the folder writable; "
-                    f"trying again every {RETRY:g} seconds, {left} times more"
+                    f"{where}. Its weights are still in memory; free disk space there or make the folder writable. "
+                    f"Retrying every {RETRY:g} seconds, {left} more times"
                 )
         time.sleep(RETRY)
         job.progress.tick()
@@ -263,7 +267,8 @@ def _save_now(job: Training, state: TrainState) -> None:
 
 
 def _step(job: Training, state: TrainState) -> tuple[TrainState, dict[str, float]]:
-    """One step; without metrics where it was skipped: then nothing but the count of steps goes on."""
+    """Runs one step and returns the new state and its metrics; a skipped step only advances the step count and has no
+    metrics."""
     config = job.config
     job.progress.phase(f"step {state.step + 1}")
     job.clock.start()
@@ -305,7 +310,7 @@ def _falls_on(every: int, step: int) -> bool:
 
 
 def _shares(job: Training, step: int) -> tuple[Share, Share | None]:
-    """The global batches of a step: pairs, and SFT rows where they are a set of their own."""
+    """Returns the global batches of a step: the pairs, and the SFT rows if they are a separate set."""
     pairs = job.train.loader.batch(step)
     if job.sft is None:
         return Share.of(job.train, pairs, Role.BOTH), None
@@ -327,7 +332,7 @@ def _shows_bar(job: Training) -> bool:
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    """The numbers that matter, for the progress bar."""
+    """Returns the metrics that the progress bar shows."""
     shown = {"loss": "loss", "rewards/accuracies": "acc", "spo/gap": "gap", "spo/lambda": "lambda",
              "spo/both_down": "both_down"}  # fmt: skip
     return "  ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)

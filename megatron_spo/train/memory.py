@@ -1,4 +1,4 @@
-"""Says at the start of a run what memory it needs."""
+"""Logs at the start of a run how much memory it needs."""
 
 import logging
 
@@ -15,7 +15,7 @@ LOG = logging.getLogger(__name__)
 
 
 def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> None:
-    """Say what memory the run needs by the plan, and warn where that is more than there is."""
+    """Logs the planned memory of the run, and warns if it exceeds the available memory."""
     if not runtime.is_main:
         return
     kernels: Kernels = "cpu"

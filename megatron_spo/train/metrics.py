@@ -1,4 +1,4 @@
-"""Per-pair values -> sums on the device -> one all-reduce -> the named metrics of a step or an evaluation."""
+"""Metrics of a step or an evaluation: per-pair values are summed on the device, all-reduced once, and named."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,15 @@ SUMS = (
     "chosen_shift", "rejected_shift", "both_down", "reference_chosen", "statistic", "statistic_squared",
     "entropy", "scored_tokens",
 )  # fmt: skip
-"""What is summed over the pairs of a batch, in this order."""
+"""Names of the values that are summed over the pairs of a batch, in this order."""
 
 
 @dataclass(frozen=True)
 class PairValues:
-    """Detached [pairs] values of one row, as the objective gives them; None where the data or the loss has none.
+    """Detached [pairs] values of one row from the objective; None if the data or the loss has no such value.
 
-    `entropies` [pairs, 2]: sums over the tokens of the chosen and the rejected response.
-    `rewards_are_ratios`: the rewards are differences to the reference, and so are off by rounding where there is none.
+    `entropies` [pairs, 2]: sums over the tokens of the chosen and the rejected response (nats).
+    `rewards_are_ratios`: the rewards are differences to the reference, so they are compared up to rounding.
     """
 
     pairs: PairLogprobs
@@ -36,7 +36,7 @@ class PairValues:
 
 
 def row_sums(objective: Tensor, values: PairValues) -> Tensor:
-    """fp64 [len(SUMS)] sums of one row."""
+    """Returns the sums of one row, fp64 [len(SUMS)]."""
     pairs = values.pairs
     zero = torch.zeros_like(pairs.chosen)
     out: dict[str, Tensor] = {"chosen": pairs.chosen, "rejected": pairs.rejected}
@@ -60,7 +60,7 @@ def row_sums(objective: Tensor, values: PairValues) -> Tensor:
 
 
 def reduce_sums(per_row: list[Tensor], *, runtime: Runtime) -> dict[str, float]:
-    """Sums over all rows of all ranks, by one all-reduce; only ranks that hold results contribute."""
+    """Returns the sums over all rows of all ranks, by one all-reduce; only ranks that hold results contribute."""
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=runtime.device)
     if runtime.holds_results and per_row:
         total += torch.stack(per_row).sum(0)
@@ -71,11 +71,11 @@ def reduce_sums(per_row: list[Tensor], *, runtime: Runtime) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Global sums of a batch or a data set, and what there was to measure.
+    """Global sums of a batch or a data set, and which metrics they allow.
 
     Attributes:
-        sums, counts: of the same rows.
-        reference: whether shifts and v can be measured by a reference.
+        sums, counts: global sums and counts of the same rows.
+        reference: whether a reference is available, so that shifts and v can be measured.
         rejected: whether the rows have rejected responses.
         rewarded: whether the preference loss can be computed.
     """
@@ -93,18 +93,18 @@ class Measured:
 
     @property
     def reference_sft_loss(self) -> float | None:
-        """The reference's g of the same rows, where there is one."""
+        """The reference's g of the same rows, nats per token; None without a reference."""
         return -self.sums["reference_chosen"] / self.counts.chosen_tokens if self.reference else None
 
 
 def named_metrics(pairs: Measured, lower: Measured, *, v: float | None) -> dict[str, float]:
-    """The metrics of a batch or a data set from its global sums, under their fixed names.
+    """Returns the metrics of a batch or a data set, computed from its global sums, by name.
 
     Args:
-        pairs: the pairs.
-        lower: the rows of the lower level: the same object where these are the pairs' chosen responses. `loss/sft` and
-            `spo/gap` are theirs, all else is the pairs'.
-        v: the lower level's optimal value in nats per chosen token, where it is known.
+        pairs: sums of the pairs; all metrics but `loss/sft` and `spo/gap` come from these.
+        lower: sums of the lower level's rows, for `loss/sft` and `spo/gap`; the same object as `pairs` if the lower
+            level is the chosen responses of the pairs.
+        v: the lower level's optimal value in nats per chosen token, or None if unknown.
     """
     mean = {name: total / pairs.counts.pairs for name, total in pairs.sums.items()}
     loss = pairs.sums["objective"] + (lower.sums["objective"] if lower is not pairs else 0.0)

@@ -1,8 +1,9 @@
-"""Alarms while a run trains: pure functions of the metric lines and of what earlier lines have left.
+"""Alarms during training, as pure functions of the metric lines and the monitor's state.
 
-A line is judged when it is measured, written or not, so `logging.every` changes nothing. Held-out sets are judged as
-measured; training batches, small and of other pairs each time, by a running mean. An alarm is raised once, when the
-value passes its bound, and is armed again when the value is back within half of it.
+Every measured line is checked, whether it is logged or not, so `logging.every` changes nothing. Values of held-out sets
+are checked directly. Values of training batches are checked as a running mean, because the batches are small and differ
+from step to step. An alarm is raised once when its value passes the bound; it is armed again when the value is back
+within half of the bound.
 """
 
 import math
@@ -15,20 +16,20 @@ from megatron_spo.config.schema import MonitorConfig
 TRAIN = "train"
 PAGE = "see docs/monitoring.md"
 DECAY = 0.8
-"""Of the running mean over training batches, per step."""
+"""Decay per step of the running mean over training batches."""
 REARMED = 0.5
-"""Share of the bound within which a value must be before the same alarm is raised again."""
+"""Share of the bound below which a value must fall before the same alarm can be raised again."""
 HARMLESS = 0.125
-"""Share of the displacement bound that the chosen answers must have lost, from where they stood best, before
-`both_down` counts: the first steps move every answer by next to nothing, and half of them downwards."""
+"""Share of the displacement bound by which the chosen answers must have fallen below their best value before
+`both_down` counts. The first steps move every answer by almost nothing, and half of them downwards."""
 LEAST_ENTROPY = 1e-9
-"""Nats: what counts for less, as 0 has no logarithm."""
+"""Lower limit of an entropy (nats), since 0 has no logarithm."""
 AVERAGED = ("spo/chosen_shift", "spo/both_down", "spo/gap", "policy/entropy", "chosen_tokens", "pairs")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A value beside its bound, in the unit of `metric`; `excess` is how much of the way to the bound it has gone."""
+    """A value and its bound, in the unit of `metric`; `excess` is the fraction of the way to the bound (1: at it)."""
 
     alarm: str
     metric: str
@@ -40,15 +41,15 @@ class Judgement:
 
 @dataclass(frozen=True)
 class MonitorState:
-    """What the monitor remembers; training state, since an alarm may raise lambda.
+    """State of the monitor. It is part of the training state, since an alarm may raise lambda.
 
     Attributes:
-        raised: messages of the alarms that are not armed, by "set: alarm".
-        entropy: policy/entropy of the first line of each set, nats.
-        best: the highest spo/chosen_shift of each set so far, nats; 0 is that of the reference.
-        exact_match: share of right answers to each set's prompts, the first time.
+        raised: messages of the alarms that are raised and not armed again yet, by "set: alarm".
+        entropy: policy/entropy in the first line of each set, nats.
+        best: the highest spo/chosen_shift of each set so far, nats; the reference's is 0.
+        exact_match: the first measured share of correct answers to each set's prompts.
         averages: sums of the training batches' metrics, weighted by DECAY per step.
-        weight: of these sums.
+        weight: total weight of these sums.
     """
 
     raised: Mapping[str, str] = field(default_factory=dict)
@@ -60,24 +61,24 @@ class MonitorState:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any] | None) -> "MonitorState":
-        """The inverse of `asdict`; None stands for a checkpoint from before there was a monitor."""
+        """Inverse of `asdict`; None is the state in a checkpoint from before the monitor existed."""
         return cls() if state is None else cls(**state)
 
 
 def check(
     config: MonitorConfig, state: MonitorState, step: int, data: str, metrics: Mapping[str, float]
 ) -> tuple[MonitorState, list[dict[str, Any]]]:
-    """Judge one line of metrics.
+    """Checks one line of metrics.
 
     Args:
         config: the bounds.
-        state: what earlier lines have left.
-        step: of the line.
+        state: the state after the earlier lines.
+        step: step of the line.
         data: "train", or the name of the held-out set.
-        metrics: of the line.
+        metrics: metrics of the line.
 
     Returns:
-        The new state, and the alarms that this line raises, as the content of their own lines.
+        The new state, and the content of one log line for each alarm that this line raises.
     """
     first = {data: metrics["policy/entropy"], **state.entropy}
     averages, weight = state.averages, state.weight
@@ -93,7 +94,11 @@ def check(
 def check_answers(
     config: MonitorConfig, state: MonitorState, step: int, data: str, exact_match: float
 ) -> tuple[MonitorState, list[dict[str, Any]]]:
-    """Judge the share of right answers to a held-out set's prompts beside the first such share; returns as `check`."""
+    """Checks the share of correct answers to a held-out set's prompts against the first such share.
+
+    Returns:
+        As `check`.
+    """
     first = {data: exact_match, **state.exact_match}
     before, allowed = first[data], config.answers_fall
     text = f"right answers went from {before:.0%} to {exact_match:.0%} of the prompts"
@@ -106,7 +111,7 @@ def check_answers(
 def _raise(
     before: Mapping[str, str], judged: Iterable[Judgement], step: int, data: str
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The alarms that are not armed after these judgements, and the lines of those that they raise."""
+    """Returns the alarms that are not armed after these judgements, and the log lines of the newly raised ones."""
     raised, lines = dict(before), []
     for one in judged:
         name = f"{data}: {one.alarm}"
@@ -131,14 +136,14 @@ def _judged(
     if "spo/both_down" in metrics:
         share, lost = metrics["spo/both_down"], best + fall
         way = lost / (HARMLESS * limit)
-        excess = way if share > config.both_down else min(way, 1.0)  # armed again once the chosen answers are back
+        excess = way if share > config.both_down else min(way, 1.0)  # armed again once the chosen answers recover
         text = f"both answers fell in {share:.0%} of pairs, the preferred ones lost {lost:.2g} nats since their best"
         yield Judgement("both_down", "spo/both_down", share, config.both_down, excess, text)
     if "spo/gap" in metrics and ("spo/chosen_shift" not in metrics or "sft_rows" in metrics):
-        gap = metrics["spo/gap"]  # else it is the displacement once more
+        gap = metrics["spo/gap"]  # with shifts it would repeat the displacement alarm
         text = f"the SFT loss lies {gap:.2g} nats per token above v: the model is leaving the safe region"
         yield Judgement("gap", "spo/gap", gap, config.chosen_fall, gap / config.chosen_fall, text)
-    if "rewards/margins" in metrics:  # SFT alone lowers the entropy, which is its purpose
+    if "rewards/margins" in metrics:  # SFT alone is meant to lower the entropy
         entropy, factor = metrics["policy/entropy"], config.entropy_factor
         ratio = max(entropy, LEAST_ENTROPY) / max(first_entropy, LEAST_ENTROPY)
         excess = abs(math.log(ratio)) / math.log(factor)

@@ -1,4 +1,4 @@
-"""What an evaluation found of each pair, as a file: RUN/held_out/<set>.json."""
+"""Results of an evaluation for each pair, for the file RUN/held_out/<set>.json."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from torch import Tensor
 from megatron_spo.data.dataset import TokenizedSet
 
 WORST = 20
-"""Pairs that are shown with their texts."""
+"""Number of pairs that are listed with their texts."""
 Decode = Callable[[Sequence[int]], str]
 
 
 def held_out(dataset: TokenizedSet, shifts: Tensor, step: int, decode: Decode) -> dict[str, Any]:
-    """Every pair of the set, and in full those whose chosen answer lost the most.
+    """Returns the shifts of every pair of the set, with full texts for the pairs whose chosen answer fell most.
 
     Args:
         dataset: the held-out set.
         shifts: [rows, 2] log-probs of chosen and rejected minus the reference's, nats.
-        step: after which they were measured.
-        decode: token ids to text.
+        step: the step after which they were measured.
+        decode: converts token ids to text.
 
     Returns:
         {"step", "pairs": [{"row", "chosen_shift", "rejected_shift", "chosen_tokens", "rejected_tokens"}], "worst":

@@ -1,7 +1,7 @@
-"""A layout rehearsed without its processes: every rank's model is built on the meta device, one after another.
+"""Rehearses a layout without its processes: builds every rank's model on the meta device, one after another.
 
-What a rank would read of the Hugging Face folder is written down instead of read, and what it would contribute to a
-checkpoint is put beside what the others would. Nothing here needs memory for weights, data or a GPU.
+Records what each rank would read from the Hugging Face folder instead of reading it, and compares what each would
+contribute to a checkpoint with the others. This needs no GPU and no memory for weights or data.
 """
 
 from collections import Counter, defaultdict
@@ -30,12 +30,12 @@ from megatron_spo.runtime import cpu_bridge
 from megatron_spo.runtime.processes import lay_groups
 
 Box = tuple[tuple[int, int], ...]
-"""First and behind-last index of a part of a tensor, along each axis."""
+"""Start and end index (exclusive) of a part of a tensor, along each axis."""
 
 
 @dataclass
 class Reading:
-    """What a rank reads of one Hugging Face tensor; `is_main`: of the replicas of these numbers, it is the first."""
+    """The part of one Hugging Face tensor that a rank reads; `is_main`: it is the first replica of this part."""
 
     rank: int
     stage: int
@@ -48,10 +48,10 @@ class Rehearsal:
     """What all ranks together would read and hold.
 
     Attributes:
-        shapes: of every Hugging Face tensor of the model.
-        readings: by Hugging Face tensor.
+        shapes: shape of every Hugging Face tensor of the model, by name.
+        readings: what the ranks read, by name of the Hugging Face tensor.
         shards: each rank's part of a checkpoint of the weights, without data.
-        held: parameters of each rank.
+        held: number of parameters of each rank.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -61,8 +61,8 @@ class Rehearsal:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Makes weights, which Megatron-Core 0.16.1 allocates by torch.empty, without memory for their numbers; a device
-    context would catch the rotary frequencies as well, which are computed."""
+    """Allocates weights on the meta device. Megatron-Core 0.16.1 makes them with torch.empty. A device context would
+    also affect the rotary frequencies, which are computed."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 class _Recorder:
-    """Stands for a tensor on disk and writes down which part of it is asked for."""
+    """Stands in for a tensor on disk and records which part of it is requested."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape, self.boxes = shape, list[Box]()
@@ -88,8 +88,9 @@ class _Recorder:
 
 @contextmanager
 def as_rank(rank: int, topology: Topology) -> Iterator[None]:
-    """Within the context this process is `rank` of the layout, its groups complete but without anyone to talk to."""
-    # of torch's own tests, there since torch 2.1: collectives return at once
+    """Makes this process `rank` of the layout within the context; its groups are complete, but have no other members
+    running."""
+    # From torch's own tests, available since torch 2.1: its collectives return at once.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu_bridge.install()
@@ -109,7 +110,7 @@ def as_rank(rank: int, topology: Topology) -> Iterator[None]:
 
 
 def rehearse(config: Config, shape: ModelShape, world_size: int, *, progress: bool = False) -> Rehearsal:
-    """Build every rank's model and write down what it would read and hold."""
+    """Builds every rank's model and returns what it would read and hold."""
     from tqdm import tqdm
 
     topology = make_topology(config.parallel, world_size)
@@ -129,9 +130,9 @@ def _rehearse_rank(config: Config, shape: ModelShape, rank: int, result: Rehears
     from megatron_spo.model.weights import local_tensors
 
     settings = transformer_config(shape, config.parallel, config.precision)
-    settings.use_cpu_initialization = True  # beside a GPU as well: nothing is to be allocated on it
+    settings.use_cpu_initialization = True  # nothing may be allocated on a GPU, even if there is one
     with _OnMeta():
-        # rotary frequencies are no weights, and scaled ones would load transformers
+        # Rotary frequencies are not weights, and scaled ones would import transformers.
         chunks = build_model(replace(shape, rope_scaling=None), settings)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     result.held.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
@@ -150,8 +151,8 @@ def _rehearse_rank(config: Config, shape: ModelShape, rank: int, result: Rehears
 
 
 def check(result: Rehearsal, config: Config, shape: ModelShape) -> list[str]:
-    """What is wrong, in words; [] where every number of every tensor is read once by each of its replicas, by the right
-    ranks, the shards make whole tensors, and no rank holds other than planned."""
+    """Returns the faults as sentences. It returns [] if each replica reads every element of every tensor once, on the
+    right ranks, the shards form whole tensors, and every rank holds the planned number of parameters."""
     return [
         *_check_readings(result, config, shape),
         *_check_shards(result),
@@ -170,14 +171,17 @@ def _check_readings(result: Rehearsal, config: Config, shape: ModelShape) -> Ite
             if fault := _not_a_partition(main, result.shapes.get(name)):
                 yield f"{name}: {fault}"
             elif any(reading.box not in main for reading in readings if _volume(reading.box)):
-                yield f"{name}: a replica reads another part than the first one does"
+                yield f"{name}: one replica reads a different part than the first replica"
             by_stage = Counter(reading.stage for reading in readings)
             if by_stage != dict.fromkeys(stages, copies):
-                yield f"{name} is read by {dict(by_stage)} ranks of each stage, not by {copies} of each of {stages}"
+                yield (
+                    f"{name}: number of ranks that read it, by pipeline stage: {dict(by_stage)}; expected are {copies} "
+                    f"ranks on each of the stages {stages}"
+                )
 
 
 def _stages_of_row(row: Mapping, config: Config, shape: ModelShape) -> set[int]:
-    """The pipeline stages that hold a tensor."""
+    """Returns the pipeline stages that hold a tensor."""
     last = config.parallel.pipeline - 1
     if row.at:
         return {_stage_of_layer(config, shape)[row.at[0]]}
@@ -196,18 +200,18 @@ def _volume(box: Box) -> int:
 
 
 def _not_a_partition(boxes: list[Box], shape: tuple[int, ...] | None) -> str | None:
-    """Why the boxes do not cover a tensor of this shape exactly once."""
+    """Returns why the boxes do not cover a tensor of this shape exactly once, or None if they do."""
     if shape is None:
         return "no rank reads it"
     overlaps = _overlap(boxes)
     if overlaps is not None:
         return f"{overlaps} is read twice"
     read = sum(_volume(box) for box in boxes)
-    return None if read == prod(shape) else f"{read} of its {prod(shape)} numbers are read"
+    return None if read == prod(shape) else f"only {read} of its {prod(shape)} numbers are read"
 
 
 def _overlap(boxes: list[Box]) -> Box | None:
-    """A box that shares numbers with another one; sorted, only neighbours along the axis that is cut can."""
+    """Returns a box that overlaps another, or None. In sorted order, only neighbours along the cut axis can overlap."""
     ordered = sorted(boxes)
     for first, second in zip(ordered, ordered[1:], strict=False):
         if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(first, second, strict=True)):
@@ -216,7 +220,7 @@ def _overlap(boxes: list[Box]) -> Box | None:
 
 
 def _check_shards(result: Rehearsal) -> Iterator[str]:
-    """By Megatron's own check of a checkpoint before it is written."""
+    """Runs Megatron's own check of a checkpoint before it is written."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
@@ -233,11 +237,11 @@ def _check_parameters(result: Rehearsal, config: Config, shape: ModelShape) -> I
     for rank, held in enumerate(result.held):
         planned = stage_parameters(config, shape, rank // per_stage).held
         if held != planned:
-            yield f"rank {rank} holds {held} parameters, planned were {planned}"
+            yield f"rank {rank} holds {held} parameters, but the plan gives it {planned}"
 
 
 def summary(result: Rehearsal, item: int) -> dict[str, int]:
-    """Counts for people; `item`: bytes of a number on disk."""
+    """Returns counts to print; `item`: bytes per element on disk."""
     read: Counter[int] = Counter()
     for readings in result.readings.values():
         for reading in readings:
@@ -254,10 +258,10 @@ def summary(result: Rehearsal, item: int) -> dict[str, int]:
 
 
 def rehearse_rows(config: Config, lengths: Lengths, ranks: int) -> dict[str, float]:
-    """Lay out every batch of the first epoch over so many data-parallel ranks.
+    """Packs every batch of the first epoch for `ranks` data-parallel ranks and returns statistics.
 
     Raises:
-        UserError: a pair is missing or comes twice, a row is too long, or the ranks have different numbers of rows.
+        UserError: a pair is missing or appears twice, a row is too long, or the ranks have different numbers of rows.
     """
     size, tokens, most = config.training.global_batch_size, lengths.tokens, config.data.longest_row
     sampler = Sampler([len(lengths)], [1.0], seed=config.training.seed, global_batch_size=size)
@@ -268,13 +272,13 @@ def rehearse_rows(config: Config, lengths: Lengths, ranks: int) -> dict[str, flo
         by_rank = [[batch[row] for row in rank] for rank in plan]
         if len({len(rank) for rank in by_rank}) > 1:
             faults.append(f"step {step}: the ranks have different numbers of rows")
-        faults += [f"step {step}: a row has {tokens[row].sum()} tokens" for rank in by_rank for row in rank
-                   if tokens[row].sum() > most]  # fmt: skip
+        faults += [f"step {step}: a row has {tokens[row].sum()} tokens, more than {most}" for rank in by_rank
+                   for row in rank if tokens[row].sum() > most]  # fmt: skip
         work = [sum(pair_costs(tokens[row]).sum() for row in rank) for rank in by_rank]
         imbalance.append(max(work) / (sum(work) / ranks))
         np.add.at(seen, np.concatenate([row for rank in by_rank for row in rank]), 1)
         rows += ranks * len(plan[0])
-    require(faults + [f"pair {int(i)} comes {seen[i]} times in an epoch" for i in np.flatnonzero(seen != 1)])
+    require(faults + [f"pair {int(i)} appears {seen[i]} times in an epoch" for i in np.flatnonzero(seen != 1)])
     return {
         "steps": sampler.steps_per_epoch,
         "rows": rows,
@@ -284,6 +288,6 @@ def rehearse_rows(config: Config, lengths: Lengths, ranks: int) -> dict[str, flo
 
 
 def require(faults: list[str]) -> None:
-    """Raise UserError with the faults, where there are any."""
+    """Raises a UserError with the faults, if there are any."""
     if faults:
         raise UserError("the rehearsal found:\n" + "\n".join(faults[:20]))

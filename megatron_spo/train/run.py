@@ -1,4 +1,4 @@
-"""The composition root of training: the one file that knows every floor."""
+"""Assembles a training run from all parts of the package and runs it."""
 
 import json
 import logging
@@ -45,15 +45,16 @@ from megatron_spo.train.stop import StopRequest
 LOG = logging.getLogger(__name__)
 
 PACKAGES = ("megatron-spo", "megatron-core", "torch", "transformers", "transformer-engine", "apex")
-"""Whose versions a run writes down."""
+"""Packages whose versions a run records."""
 REPORT = "report.html"
 
 
 def train(config: Config) -> None:
-    """Train as configured, from the newest checkpoint of the run directory where there is one.
+    """Trains as configured; resumes from the newest checkpoint if the run directory has one.
 
     Raises:
-        UserError, Anomaly, Stopped: on every rank alike; status.json then says "failed" or "stopped", and why.
+        UserError, Anomaly, Stopped: on every rank alike; status.json then has the state "failed" or "stopped" and the
+            reason.
     """
     runtime = join(config)
     found = find(Path(config.output) / "checkpoints", scales=config.precision.fp8 is not None)
@@ -133,7 +134,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
 
 
 def _report(directory: RunDirectory) -> None:
-    """Write the run's page; a failure costs the page only."""
+    """Writes the run's HTML report; if that fails, only the report is missing."""
     with directory.tolerated(REPORT):
         from megatron_spo.report import write_report  # imports matplotlib
 
@@ -141,7 +142,7 @@ def _report(directory: RunDirectory) -> None:
 
 
 def _open_references(config: Config, inputs: Inputs, weights: str | None) -> dict[str, ReferenceStore]:
-    """The cache of every data set, or {} where the config names none."""
+    """Opens the reference cache of every data set; returns {} if the config has none."""
     if config.reference.cache is None or weights is None:
         return {}
     stores: dict[str, ReferenceStore] = {}
@@ -176,7 +177,7 @@ def _steps(config: Config, loader: Loader) -> int:
 
 
 def _at_peak(config: Config, inputs: Inputs, runtime: Runtime) -> loop.AtPeak | None:
-    """What a step's share of the GPUs' peak is reckoned by, where that is known."""
+    """Returns the function that gives the time of pairs at the GPUs' peak, or None if the peak is unknown."""
     peak = peak_of(name_of(runtime.device), fp8=config.precision.fp8 is not None)
     if peak is None:
         return None
@@ -185,7 +186,8 @@ def _at_peak(config: Config, inputs: Inputs, runtime: Runtime) -> loop.AtPeak | 
 
 
 def _record(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What decides how the training goes on, and what an export needs to know of the data, for its checkpoints."""
+    """Returns the record for the checkpoints: what affects how training resumes, and what an export needs to know about
+    the data."""
     data = {TRAIN: inputs.train, **({} if inputs.sft is None else {SFT: inputs.sft})}
     return {
         "config": plain(config),
@@ -198,7 +200,7 @@ def _record(config: Config, inputs: Inputs) -> dict[str, Any]:
 def _start(
     config: Config, trainable: Trainable, found: Checkpoint | None, changed: Sequence[str], runtime: Runtime
 ) -> TrainState:
-    """The state to go on from: that of the checkpoint, or a fresh one."""
+    """Returns the state to start from: the checkpoint's, or a new one."""
     if found is None:
         return TrainState(0, initial_state(config.spo), LossStatistics())
     load(found, trainable)
@@ -210,7 +212,7 @@ def _start(
 
 
 def _write_provenance(config: Config, directory: RunDirectory, inputs: Inputs, weights: str | None) -> None:
-    """What was decided: the resolved config, versions and fingerprints, and the rows that were left out."""
+    """Writes the resolved config, the versions and fingerprints, and the dropped rows."""
     directory.write_kept("config.yaml", dump_config(config))
     provenance = {
         "versions": {name: _version(name) for name in PACKAGES},
@@ -235,7 +237,7 @@ def _version(package: str) -> str:
 
 
 def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
-    """Weights & Biases and TensorBoard, where the config asks for them."""
+    """Opens Weights & Biases and TensorBoard if they are configured."""
     if not directory.is_main:
         return
     settings, folder = config.logging, directory.path

@@ -1,4 +1,4 @@
-"""The files of a run: the only interface between a run and whoever looks at it, and the sinks that get the same."""
+"""The files of a run directory, and the sinks that receive the same lines. Readers of a run use only these files."""
 
 import contextlib
 import errno
@@ -17,14 +17,14 @@ LOG = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
 MEASURED_AFTER = ("eval", "generation", None)
-"""Kinds of the lines of an evaluation, beside the alarms on its sets; those of samples.jsonl have none."""
+"""Kinds of the lines that an evaluation writes, besides alarms on its sets; lines of samples.jsonl have no kind."""
 
 
 class RunDirectory:
-    """Writes config.yaml, status.json, metrics.jsonl, samples.jsonl, dropped_rows.jsonl and held_out/; silent on ranks
-    that are not main.
+    """Writes config.yaml, status.json, metrics.jsonl, samples.jsonl, dropped_rows.jsonl and held_out/. Only the main
+    process writes.
 
-    `sinks` get every line of metrics.jsonl and the tables, too.
+    `sinks` also get every line of metrics.jsonl and the tables.
     """
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
@@ -36,25 +36,25 @@ class RunDirectory:
         self._unwritten = ""
 
     def make(self) -> None:
-        """Make the folder; on the main process."""
+        """Creates the folder, on the main process."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, text: str, *, anyway: bool = False) -> None:
-        """Replace a file as a whole; `anyway`: also where this process is not main."""
+        """Replaces a file atomically; `anyway`: also on processes other than the main one."""
         if self.is_main or anyway:
             write_whole(self.path / name, text)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        """Replace a file as a whole by a JSON object."""
+        """Replaces a file atomically with a JSON object."""
         self.write(name, json.dumps(values, indent=1))
 
     def write_kept(self, name: str, text: str) -> None:
-        """Write a file that `restore` brings back."""
+        """Writes a file that `restore` can write again."""
         self._kept[name] = text
         self.write(name, text)
 
     def restore(self) -> None:
-        """Make the folder again, with what describes the run, where someone has removed it."""
+        """Creates the folder again, with the files that describe the run, if it was removed."""
         for name, text in self._kept.items():
             if self.is_main and not (self.path / name).exists():
                 with self.tolerated(name):
@@ -62,25 +62,27 @@ class RunDirectory:
                     self.write(name, text)
 
     def status(self, state: str, step: int, **more: Any) -> None:
-        """Replace status.json: state is running or done; what `more` held before is kept."""
+        """Replaces status.json; `state` is "running" or "done". Earlier values of `more` are kept."""
         self._status = {**self._status, "state": state, "step": step, **more}
         with self.tolerated("status.json"):
             self.write_json("status.json", self._status)
 
     def ended(self, code: int, reason: str, *, anyway: bool = False) -> None:
-        """Status.json at an end before the last step: stopped (the same command goes on) or failed, code and reason."""
+        """Writes status.json if the run ends before its last step: state "stopped" (the same command resumes) or
+        "failed", exit code and reason."""
         stopped = code == Stopped.code or code > 128
         end = {"state": "stopped" if stopped else "failed", "code": code, "reason": reason}
         self.write("status.json", json.dumps({**self._status, **end}, indent=1), anyway=anyway)
 
     @property
     def last_checkpoint(self) -> str | None:
-        """The newest one that status.json names."""
+        """Returns the name of the newest checkpoint according to status.json."""
         return self._status.get("checkpoint")
 
     def open_metrics(self, *, after_step: int, owed: Sequence[str] = ()) -> None:
-        """Open metrics.jsonl and samples.jsonl for appending; lines of what will be done again are cut off, as is a
-        torn one: after step 0 all. `owed`: the held-out sets that will be evaluated once more after this step."""
+        """Opens metrics.jsonl and samples.jsonl for appending. Removes incomplete lines and all lines that the run will
+        write again: those after `after_step` (all of them for 0), and those of the evaluation after that step on the
+        held-out sets `owed`, which is still pending."""
         if not self.is_main:
             return
         for name in ("metrics.jsonl", SAMPLES):
@@ -92,7 +94,7 @@ class RunDirectory:
                     measured = line.get("kind") in MEASURED_AFTER or line.get("data") in owed
                     again = after_step == 0 or line["step"] > after_step
                     again = again or (owed and measured and line["step"] == after_step)
-                except (ValueError, KeyError, TypeError):  # torn when the process was killed
+                except (ValueError, KeyError, TypeError):  # incomplete because the process was killed
                     continue
                 if not again:
                     kept.append(text.rstrip("\n") + "\n")
@@ -101,7 +103,7 @@ class RunDirectory:
         self._metrics = self.path / "metrics.jsonl"
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; what cannot be written now is written with a later line."""
+        """Appends one line to metrics.jsonl; if it cannot be written now, it is written with a later line."""
         if self._metrics is None:
             return
         self.sinks.line(kind, step, metrics)
@@ -111,14 +113,14 @@ class RunDirectory:
             self._unwritten = ""
 
     def log_samples(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows {"step", "data", ...} to samples.jsonl, and hand them to the sinks as the table `name`."""
+        """Appends rows {"step", "data", ...} to samples.jsonl and passes them to the sinks as the table `name`."""
         if self._metrics is not None:
             self.sinks.table(name, step, rows)
             with self.tolerated(SAMPLES):
                 _append_all(self.path / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write_held_out(self, data: str, content: Mapping[str, Any]) -> None:
-        """Replace held_out/<data>.json; the worst pairs go to the sinks, too."""
+        """Replaces held_out/<data>.json and passes the worst pairs to the sinks."""
         if self._metrics is not None:
             if content["worst"]:
                 self.sinks.table(f"worst pairs/{data}", content["step"], content["worst"])
@@ -127,12 +129,13 @@ class RunDirectory:
                 self.write(f"held_out/{data}.json", json.dumps(content))
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace a JSONL file."""
+        """Replaces a JSONL file."""
         self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     @contextlib.contextmanager
     def tolerated(self, name: str) -> Iterator[None]:
-        """A full disk or a vanished folder must not end a training whose weights are in memory."""
+        """Turns an OSError into a warning: a full disk or a missing folder must not end a run whose weights are in
+        memory."""
         try:
             yield
         except (OSError, UserError) as error:
@@ -140,7 +143,7 @@ class RunDirectory:
 
 
 def _append_all(path: Path, content: bytes) -> None:
-    """Append all of it or nothing."""
+    """Appends all of `content`, or nothing if that fails."""
     with path.open("ab", buffering=0) as file:
         begin = file.tell()
         try:

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts while a run trains: its present weights as a Hugging Face model, and its scores."""
+"""Answers to held-out prompts during training: exports the current weights for Hugging Face, generates and scores."""
 
 import logging
 import shutil
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from megatron_spo.evaluate.generate import Response
 
 ROOM = 2
-"""Longest answer that is not cut off, relative to the longest chosen answer of the prompts."""
+"""Limit of an answer's length, relative to the longest chosen answer of the prompts."""
 LOGGED = ("exact_match", "malformed", "rep_4", "distinct_2", "length_ratio")
 
 
 class HeldOutAnswers:
-    """Answers the first `monitor.generate_prompts` prompts of each held-out set, greedily; nothing of it ends a run."""
+    """Answers the first `monitor.generate_prompts` prompts of each held-out set greedily; a failure ends no run."""
 
     def __init__(
         self,
@@ -48,9 +48,9 @@ class HeldOutAnswers:
         self._saver = Saver(self._folder, trainable, record, keep=1, weights_only=True)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Answer under the present weights, log scores and samples; all ranks call it together.
+        """Answers with the current weights and logs scores and samples; all ranks must call it together.
 
-        Returns the share of right answers of each set that has right answers, on all ranks.
+        Returns the share of correct answers for each set that has correct answers, on all ranks.
         """
         try:
             on_main(lambda: shutil.rmtree(self._folder, ignore_errors=True), SaveFailed)
@@ -65,7 +65,7 @@ class HeldOutAnswers:
         try:
             to_hf(self._folder / step_name(step), self._folder / "hf")
             return self._answer_all(step)
-        except Exception as error:  # a killed process, a full disk, or what transformers raises
+        except Exception as error:  # a killed process, a full disk, or any error of transformers
             self._warn(step, error)
             return {}
         finally:
@@ -74,11 +74,11 @@ class HeldOutAnswers:
     def _warn(self, step: int, error: Exception) -> None:
         if self._runtime.is_main:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
-            LOG.warning(f"step {step}: no answers to held-out prompts ({reason}); the training continues")
+            LOG.warning(f"step {step}: no answers to held-out prompts ({reason}); training continues")
 
     def _answer_all(self, step: int) -> dict[str, float]:
         from megatron_spo.evaluate.generate import Sampling
-        from megatron_spo.evaluate.subprocess import answer_apart  # these import the models of transformers
+        from megatron_spo.evaluate.subprocess import answer_apart  # imports the models of transformers
 
         sets, prompts, monitor = self._sources.evals, [], self._config.monitor
         counts = {name: min(monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
@@ -99,7 +99,7 @@ class HeldOutAnswers:
         return right
 
     def _rows(self, source: DataSource, dataset: TokenizedSet, count: int) -> list[dict[str, Any]]:
-        """The first rows as they are in the file, with what they were tokenised to as texts."""
+        """Returns the first rows of the file, with prompt and chosen answer as decoded from their tokens."""
         raw, rows = open_source(source), []
         for i in range(count):
             at = dataset.line(i) - 1
@@ -117,7 +117,7 @@ class HeldOutAnswers:
         return str(self._sources.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     def _log(self, step: int, name: str, rows: list[dict[str, Any]], answers: "list[Response]") -> dict[str, float]:
-        """The means of the scores, now logged."""
+        """Logs the scores and samples; returns the mean scores."""
         scores = score(rows, [[one.text] for one in answers], [[one.finished] for one in answers])
         means = {key: value for key, value in scores.metrics().items() if key in LOGGED}
         named = {f"generation/{key}": value for key, value in means.items()}

@@ -1,4 +1,4 @@
-"""Where a run's metric lines go besides metrics.jsonl. A sink that fails is left out from then on; training goes on."""
+"""Where a run's metric lines go besides metrics.jsonl. A sink that fails is not used any more; training continues."""
 
 import logging
 import secrets
@@ -14,26 +14,26 @@ Line = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes what a run has to say; may raise anything."""
+    """Receives the lines and tables of a run; its methods may raise any exception."""
 
     def line(self, kind: str, step: int, values: Line) -> None:
-        """A line of metrics.jsonl: numbers under metric names, and texts such as the name of the set."""
+        """Receives a line of metrics.jsonl: numbers by metric name, and texts such as the name of the set."""
 
     def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
-        """Rows with texts, all with the same columns: the worst held-out pairs, or answers."""
+        """Receives rows with texts, all with the same columns: the worst held-out pairs, or answers."""
 
     def close(self, report: Path, code: int) -> None:
-        """The end, with the command's exit code; the report is there if the run came to its last step."""
+        """Ends the run with the command's exit code; the report exists if the run reached its last step."""
 
 
 class Sinks:
-    """All sinks of a run."""
+    """All sinks of a run; removes those that fail."""
 
     def __init__(self) -> None:
         self._sinks: list[Sink] = []
 
     def open(self, kind: type[Sink], *arguments: Any, **more: Any) -> None:
-        """Add a sink of this kind, made with these arguments."""
+        """Creates a sink of this kind with these arguments and adds it."""
         self._tolerate(kind, lambda: self._sinks.append(kind(*arguments, **more)))
 
     def line(self, kind: str, step: int, values: Line) -> None:
@@ -57,15 +57,15 @@ class Sinks:
     def _tolerate(self, kind: type[Sink], action: Callable[[], object]) -> bool:
         try:
             action()
-        except Exception as error:  # other people's libraries, networks and disks
+        except Exception as error:  # third-party libraries, the network or the disk
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            LOG.warning(f"{kind.__name__} is left out from here on ({reason}); metrics.jsonl has everything")
+            LOG.warning(f"{kind.__name__} failed and is not used any more ({reason}); metrics.jsonl has every line")
             return False
         return True
 
 
 def _name(kind: str, values: Line) -> str:
-    """Where the metrics of a line are filed: the kind, and the set where it has one."""
+    """Returns the prefix of a line's metrics: its kind, and its data set if it has one."""
     data = values.get("name") or values.get("data")
     return f"{kind}/{data}" if data else kind
 
@@ -75,7 +75,7 @@ def _numbers(values: Line) -> dict[str, float]:
 
 
 class WeightsAndBiases:
-    """One W&B run for one run directory, however often it is started: its id is kept in `wandb_id`."""
+    """One W&B run per run directory, however often the command is started; the file `wandb_id` keeps its id."""
 
     def __init__(self, folder: Path, *, mode: str, project: str, config: Line) -> None:
         import wandb
@@ -86,14 +86,14 @@ class WeightsAndBiases:
         self._wandb = wandb
         self._run = wandb.init(
             id=kept.read_text(),
-            resume="allow" if mode == "online" else None,  # offline, `wandb sync` joins the parts by their id
+            resume="allow" if mode == "online" else None,  # offline, `wandb sync` merges the parts by their id
             project=project,
             name=folder.resolve().name,
             mode=mode,  # type: ignore[arg-type]
             dir=folder,
             config=dict(config),
         )
-        # not W&B's own count of steps, which refuses those that are done again after a restart
+        # W&B's own step counter would reject the steps that are repeated after a restart.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -114,12 +114,12 @@ class WeightsAndBiases:
             artifact.add_file(str(report))
             self._run.log_artifact(artifact)
         if code == Stopped.code:
-            self._run.mark_preempting()  # the same command goes on
+            self._run.mark_preempting()  # the same command resumes the run
         self._run.finish(exit_code=code)
 
 
 class TensorBoard:
-    """Event files in the run directory's `tensorboard`."""
+    """Writes event files to the folder `tensorboard` of the run directory."""
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

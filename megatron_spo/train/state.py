@@ -1,4 +1,4 @@
-"""Everything that changes with training, besides weights and optimizer."""
+"""The training state, apart from weights and optimizer."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_spo.train.monitor import MonitorState
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far, by checkpoint.best, and the step it was made after."""
+    """Value of the best evaluation so far, by checkpoint.best, and the step after which it was made."""
 
     value: float
     step: int
@@ -20,17 +20,17 @@ class Best:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Steps done, and what the schedule and the loss remember of them; the position in the data follows from `step`."""
+    """Steps done and the state of schedule, loss and monitor; the position in the data follows from `step`."""
 
     step: int
     schedule: ScheduleState
     statistics: LossStatistics
     norms: GradientNorms = GradientNorms()
     evaluation_owed: bool = False
-    """The run was stopped before the evaluation that belongs to this step."""
+    """Whether the evaluation after this step is still pending, because the run was stopped before it."""
     best: Best | None = None
     router_load: Load | None = None
-    """Of the last global batch; None before the first, and where routers are not balanced."""
+    """Router load of the last global batch; None before the first one, and if routers are not balanced."""
     monitor: MonitorState = MonitorState()
 
     @property
@@ -39,7 +39,7 @@ class TrainState:
         return None if self.best is None else self.best.step
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the checkpoint."""
+        """Returns the state as plain data for the checkpoint."""
         return {
             "step": self.step,
             "schedule": self.schedule.to_dict(),
@@ -53,7 +53,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "TrainState":
-        """The inverse of `to_dict`."""
+        """Inverse of `to_dict`."""
         return cls(
             state["step"],
             ScheduleState.from_dict(state["schedule"]),

@@ -1,4 +1,4 @@
-"""Runs what a schedule planned: gradients of each pass, then one optimizer step."""
+"""Runs the step that a schedule planned: the gradients of each pass, then one optimizer step."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ from megatron_spo.train.state import TrainState
 
 @dataclass(frozen=True)
 class DataInUse:
-    """A loader with what is needed to score its pairs: the reference's log-probs, where they are known."""
+    """A data set's loader, and the reference's log-probs of its pairs if they are available."""
 
     name: str
     loader: Loader
@@ -46,7 +46,7 @@ class DataInUse:
 
 @dataclass(frozen=True)
 class Share:
-    """A batch of a data set: its share of an objective, whose terms (`role`) are divided by `counts`."""
+    """A batch of a data set as part of an objective: the terms it feeds (`role`) are divided by `counts`."""
 
     data: DataInUse
     batch: Batch
@@ -55,19 +55,19 @@ class Share:
 
     @classmethod
     def of(cls, data: DataInUse, batch: Batch, role: Role) -> "Share":
-        """A global batch, which is divided by its own counts."""
+        """Returns the share of a whole global batch, which is divided by its own counts."""
         return cls(data, batch, role, GlobalCounts(batch.pairs, batch.chosen_tokens))
 
     def prepare(self) -> None:
-        """Have the reference's log-probs at hand, before the first pass over the batch."""
+        """Makes the reference's log-probs available; call it before the first pass over the batch."""
         if self.data.reference is not None:
             self.data.reference.prepare(self.batch.rows)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave: the pairs' global sums (train/metrics.py), the named metrics of the step, and how the routers
-    spread its tokens, where they are balanced."""
+    """Result of a step: the pairs' global sums (train/metrics.py), the step's metrics by name, and the load of the
+    routers if they are balanced."""
 
     sums: dict[str, float]
     metrics: dict[str, float]
@@ -75,7 +75,7 @@ class Outcome:
 
 
 class Engine:
-    """Carries out passes over global batches, in any layout."""
+    """Runs passes over global batches, in any layout."""
 
     def __init__(
         self, trainable: Trainable, runtime: Runtime, *, loss: LossConfig, spo: SpoConfig, router_aux_loss: float
@@ -102,15 +102,19 @@ class Engine:
         lr: float,
         largest_norm: float = math.inf,
     ) -> Outcome:
-        """One optimizer step as planned; the metrics are measured at the present weights.
+        """Runs one optimizer step as planned. The metrics are measured at the weights before the step.
 
         Args:
+            plan: the passes of the step and how their gradients are combined.
             pairs: the global batch of training pairs.
-            sft: that of the separate SFT set, where there is one. A pass runs the rows that it weighs; a set that no
-                pass at the present weights weighs is measured by a forward pass of its own.
+            sft: the global batch of the separate SFT set, if there is one. A pass runs only the rows that it weighs; a
+                set that no pass at the current weights weighs is measured by an extra forward pass.
+            state: the training state before the step.
+            lr: the learning rate.
+            largest_norm: the largest gradient norm with which the step is taken.
 
         Raises:
-            BadStep: on every rank, before weights or optimizer are changed: a number is not finite, or the gradient's
+            BadStep: on every rank, before weights or optimizer are changed: a number is not finite, or the gradient
                 norm exceeds `largest_norm`.
         """
         shares, clock = [pairs] if sft is None else [pairs, sft], self._runtime.clock
@@ -147,29 +151,29 @@ class Engine:
     def _measure_idle(
         self, plan: StepPlan, shares: Sequence[Share], statistics: LossStatistics
     ) -> dict[str, dict[str, float]]:
-        """Sums of the sets that no pass at the present weights weighs, by their names."""
+        """Returns the sums of the sets that no pass at the current weights weighs, by name of the set."""
         present = [pass_ for pass_ in plan.passes if pass_.shift is None]
         idle = [share for share in shares if not any(pass_.weighs(share.role) for pass_ in present)]
         return self._sweep(present[0], idle, statistics=statistics, backward=False) if idle else {}
 
     def _weights_of(self, pass_: Pass, taken: dict[str, Gradient]) -> AbstractContextManager[None]:
-        """The weights at which a pass is taken: the present ones, or shifted along an earlier pass's gradient."""
+        """Sets the weights for a pass: the current ones, or shifted along an earlier pass's gradient."""
         if pass_.shift is None:
             return nullcontext()
         return gradients.shifted(self._trainable, taken[pass_.shift.slot], pass_.shift.step)
 
     def _balancing(self, shares: Sequence[Share], state: TrainState) -> AbstractContextManager[None]:
-        """Adds the load-balancing loss of the rows of all shares to the objective of a pass."""
+        """Adds the load-balancing loss of all shares' rows to the objective of a pass."""
         if not self._router_aux_loss:
             return nullcontext()
         tokens = sum(share.batch.tokens for share in shares)
         rows = sum(len(share.batch.rows) for share in shares)
-        # Megatron divides this loss as it does the objective: see run_rows
+        # Megatron divides this loss like the objective, see run_rows.
         scale = self._router_aux_loss / tokens * rows * self._runtime.topology.data
         return balancing(self._trainable.chunks, state.router_load, scale)
 
     def _combine(self, plan: StepPlan, taken: dict[str, Gradient]) -> float:
-        """Give the optimizer the gradient that the plan makes of its passes; returns the weight of the SFT term."""
+        """Combines the passes' gradients into the optimizer's gradient; returns the weight of the SFT term."""
         if isinstance(plan.combine, Add):
             gradients.give(self._trainable, [(weight, taken[slot]) for slot, weight in plan.combine.parts])
         if isinstance(plan.combine, Barrier):
@@ -182,13 +186,14 @@ class Engine:
         return plan.lambda_
 
     def evaluate(self, pass_: Pass, data: DataInUse, *, state: TrainState) -> tuple[dict[str, float], Tensor | None]:
-        """Metrics of a whole set under the present weights, its chosen responses being the lower level, and each pair's
-        shifts: fp64 [rows, 2] differences to the reference's log-probs of chosen and rejected; None without one.
+        """Evaluates a whole set with the current weights; its chosen responses are the lower level.
 
-        Nothing is changed.
+        Returns:
+            The metrics by name, and each pair's shifts: fp64 [rows, 2], log-probs of chosen and rejected minus the
+            reference's (nats); None without a reference.
 
         Raises:
-            BadStep: on every rank.
+            BadStep: on every rank, if a number is not finite.
         """
         dataset = data.loader.dataset
         counts = GlobalCounts(len(dataset), int(dataset.chosen_tokens.sum()))
@@ -215,7 +220,7 @@ class Engine:
         backward: bool,
         per_pair: Tensor | None = None,
     ) -> dict[str, dict[str, float]]:
-        """One pass over the rows of all shares, as micro-batches of one run; global sums by the sets' names.
+        """Runs one pass over the rows of all shares in one run of the pipeline; returns global sums by name of the set.
 
         `per_pair` [rows of the set, 2] receives the shifts of the pairs that this rank reports.
         """
@@ -254,7 +259,7 @@ class Engine:
     def _values(
         self, pairs: PairLogprobs, entropies: Tensor, data: DataInUse, statistics: LossStatistics
     ) -> PairValues:
-        """What is measured of a row whatever the pass: the preference loss and the rewards, where they exist."""
+        """Returns the values of a row that are measured in every pass: preference loss and rewards, if they exist."""
         if not data.loader.dataset.has_rejected or (self._needs_reference and data.reference is None):
             return PairValues(pairs, entropies, None, None, None, rewards_are_ratios=False)
         with torch.no_grad():
@@ -268,10 +273,10 @@ class Engine:
             )
 
     def _apply(self, lr: float, shares: Sequence[Share], largest_norm: float) -> float:
-        """Clip and step the optimizer; returns the gradient's norm before clipping."""
+        """Clips the gradient and steps the optimizer; returns the gradient norm before clipping."""
         optimizer = self._trainable.optimizer
         norm = float(optimizer.get_grad_norm())
-        if not norm <= largest_norm or math.isinf(norm):  # all ranks hold the same reduced norm; NaN compares false
+        if not norm <= largest_norm or math.isinf(norm):  # the same norm on all ranks; NaN compares false
             spike = f"the gradient's norm {norm:.4g} exceeds {largest_norm:.4g} (training.spike_factor)"
             reason = spike if math.isfinite(norm) else "the gradient is not a finite number"
             rows = [share.data.loader.dataset.describe(int(i)) for share in shares for i in share.batch.indices]
@@ -285,7 +290,7 @@ class Engine:
         return norm
 
     def _non_finite(self, suspects: Sequence[tuple[Share, Sequence[int]]]) -> BadStep:
-        """The error that names the rows of all ranks; every rank must ask for it, with its own rows of each share."""
+        """Returns the error that names the bad rows of all ranks; every rank must call it, with its own rows."""
         gathered: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
         mine = [list(rows) if self._runtime.holds_results else [] for _, rows in suspects]
         dist.all_gather_object(gathered, mine)
@@ -311,7 +316,7 @@ class Engine:
 
 
 def _pair_logprobs(row: PackedRow, sums: Tensor, reference: ReferenceSums | None) -> PairLogprobs:
-    """The row's pairs with policy sums [pairs, 2] and the reference's sums, where they are known."""
+    """Returns the row's pairs with the policy's sums [pairs, 2] and the reference's sums, if available."""
 
     def put(array: NDArray[np.generic]) -> Tensor:
         return to_device(array, sums.device, torch.float32)

@@ -1,4 +1,4 @@
-"""Why training should end before its last step: a signal at any rank, or the time limit."""
+"""Decides whether training must stop before its last step: because of a signal on any rank or the time limit."""
 
 import contextlib
 import signal
@@ -14,13 +14,13 @@ from megatron_spo.runtime import env
 from megatron_spo.runtime.signals import signals
 
 FIRST_SAVE = 0.05
-"""Share of the time limit kept free for a checkpoint as long as none has been timed, at most FIRST_SAVE_SECONDS."""
+"""Share of the time limit reserved for saving until a save has been timed; at most FIRST_SAVE_SECONDS."""
 FIRST_SAVE_SECONDS = 600.0
 _TIME = 1
 
 
 class StopRequest:
-    """Asked by all ranks after each step."""
+    """Tells all ranks after each step whether to stop."""
 
     def __init__(self, minutes: float | None, device: torch.device) -> None:
         self._minutes, self._device = minutes, device
@@ -31,7 +31,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Learn how long a "step", an "evaluation" or a "save" takes."""
+        """Measures how long a "step", an "evaluation" or a "save" takes."""
         begin = time.monotonic()
         yield
         seconds = time.monotonic() - begin
@@ -39,9 +39,9 @@ class StopRequest:
         self._timed.add(what)
 
     def reason(self, *ahead: str) -> str | None:
-        """Why to save and end now, or None; `ahead` is what is done before this is asked again.
+        """Returns why to save and stop now, or None. `ahead`: what will run before the next call.
 
-        One small all-reduce, so that all ranks give the same answer.
+        It uses one small all-reduce, so that all ranks get the same answer.
         """
         wish = torch.tensor([float(self._own_wish(ahead))], device=self._device)
         dist.all_reduce(wish, op=dist.ReduceOp.MAX)
@@ -53,13 +53,13 @@ class StopRequest:
         return signal.Signals(code - _TIME).name
 
     def end(self, reason: str, step: int) -> NoReturn:
-        """End what was asked for: everything is saved.
+        """Ends the run after everything has been saved.
 
         Raises:
-            Stopped
+            Stopped: always.
         """
         signals.over(Stopped.code)
-        raise Stopped(f"{reason}: stopped after step {step}, everything is saved; the same command goes on from here")
+        raise Stopped(f"{reason}: stopped after step {step}, everything is saved; the same command resumes from here")
 
     def _own_wish(self, ahead: tuple[str, ...]) -> int:
         if signals.requested is not None:

@@ -97,10 +97,10 @@ def test_goes_on_where_it_stopped(tmp_path: Path, data: TokenizedSet) -> None:
     first = writer(tmp_path, data)
     assert first.missing_chunks() == list(range(7)) and first.chunk_indices(6).tolist() == [48, 49]
     write(first, [0, 3, 6])
-    assert "is unfinished: it holds 18 of 50 pairs" in refusal(tmp_path, data)
+    assert "is incomplete: it has 18 of 50 pairs" in refusal(tmp_path, data)
     second = writer(tmp_path, data)
     assert second.missing_chunks() == [1, 2, 4, 5]
-    with pytest.raises(UserError, match="is unfinished: it holds 18 of 50 pairs; run: megatron-spo reference"):
+    with pytest.raises(UserError, match="is incomplete: it has 18 of 50 pairs; run: megatron-spo reference"):
         second.finish()
     write(second, [1, 2, 4, 5])
     second.finish()
@@ -190,7 +190,7 @@ def test_missing(tmp_path: Path, data: TokenizedSet) -> None:
         ("tokenizer", "the tokenizer or its chat template"),
         ("truncation", "truncation"),
         ("precision", "precision"),
-        ("date", "the date told to the chat template"),
+        ("date", "the date given to the chat template"),
     ],
 )
 def test_stale_names_the_part_that_differs(tmp_path: Path, data: TokenizedSet, part: str, name: str) -> None:
@@ -210,7 +210,7 @@ def test_a_cache_that_records_no_date_serves_templates_that_ask_for_none(tmp_pat
     index.write_text(json.dumps(content))
     assert len(opened(tmp_path, data)) == COUNT
     with pytest.raises(
-        UserError, match="the date told to the chat template: the cache has '', this run has '2024-07-26'"
+        UserError, match="the date given to the chat template: the cache has '', this run has '2024-07-26'"
     ):
         open_reference(tmp_path, "train", replace(fingerprint(data), date="2024-07-26"), data)
 
@@ -262,7 +262,7 @@ def test_unreadable_index(tmp_path: Path, data: TokenizedSet, index: str) -> Non
     folder = fill(tmp_path, data)
     (folder / "index.json").write_text(index)
     message = refusal(tmp_path, data)
-    assert str(folder) in message and ("index.json is not readable" in message or "has format 99" in message)
+    assert str(folder) in message and ("index.json cannot be read" in message or "has format 99" in message)
     fill(tmp_path, data)
     opened(tmp_path, data)
 
@@ -272,7 +272,7 @@ def test_changed_count_in_the_index(tmp_path: Path, data: TokenizedSet) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "count": 10**6}))
     assert "too short for the 1000000 pairs in index.json" in refusal(tmp_path, data)
     path.write_text(json.dumps({**json.loads(path.read_text()), "count": 49}))
-    assert "not of the 50 pairs" in refusal(tmp_path, data)
+    assert "has 49 pairs instead of 50" in refusal(tmp_path, data)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -287,7 +287,7 @@ def test_not_finite_is_never_stored_nor_served(tmp_path: Path, data: TokenizedSe
     records["rejected"][5] = value
     store = ReferenceStore(records, data, tmp_path)
     store.get([4, 6])
-    with pytest.raises(UserError, match="the record of .*pairs.jsonl line 6 is bad"):
+    with pytest.raises(UserError, match="the record of .*pairs.jsonl line 6 is invalid"):
         store.get([4, 5])
 
 
@@ -303,7 +303,7 @@ def test_sft_sets(tmp_path: Path) -> None:
 
 def test_unwritable_cache(tmp_path: Path, data: TokenizedSet) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="cannot be written: .*; set reference.cache elsewhere"):
+    with pytest.raises(UserError, match="cannot be written: .*; set reference.cache to another folder"):
         writer(tmp_path / "cache", data)
     assert "there is no reference cache" in refusal(tmp_path / "cache", data)
 

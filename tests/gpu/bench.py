@@ -1,4 +1,4 @@
-"""Runs that several GPU tests look at: each group is one launch, made when a test first asks for one of its runs."""
+"""Runs shared by several GPU tests. Each group is one launch, started when a test first needs one of its runs."""
 
 import json
 import os
@@ -25,7 +25,7 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 
 @cache
 def has_engine() -> bool:
-    """Whether Transformer Engine can be imported, in a process of its own: a broken one can take the process along."""
+    """Returns whether Transformer Engine can be imported; tried in another process, as a broken one can crash it."""
     if not torch.cuda.is_available() or not installed("transformer_engine"):
         return False
     tried = subprocess.run(
@@ -35,7 +35,7 @@ def has_engine() -> bool:
 
 
 def able_recipes() -> list[str]:
-    """The fp8 recipes that the first GPU can run; all of them where there is none, so that they show as skipped."""
+    """Returns the fp8 recipes that the first GPU can run; without a GPU all, so that they show as skipped."""
     if not torch.cuda.is_available():
         return list(RECIPES)
     capability, cuda = torch.cuda.get_device_capability(0), str(torch.version.cuda)
@@ -44,7 +44,7 @@ def able_recipes() -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one launch: name -> (command, overrides); `{folder}` in an override is the bench's folder."""
+    """The runs of one launch: name -> (command, overrides); `{folder}` in an override is the bench's folder."""
 
     runs: dict[str, tuple[str, list[str]]]
     processes: int = 1
@@ -53,14 +53,14 @@ class Group:
 
 @dataclass
 class Bench:
-    """A folder with a small model and data, and what was run there."""
+    """A folder with a small model and data, and the runs in it."""
 
     folder: Path
     groups: dict[str, Group]
     launched: dict[str, str] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        """Model (sides that suit every recipe's blocks), pairs and the configuration that the runs share."""
+        """Creates the model (its sizes fit the blocks of every recipe), the pairs and the shared configuration."""
         sides = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
         tiny_run(
             self.folder,
@@ -75,17 +75,17 @@ class Bench:
         )
 
     def metrics(self, run: str) -> Metrics:
-        """The metrics of a training run; the test fails where the run did."""
+        """Returns the metrics of a training run; the test fails if the run failed."""
         self._need(run)
         return read_metrics(self.folder / run)
 
     def result(self, run: str) -> Any:
-        """What a probe returned; the test fails where the probe did."""
+        """Returns the result of a probe; the test fails if the probe failed."""
         self._need(run)
         return json.loads((self.folder / f"{run}.json").read_text())
 
     def error(self, run: str) -> str:
-        """What a run that must fail said ("" where it did not fail)."""
+        """Returns the error of a run that must fail ("" if it did not fail)."""
         self._launch(run)
         path = self.folder / f"{run}.error"
         return path.read_text() if path.exists() else ""
@@ -110,7 +110,7 @@ class Bench:
 
 
 def differences(got: Metrics, expected: Metrics, *names: str) -> dict[str, float]:
-    """Largest relative difference over all lines, of each of these metrics."""
+    """Returns the largest relative difference over all lines for each of these metrics."""
     assert got.keys() == expected.keys()
     return {
         name: max(
@@ -123,17 +123,17 @@ def differences(got: Metrics, expected: Metrics, *names: str) -> dict[str, float
 
 
 def train(name: str, cache: str, *overrides: str) -> tuple[str, list[str]]:
-    """A training run into the folder `name` with the reference cache `cache`."""
+    """Returns a training run with output folder `name` and reference cache `cache`."""
     return "train", [f"output={{folder}}/{name}", f"reference.cache={{folder}}/{cache}", *overrides]
 
 
 def reference(cache: str, *overrides: str) -> tuple[str, list[str]]:
-    """Fill the reference cache `cache`."""
+    """Returns a run that fills the reference cache `cache`."""
     return "reference", [f"reference.cache={{folder}}/{cache}", *overrides]
 
 
 def report_versions(record: Any) -> None:
-    """Write down what the numbers were measured on."""
+    """Records the hardware and versions with which the numbers were measured."""
     record("gpu", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none")
     record("torch", torch.__version__)
     record("visible", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))

@@ -110,7 +110,7 @@ def _groups() -> dict[str, Group]:
 
 @pytest.fixture(autouse=True)
 def _engine(request: pytest.FixtureRequest) -> None:
-    """Skips what is marked `engine` where Transformer Engine cannot be imported."""
+    """Skips tests marked `engine` if Transformer Engine cannot be imported."""
     if request.node.get_closest_marker("engine") and not has_engine():
         pytest.skip("no Transformer Engine")
 

@@ -1,4 +1,4 @@
-"""What the commands do not show: looked at from inside a process with a GPU. Each returns JSON."""
+"""Probes that run inside a process with a GPU and measure what the commands do not show. Each returns JSON."""
 
 import warnings
 from collections import Counter
@@ -27,7 +27,7 @@ def _trainable(config: Config) -> Trainable:
 
 
 def layers(config: Config) -> dict[str, Any]:
-    """What the layers are made of, their keys, and which keys are not as expected."""
+    """Returns the classes of the layers, their keys, and the unexpected keys."""
     inputs = read_inputs(config, join(config))
     (model,) = make_model(config, inputs)
     layer = model.decoder.layers[0]
@@ -48,7 +48,7 @@ def layers(config: Config) -> dict[str, Any]:
 
 
 def fresh(config: Config) -> dict[str, Any]:
-    """The optimizer's class, and the step of a checkpoint of one that has never stepped, saved and loaded."""
+    """Returns the optimizer's class, and the step after saving and loading an optimizer that has never stepped."""
     trainable = _trainable(config)
     folder = Path(config.output) / "checkpoints"
     _save(Saver(folder, trainable, {}, keep=1), TrainState(0, initial_state(config.spo), LossStatistics()))
@@ -58,7 +58,7 @@ def fresh(config: Config) -> dict[str, Any]:
 
 
 def resave(config: Config) -> None:
-    """Load the newest checkpoint of the run into a new model and optimizer, and save it again beside it."""
+    """Loads the newest checkpoint of the run into a new model and optimizer, and saves it again next to it."""
     folder = Path(config.output) / "checkpoints"
     newest, trainable = _newest(folder, config), _trainable(config)
     state = _load(newest, trainable)
@@ -82,7 +82,7 @@ def _newest(folder: Path, config: Config) -> Checkpoint:
 
 
 def waits(config: Config) -> list[dict[str, Any]]:
-    """A training run: for each pass over rows, how often the process waited for the GPU meanwhile, and where."""
+    """Trains and returns for each pass over rows how often, and where, the process waited for the GPU."""
     seen: list[dict[str, Any]] = []
     original: Callable[..., Any] = step.run_rows
 

@@ -1,4 +1,4 @@
-"""The kernel for variable lengths against torch's with a mask, and what a step's seconds go into."""
+"""Compares the kernel for variable lengths with torch's masked attention; tests the time of a step's phases."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_kernel_equals_masked_attention(backend: str, record_property) -> None:
 
 
 def test_a_pair_is_computed_alike_whatever_is_in_its_row() -> None:
-    """Bit for bit, in the forward pass: step 1 is ln 2 though cache and training pack rows differently."""
+    """The forward pass is equal bit for bit, so step 1 is ln 2 though cache and training pack rows differently."""
     device, pair = torch.device("cuda"), (37, 90, 61)
     kernel = varlen_kernel("cuda", torch.bfloat16)
     if kernel is None:

@@ -57,7 +57,7 @@ def test_fp8_trains_as_bf16_does(bench: Bench, record_property, recipe: str) -> 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in able_recipes() if recipe != "delayed"])
 def test_first_step_in_fp8_is_ln_2(bench: Bench, record_property, recipe: str) -> None:
-    """The reference pass and the step see the same rows here: with other rows, tensorwise scales them otherwise."""
+    """The reference pass and the step use the same rows here; with other rows, tensorwise scaling would differ."""
     off = bench.metrics(f"fp8-{recipe}")["train", "", 1]["loss/preference"] - math.log(2)
     record_property("off", f"{off:.1e}")
     assert abs(off) < 1e-6
@@ -72,7 +72,7 @@ def test_a_cache_of_fp8_is_refused_in_bf16(bench: Bench, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", [recipe for recipe in able_recipes() if recipe == "delayed"])
 def test_delayed_scales_are_in_the_checkpoint(bench: Bench, record_property, recipe: str) -> None:
     resumed, whole = bench.metrics("fp8-delayed-resumed"), bench.metrics("fp8-delayed")
-    line = ("train", "", 4)  # the first step after the pause; scales of 1 would show
+    line = ("train", "", 4)  # the first step after resuming; scales of 1 would change it
     off = abs(resumed[line]["loss"] - whole[line]["loss"]) / whole[line]["loss"]
     record_property("off", f"{off:.1e}")
     assert off < 2e-3

@@ -1,4 +1,4 @@
-"""Two GPUs over NCCL give one GPU's numbers."""
+"""Two GPUs with NCCL give the numbers of one GPU."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Megatron's own layers on one GPU against the CPU, checkpoints, and what the process waits for."""
+"""Megatron's own layers on one GPU, compared with the CPU; checkpoints; waits of the process for the GPU."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_bf16_is_near_the_cpu(bench: Bench, record_property) -> None:
 
 @pytest.mark.parametrize("run", ["gpu-fp32", "gpu-bf16"])
 def test_first_step_of_dpo_is_ln_2(bench: Bench, record_property, run: str) -> None:
-    """The reference pass and the step see the same rows here, so that the log-probs are the same bits."""
+    """The reference pass and the step use the same rows here, so that the log-probs are equal bit for bit."""
     off = bench.metrics(run)["train", "", 1]["loss/preference"] - math.log(2)
     record_property("off", f"{off:.1e}")
     assert abs(off) < 1e-6
@@ -44,7 +44,7 @@ def test_layers_are_megatrons(bench: Bench) -> None:
 
 
 def test_adam(bench: Bench, record_property) -> None:
-    """One that never stepped can be saved and loaded, whichever it is."""
+    """Any Adam that has never stepped can be saved and loaded."""
     found = bench.result("fresh")
     record_property("adam", found["adam"])
     assert found["step"] == 0
@@ -66,7 +66,7 @@ def test_checkpoint_comes_back_bit_for_bit(bench: Bench, tmp_path: Path) -> None
 
 
 def test_resumed_run_goes_on(bench: Bench, record_property) -> None:
-    """Not bit for bit: the attention kernel's backward pass adds in no fixed order."""
+    """Results are not equal bit for bit, as the attention kernel's backward pass adds in no fixed order."""
     resumed, whole = bench.metrics("resumed"), bench.metrics("gpu-bf16")
     shared = resumed.keys() & whole.keys()
     largest = differences({key: resumed[key] for key in shared}, {key: whole[key] for key in shared}, *WATCHED)
@@ -77,7 +77,7 @@ def test_resumed_run_goes_on(bench: Bench, record_property) -> None:
 
 @pytest.mark.parametrize("run", ["waits", pytest.param("engine-waits", marks=pytest.mark.engine)])
 def test_the_process_does_not_wait_row_by_row(bench: Bench, record_property, run: str) -> None:
-    """In the last step's pass (the first ones compile and allocate), fewer waits than rows."""
+    """The last step's pass has fewer waits than rows; the first passes also compile and allocate."""
     last = next(one for one in reversed(bench.result(run)[:-1]) if one["rows"] > 1)
     record_property("rows", last["rows"])
     record_property("waits", last["waits"])

@@ -1,4 +1,4 @@
-"""Runs jobs one after another in each process of one launch; what fails is written down, and the next job begins.
+"""Runs jobs one after another in each process of one launch; records failures and continues with the next job.
 
 worker.py FOLDER '[["name", "train", ["key=value"]], ...]'
 """

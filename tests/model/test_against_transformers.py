@@ -1,4 +1,4 @@
-"""Import, log-probs and gradients against transformers, per family."""
+"""Compares imported models with transformers for each family: log-probs and gradients."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-GEMMA3 = {  # layers with a window turn by another base
+GEMMA3 = {  # layers with a window have another rotary base
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -51,14 +51,14 @@ def pairs(seed: int = 0, count: int = 5):
     rng = np.random.default_rng(seed)
     draw = lambda low, high: rng.integers(6, 262, rng.integers(low, high)).tolist()  # noqa: E731
     made = [example(draw(1, 12), draw(1, 9), draw(1, 9)) for _ in range(count - 2)]
-    common = draw(3, 4)  # both answers begin alike
+    common = draw(3, 4)  # both answers start with the same tokens
     made.append(example(draw(2, 5), [*common, 7, 1], [*common, 8, 9, 1]))
     made.append(example(draw(2, 5), draw(2, 6)))  # no rejected answer
     return made
 
 
 def feed_forward_gradients(ours, theirs):
-    """Gradients of the same weights of a layer: what a dense layer or the experts put out, and the router."""
+    """Returns gradients of the same weights in both models: output projection of the dense layer or experts, router."""
     if not hasattr(theirs, "experts"):
         return [(ours.linear_fc2.weight.grad, theirs.down_proj.weight.grad)]
     experts = [expert.linear_fc2.weight.grad for expert in ours.experts.local_experts]
@@ -112,7 +112,7 @@ def test_a_forward_pass_alone_keeps_nothing(tmp_path, family):
 
 
 def test_the_embedding_is_scaled_as_in_bf16(tmp_path):
-    """A factor that bf16 rounds: the root of 48 is 6.928, and 6.9375 in bf16."""
+    """Uses a factor that bf16 rounds: the root of 48 is 6.928, or 6.9375 in bf16."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
     one_process()
@@ -124,7 +124,7 @@ def test_the_embedding_is_scaled_as_in_bf16(tmp_path):
 
 
 def test_window_and_caps_are_seen(tmp_path):
-    """What the comparison above would not notice, were it without effect on these pairs."""
+    """Checks that windows and caps change the results of these pairs, so that the comparison above tests them."""
     sums = []
     for changes in ({}, {"sliding_window": 512}, {"attn_logit_softcapping": None}, {"final_logit_softcapping": None}):
         tiny_model(tmp_path, "gemma2", **changes)

@@ -1,4 +1,4 @@
-"""Attention of packed rows against plain attention, one query after another, however a backend is given it."""
+"""Compares attention of packed rows, for every backend, with plain attention computed query by query."""
 
 import inspect
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def row(*sizes: tuple[int, int, int], multiple: int = 1) -> PackedRow:
-    """Pairs of so many prompt, chosen and rejected tokens (none: an SFT row)."""
+    """Returns a row of pairs with these numbers of prompt, chosen and rejected tokens (0 rejected: an SFT row)."""
     return row_of([example(range(p), range(100, 100 + c), range(500, 500 + r)) for p, c, r in sizes], multiple=multiple)
 
 
@@ -36,7 +36,8 @@ ROWS = {
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, one: PackedRow, window: int | None = None, cap: float = torch.inf) -> Tensor:
-    """[T, heads * d] of q [T, heads, d], k and v [T, groups, d]; padding sees the padding before it."""
+    """Returns attention [T, heads * d] of q [T, heads, d], k and v [T, groups, d]; padding sees the padding before
+    it."""
     out = []
     for at in range(len(one.tokens)):
         seen = visible(one, at) if at < one.real_tokens else list(range(one.real_tokens, at + 1))
@@ -58,7 +59,7 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 def one_by_one(
     query: Tensor, key: Tensor, value: Tensor, bounds_q: Tensor, bounds_k: Tensor, most_q: int, most_k: int
 ) -> Tensor:
-    """What a kernel for variable lengths computes: segment by segment, causal, aligned at the end of the keys."""
+    """Computes what a kernel for variable lengths does: segment by segment, causal, aligned at the end of the keys."""
     assert bounds_q.dtype == bounds_k.dtype == torch.int32
     assert most_q == bounds_q.diff().max() and most_k == bounds_k.diff().max()
     out = []
@@ -71,14 +72,14 @@ def one_by_one(
 
 def by_flag(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
             is_causal: bool = False) -> Tensor:  # fmt: skip
-    """As in torch 2.10: as many heads in keys as in queries."""
+    """Signature of torch 2.10: keys have as many heads as queries."""
     assert is_causal and q.shape[1] == k.shape[1]
     return one_by_one(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
 
 
 def by_window(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
               window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> Tensor:  # fmt: skip
-    """As in torch 2.13."""
+    """Signature of torch 2.13."""
     assert window_size == (-1, 0) and enable_gqa and (q.shape[1], k.shape[1]) == (HEADS, GROUPS)
     k, v = (part.repeat_interleave(HEADS // GROUPS, dim=1) for part in (k, v))
     return one_by_one(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
@@ -150,7 +151,7 @@ def test_ranks_of_a_context_parallel_group_make_the_row(sizes: list[tuple[int, i
 
 
 def test_scores_that_are_computed_are_near_those_that_are_needed() -> None:
-    """Half the square and a strip, not the whole one."""
+    """Computes half of the score matrix and a strip, not all of it."""
     one = row((300, 400, 400), (200, 100, 500))
     tiles = geometry(row_to_device(one, CPU)).tiling(torch.float32, None).tiles
     computed = sum(tile.bias.shape[0] * tile.strip * (to - start) for tile in tiles for start, to in tile.reaches)
@@ -160,7 +161,7 @@ def test_scores_that_are_computed_are_near_those_that_are_needed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pair_is_computed_alike_whatever_is_in_its_row(dtype: torch.dtype) -> None:
-    """Bit for bit: step 1 is ln 2 exactly, though cache and training pack rows differently."""
+    """Results are equal bit for bit, so step 1 is exactly ln 2, though cache and training pack rows differently."""
     pair = (37, 90, 61)
     alone, among = row(pair), row((5, 3, 7), pair, (70, 40, 90), (38, 91, 62))
     start = int(among.segments[1, 0])

@@ -1,4 +1,4 @@
-"""Both kinds of layers have the same checkpoint keys, and fp8 is Megatron's."""
+"""Both kinds of layers have the same checkpoint keys, and the fp8 settings are Megatron's."""
 
 from pathlib import Path
 

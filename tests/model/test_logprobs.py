@@ -1,4 +1,4 @@
-"""The chunked head against a plain log-softmax."""
+"""Compares the chunked head with a plain log-softmax."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_values_and_gradients(monkeypatch, chunk):
 
 
 def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
-    """Logits exist for a chunk only: the largest tensor made is one chunk, whatever the number of tokens."""
+    """Logits exist for one chunk only: it is the largest tensor, for any number of tokens."""
     one_process()
     from megatron_spo.model import logprobs
 

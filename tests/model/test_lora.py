@@ -1,4 +1,4 @@
-"""Adapters on one process's model: switched off they are not there, and a linear layer may begin with its norm."""
+"""Adapters on a model in one process: switched off they have no effect, and a linear layer may include its norm."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_model
 
 @pytest.fixture
 def adapted(tmp_path):
-    """A model with adapters that matter."""
+    """A model whose adapters change its output."""
     tiny_model(tmp_path)
     model = load_model(tmp_path)
     from megatron_spo.model.lora import add_adapters
@@ -42,7 +42,7 @@ def test_switched_off_they_are_not_there(adapted):
 
 
 def test_a_linear_layer_that_begins_with_its_norm(adapted):
-    """As Transformer Engine's do: its input is not what the adapters take."""
+    """As in Transformer Engine, the input of the layer is not the input of the adapters."""
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     class NormedLinear(ColumnParallelLinear):

@@ -1,4 +1,5 @@
-"""Hugging Face -> Megatron -> checkpoint -> Hugging Face gives the same files, and random weights the same model."""
+"""Hugging Face -> Megatron -> checkpoint -> Hugging Face gives the same files; random weights depend only on config and
+seed."""
 
 from pathlib import Path
 
@@ -26,7 +27,7 @@ VARIANTS = [
 
 
 def train_without_change(folder: Path, *more: str) -> Path:
-    """A run of one step with a learning rate too small to change a weight."""
+    """Trains one step with a learning rate too small to change any weight."""
     data = write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(3))
     config = folder / "config.yaml"
     config.write_text(

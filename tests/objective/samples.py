@@ -15,7 +15,7 @@ STATISTICS = LossStatistics().update(total=2.0, total_of_squares=3.0, count=4)
 
 
 def spo_config(**keys: Any) -> SpoConfig:
-    """Section `spo` with these keys, lambda under its Python name."""
+    """Returns section `spo` with these keys; lambda has its Python name."""
     return SpoConfig(**keys)
 
 
@@ -26,7 +26,7 @@ def make_pairs(
     reference: tuple[list[float], list[float]] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> PairLogprobs:
-    """Pairs with leaf tensors for the policy."""
+    """Returns pairs whose policy log-probs are leaf tensors."""
     policy = [torch.as_tensor(x, dtype=dtype).clone().requires_grad_() for x in (chosen, rejected)]
     counts = [torch.tensor(n, dtype=dtype) for n in tokens]
     frozen = [torch.tensor(x, dtype=dtype) for x in reference] if reference else [None, None]
@@ -34,7 +34,7 @@ def make_pairs(
 
 
 def random_pairs(count: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> PairLogprobs:
-    """Pairs with 1 to 12 tokens, log-probs of some nats a token and a reference some tenths of a nat away."""
+    """Returns pairs of 1 to 12 tokens with log-probs of a few nats per token and a reference tenths of a nat away."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 13, (2, count), generator=generator).double()
     reference = -tokens * (0.1 + 2 * torch.rand(2, count, generator=generator, dtype=torch.float64))
@@ -46,10 +46,10 @@ def random_pairs(count: int, *, seed: int = 0, dtype: torch.dtype = torch.float6
 
 
 def defaults(name: str, **changes: float | bool) -> dict[str, float | bool]:
-    """The loss's own parameters."""
+    """Returns the default parameters of a loss, with changes."""
     return {**LOSS_SPECS[name].parameters, **changes}
 
 
 def only(name: str, parameters: Mapping[str, float | bool] | None = None, *, weight: float = 1.0) -> tuple[LossTerm]:
-    """One loss as upper level, with its own parameters if none are given."""
+    """Returns one loss as the upper level, with its default parameters if none are given."""
     return (LossTerm(LOSS_SPECS[name], weight, defaults(name) if parameters is None else parameters),)

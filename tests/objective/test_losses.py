@@ -1,4 +1,4 @@
-"""Each loss by hand, by finite differences and at the ends of the number line."""
+"""Each loss, compared with values by hand and finite differences, and for extreme inputs."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""One plan test per schedule, and the state that a checkpoint carries."""
+"""One test of the plans per schedule, and of the state in a checkpoint."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The objective of a pass: its terms by hand, and the same however the batch is cut."""
+"""The objective of a pass: its terms, compared with values by hand, do not depend on how the batch is divided."""
 
 from dataclasses import fields
 

@@ -1,8 +1,8 @@
-"""Values and gradients of the losses against TRL's own trainers, fed with given log-probs.
+"""Compares values and gradients of the losses with TRL's own trainers for given log-probs.
 
-The expected numbers come out of TRL's methods, called on trainer objects without a model: the only parts
-replaced are the model (a function that returns log-probs) and the process gathering of metrics. See the
-tests' comments for where TRL and we differ by intention.
+The expected numbers come from TRL's methods, called on trainer objects without a model. Only the model (a function
+that returns log-probs) and the gathering of metrics over processes are replaced. The tests' comments say where TRL
+and this package differ on purpose.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from tests.objective.samples import STATISTICS, defaults, make_pairs, only, rand
 
 trl = pytest.importorskip("trl")
 
-TRL_NAMES = {"dpo": "sigmoid"}  # where its `loss_type` is called something else
+TRL_NAMES = {"dpo": "sigmoid"}  # losses with another name as TRL's `loss_type`
 DPO_CASES = [
     ("dpo", {}),
     ("robust", {"label_smoothing": 0.2}),
@@ -31,13 +31,13 @@ DPO_CASES = [
     ("apo_down", {}),
     ("sppo_hard", {"beta": 0.05}),
     ("discopop", {"discopop_tau": 0.3}),
-    ("bco_pair", {"beta": 0.3}),  # TRL 1.16 keeps no running reward shift, and neither do we
+    ("bco_pair", {"beta": 0.3}),  # like TRL 1.16, without a running reward shift
 ]
 
 
 @pytest.fixture(autouse=True)
 def double_by_default() -> Iterator[None]:
-    """TRL makes some constants in the default dtype."""
+    """Makes fp64 the default dtype, in which TRL creates some constants."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -48,7 +48,7 @@ def _accelerator() -> SimpleNamespace:
 
 
 def trl_dpo(loss_type: str, pairs: PairLogprobs, **settings: Any) -> Tensor:
-    """TRL's `DPOTrainer._compute_loss` (mean over pairs) with a model that returns their log-probs."""
+    """Returns TRL's `DPOTrainer._compute_loss` (mean over pairs) with a model that returns the given log-probs."""
     lengths = torch.cat([pairs.chosen_tokens, pairs.rejected_tokens]).long()
     width = int(lengths.max()) + 1  # one prompt token, which predicts the first response token
     positions = torch.arange(width)
@@ -87,7 +87,7 @@ def trl_dpo(loss_type: str, pairs: PairLogprobs, **settings: Any) -> Tensor:
 
 
 def trl_cpo(chosen: Tensor, rejected: Tensor, loss_type: str, **settings: Any) -> Tensor:
-    """TRL's `CPOTrainer.cpo_loss`, per pair."""
+    """Returns TRL's `CPOTrainer.cpo_loss` per pair."""
     from trl.experimental.cpo import CPOTrainer
 
     trainer: Any = object.__new__(CPOTrainer)
@@ -97,7 +97,7 @@ def trl_cpo(chosen: Tensor, rejected: Tensor, loss_type: str, **settings: Any) -
 
 
 def assert_same(ours: Tensor, theirs: Tensor, pairs: PairLogprobs, *, rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    """Equal values, and equal gradients in both log-probs."""
+    """Checks that values and gradients in both log-probs are equal."""
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
     leaves = (pairs.chosen, pairs.rejected)
     gradients = torch.autograd.grad(ours.sum(), leaves)
@@ -174,7 +174,7 @@ def _logits_trainer(trainer_class: Any, **settings: Any) -> Any:
 
 
 def _batch(lengths: tuple[list[int], list[int]]) -> dict[str, Tensor]:
-    """Tokens of one prompt token and a response each, in the form of TRL's CPO and ORPO collators."""
+    """Returns sequences of one prompt token and a response, in the format of TRL's CPO and ORPO collators."""
     generator = torch.Generator().manual_seed(3)
     batch = {}
     for side, sizes in zip(("chosen", "rejected"), lengths, strict=True):
@@ -189,7 +189,7 @@ def _batch(lengths: tuple[list[int], list[int]]) -> dict[str, Tensor]:
 
 
 def _summed(trainer_class: Any, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """TRL's own summed log-probs of the batch under `logits`."""
+    """Returns TRL's own summed log-probs of the batch for `logits`."""
     labels = trainer_class.concatenated_inputs(batch, padding_value=0)["concatenated_labels"]
     sums = trainer_class.get_batch_logps(logits, labels, average_log_prob=False)
     return sums.chunk(2)

@@ -1,7 +1,8 @@
-"""The lower level in plain transformers and torch: a separate SFT set, lambda by `dual`, several losses at once.
+"""A training loop with the lower level in plain transformers and torch: a separate SFT set, the schedule `dual`,
+several losses.
 
-As in reference_loop.py everything is computed the long way round, one response per forward pass, from formulas written
-here; nothing of the package under test is imported.
+As in reference_loop.py, everything is computed directly, one response per forward pass, from formulas in this file.
+Nothing of the tested package is imported.
 """
 
 import copy
@@ -17,7 +18,7 @@ from tests.oracles.reference_loop import TokenisedPair, response_logprob
 
 SftRow = tuple[Sequence[int], Sequence[int]]
 EPSILON, DUAL_LR, SMOOTHING = 0.01, 3.0, 0.5
-"""Of the schedule `dual`."""
+"""Parameters of the schedule `dual`."""
 
 
 def lower_level_trajectory(
@@ -31,11 +32,11 @@ def lower_level_trajectory(
     unit: str,
     running_min: bool = False,
 ) -> list[dict[str, float]]:
-    """One AdamW step (lr 1e-3, no clipping) per batch; the model of `model_dir` is the reference too.
+    """Takes one AdamW step (lr 1e-3, no clipping) per batch; the model of `model_dir` is also the reference.
 
     Args:
         batches, sft_batches: pairs (prompt, chosen, rejected) and SFT rows (prompt, response) of each step as token
-            ids; None takes the chosen responses as SFT rows.
+            ids; None uses the chosen responses as SFT rows.
         losses: (dpo or simpo, weight, beta); simpo's margin is 0.3 beta.
         schedule, lam, unit: penalty with constant lambda, or dual starting at it; token or relative.
         running_min: v is the lowest SFT loss so far instead of the reference's.
@@ -87,7 +88,7 @@ def lower_level_trajectory(
 
 
 def _pairs(model: PreTrainedModel, batch: Sequence[TokenisedPair]) -> Tensor:
-    """[pairs, 2] log-probs, chosen first."""
+    """Returns log-probs [pairs, 2], chosen first."""
     return torch.stack([_sums(model, [(prompt, side) for side in both]) for prompt, *both in batch])
 
 

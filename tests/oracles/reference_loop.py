@@ -1,8 +1,7 @@
-"""A training loop in plain transformers and torch, against which trajectories are compared.
+"""A training loop in plain transformers and torch, with which trajectories are compared.
 
-One process, fp32, one response per forward pass, no packing, no padding, no shared prefix, no cache:
-everything is computed the long way round, from formulas written here. It imports nothing of the package under
-test.
+It uses one process, fp32 and one response per forward pass, without packing, padding, shared prefixes or a cache.
+Everything is computed directly from formulas in this file. It imports nothing of the tested package.
 """
 
 import copy
@@ -21,7 +20,7 @@ TokenisedPair = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """Log-prob of `response` after `prompt`, summed over its tokens (nats, scalar)."""
+    """Returns the log-prob of `response` after `prompt`, summed over its tokens (nats, scalar)."""
     tokens = torch.tensor([[*prompt, *response]])
     logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return -cross_entropy(logits.float(), tokens[0, len(prompt) :], reduction="sum")
@@ -41,7 +40,7 @@ def _preference(
     gamma_beta_ratio: float,
     average: bool,
 ) -> Tensor:
-    """The loss of each pair; the tensors are [pairs, 2], chosen first."""
+    """Returns the loss of each pair; the tensors are [pairs, 2], chosen first."""
     ratio = policy - reference
     if loss == "dpo":
         return _softplus(-beta * (ratio[:, 0] - ratio[:, 1]))
@@ -55,7 +54,7 @@ def _preference(
 
 
 def _penalty(loss: str, policy: Tensor, counts: Tensor, beta: float, unit: str) -> Tensor:
-    """What lambda multiplies: g per chosen token, or beta times the chosen statistic of the loss."""
+    """Returns the term that lambda multiplies: g per chosen token, or beta times the loss's chosen statistic."""
     if unit == "token":
         return -policy[:, 0].sum() / counts[:, 0].sum()
     if unit == "relative" and loss == "dpo":
@@ -109,10 +108,10 @@ def reference_trajectory(
     final_weights: dict[str, Tensor] | None = None,
     adapter: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train the model of `model_dir`, which is also the reference, one optimizer step per batch.
+    """Trains the model of `model_dir`, which is also the reference, with one optimizer step per batch.
 
     Args:
-        model_dir: a Hugging Face folder; left as it is.
+        model_dir: a Hugging Face folder; it is not changed.
         batches: the pairs of each step as token ids (prompt, chosen, rejected), the responses with their
             end-of-turn token. The whole batch is one step, whatever its size.
         loss, beta, gamma_beta_ratio, average: dpo, simpo (`gamma_beta_ratio`) or ipo (`average` per token).
@@ -120,7 +119,7 @@ def reference_trajectory(
         lr, betas, eps: AdamW, constant rate, no weight decay.
         clip: largest gradient norm; 0 switches clipping off.
         final_weights: filled with the trained parameters if given.
-        adapter: a PEFT folder; its adapters are then trained and the model of `model_dir` is left as it is.
+        adapter: a PEFT folder; its adapters are then trained instead of the model.
 
     Returns:
         One dict per step with the metric names of metrics.jsonl. `loss` is the optimised value (v not

@@ -1,4 +1,4 @@
-"""The oracle is checked itself: against TRL's trainer on whole trajectories, and against hand-made cases."""
+"""Checks the oracle itself, against whole trajectories of TRL's trainer and against cases by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def test_trl_goes_the_same_way(model_dir: Path, tmp_path: Path, ours: dict[str, 
     [("dpo", "token"), ("dpo", "relative"), ("simpo", "token"), ("simpo", "relative"), ("ipo", "token")],
 )
 def test_its_objective_is_ours(model_dir: Path, loss: str, unit: str) -> None:
-    """Two independent writings of the formulas, on the log-probs of a model that has left its reference."""
+    """Compares two independent implementations of the formulas on a model that differs from its reference."""
     batch = tokenised(model_dir)
     settings: dict[str, Any] = {"loss": loss, "beta": 0.7, "gamma_beta_ratio": 0.4}
     settings.update(schedule="penalty", lam=1.5, lambda_unit=unit, lr=1e-2)
@@ -143,7 +143,7 @@ def test_first_step_at_the_reference(model_dir: Path) -> None:
 
 def test_clipping_changes_the_step_and_not_the_reported_norm(model_dir: Path) -> None:
     batches = [tokenised(model_dir)] * 2
-    clipped = reference_trajectory(model_dir, batches, clip=1e-9, eps=1e-8)  # below eps Adam's step shrinks
+    clipped = reference_trajectory(model_dir, batches, clip=1e-9, eps=1e-8)  # Adam's step shrinks below eps
     free = reference_trajectory(model_dir, batches, clip=0.0)
     assert clipped[0]["grad_norm"] == free[0]["grad_norm"] > 0.1
     assert abs(clipped[1]["loss"] - 0.6931472) < 0.1 * abs(free[1]["loss"] - 0.6931472)

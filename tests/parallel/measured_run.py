@@ -1,4 +1,4 @@
-"""Trains as `megatron-spo train` does and writes down each rank's largest memory until the last step is done.
+"""Trains like `megatron-spo train` and records each rank's peak memory until the last step.
 
 torchrun --nproc-per-node N measured_run.py OUT CONFIG.yaml [section.key=value ...]
 """
@@ -14,13 +14,13 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> int:
-    """Bytes of this process in memory that it does not share with others."""
+    """Returns the bytes of memory that this process does not share with others."""
     _, resident, shared, *_ = (int(field) for field in Path("/proc/self/statm").read_text().split())
     return (resident - shared) * PAGE
 
 
 def watch(run: Path, steps: int, found: dict[str, int]) -> None:
-    """Sample until the metrics hold the last step; what saving needs is another matter."""
+    """Samples until metrics.jsonl has the last step; the memory for saving is not included."""
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count('"train"') < steps:
         found["most"] = max(found["most"], resident())

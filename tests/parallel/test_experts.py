@@ -1,4 +1,4 @@
-"""A mixture of experts: every layout gives the numbers of one process, and a run may go on in another layout."""
+"""A mixture of experts: every layout gives the numbers of one process, and a run can resume in another layout."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ OBJECTIVES = {
     "aux-barrier": ["loss.name=dpo", "spo.schedule=barrier", "spo.barrier_rate=40", *AUX],
     "aux-lookahead": ["loss.name=simpo", "spo.schedule=lookahead", "spo.lookahead_lr=0.05", *AUX, *MIXTRAL],
     "aux-sft-set": ["loss.name=simpo", "spo.sft_data={folder}/sft.jsonl", "reference.cache=null", *AUX],
-    "aux-one-pair": ["loss.name=dpo", "training.global_batch_size=1", *AUX],  # at DP2 one rank has padding alone
+    "aux-one-pair": ["loss.name=dpo", "training.global_batch_size=1", *AUX],  # at DP2 one rank has only padding
     "random-sft": ["spo.schedule=sft", "model.init=random", "reference.cache=null"],
 }
 ON_LAYOUT = {
@@ -53,7 +53,7 @@ CELLS = {
     for objective in wanted
 }
 MOVED = ["aux-mixtral", "frozen-dual"]
-"""Objectives of runs that take their steps in layouts after one another: EP2, then one process, then EP2 PP2."""
+"""Objectives of runs that change the layout between steps: EP2, then one process, then EP2 PP2."""
 MOVES = {2: EP, 1: [], 4: [*EP, "parallel.pipeline=2"]}
 
 
@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
     cells = sorted(selected(request, "layout", "objective"))
     alone = {objective for _, objective in cells} | set(MOVED)
-    for steps, processes in enumerate((2, 1, 4), 1):  # the cache is made at EP2, by ranks of which one has no chunk
+    for steps, processes in enumerate((2, 1, 4), 1):  # the cache is filled at EP2, where one rank has no chunk
         jobs = [train(name, wanted, *LAYOUTS[name][1]) for name, wanted in cells if LAYOUTS[name][0] == processes]
         if processes == 1:
             jobs = [train("one", objective) for objective in sorted(alone)]

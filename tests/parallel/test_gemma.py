@@ -1,4 +1,4 @@
-"""Gemma's own parts, and sliding windows, in every kind of layout: the numbers of one process."""
+"""Gemma's special parts and sliding windows give the numbers of one process in every kind of layout."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every layout gives the numbers of one process; the reference cache made in one layout serves all."""
+"""Every layout gives the numbers of one process; a reference cache filled in one layout works in all."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,8 @@ LAYOUTS = {
     "dp2-tp2": (4, ["parallel.tensor=2"]),
 }
 TIED = ["model.path={folder}/tied", "reference.cache={folder}/tied-cache"]
-"""A Qwen3 (query and key norms) with tied embeddings and a vocabulary that no layout divides, in place of the Llama."""
+"""Uses a Qwen3 (query and key norms) with tied embeddings and a vocabulary that no layout divides, instead of a
+Llama."""
 OBJECTIVES = {  # each schedule, in every layout
     "none-hinge": ["loss.name=hinge", "spo.schedule=none"],
     "sft": ["spo.schedule=sft"],
@@ -52,7 +53,7 @@ CELLS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """The runs that the selected tests compare, and those of the same objectives in one process."""
+    """Runs what the selected tests compare, and the same objectives in one process."""
     folder = tmp_path_factory.mktemp("layouts")
     tiny_model(folder / "tied", "qwen3", tie_word_embeddings=True, vocab_size=301)
     config = tiny_run(
@@ -69,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
     cells = sorted(selected(request, "layout", "objective"))
     jobs: dict[int, list[Job]] = {
-        2: [  # the cache is made at TP2
+        2: [  # the cache is filled at TP2
             ("reference", str(config), ["parallel.tensor=2", *(override.format(folder=folder) for override in model)])
             for model in ([], TIED)
         ],

@@ -1,4 +1,4 @@
-"""One dimension of Llama-3-70B at a time as large as it is, the others small: real steps in the memory planned."""
+"""Trains models with one dimension as large as in Llama-3-70B and the others small, and checks the planned memory."""
 
 import json
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Dimension:
-    """What differs from the small model, processes, layout."""
+    """Differences from the small model, number of processes, and layout."""
 
     sizes: dict[str, int]
     processes: int
@@ -42,7 +42,7 @@ class Dimension:
 
 DIMENSIONS = {
     "80 layers": Dimension({"num_hidden_layers": 80}, 4, {"tensor": 2, "pipeline": 2, "sequence": True}),
-    # the feed-forward network is narrow, for the sake of the machine
+    # The feed-forward network is narrow to limit memory and time.
     "hidden 8192": Dimension(
         {"hidden_size": 8192, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 64,
          "num_key_value_heads": 8}, 2, {"tensor": 2, "sequence": True},

@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint: bit for bit in the same layout, and as if nothing had happened in another."""
+"""A run resumes from its checkpoint: bit for bit in the same layout, and with the same results in another one."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ OBJECTIVES = {
     "dpo-lookahead": ["loss.name=dpo", "spo.schedule=lookahead", "optimizer.weight_decay=0.1"],
     "simpo-barrier": ["loss.name=simpo", "spo.schedule=barrier", "optimizer.decay=cosine"],
 }
-MOVES = [  # (processes, layout, step from which the next one goes on)
+MOVES = [  # (processes, layout, step from which the next one resumes)
     (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], 2),
     (1, [], 4),
     (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 6),
@@ -26,7 +26,7 @@ SAME = {"tp2": ["parallel.tensor=2"], "dp2-overlap-bf16": ["parallel.overlap=tru
 
 
 def set_back(run: Path, step: int) -> None:
-    """Make the next command go on from this step, as if the job had been killed after it."""
+    """Makes the next command resume from this step, as if the job had been killed after it."""
     (run / "checkpoints/latest").write_text(f"step_{step:08d}")
 
 

@@ -1,4 +1,4 @@
-"""What is watched of a run is the same in every layout: alarms, raised lambda, held-out pairs, answers."""
+"""Monitoring gives the same results in every layout: alarms, raised lambda, held-out pairs, answers."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         for name, layout in layouts.items():
             given = [f"output={folder}/{name}", f"reference.cache={folder}/cache-{name}", *layout]
             jobs += [("reference", str(config), given), ("train", str(config), given)]
-        run_jobs(jobs, processes, cold=processes == 2)  # under torchrun, and each rank with a hash seed of its own
+        run_jobs(jobs, processes, cold=processes == 2)  # with torchrun, so each rank has its own hash seed
     return folder
 
 

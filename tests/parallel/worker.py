@@ -1,4 +1,4 @@
-"""Runs several commands in one launch of N processes, so that a grid of layouts starts Python only once per N.
+"""Runs several commands in one launch of N processes, so that a grid of layouts starts Python once per N.
 
 torchrun --nproc-per-node N worker.py '[["train", "config.yaml", ["key=value"]], ...]'
 """

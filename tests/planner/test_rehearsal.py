@@ -59,10 +59,10 @@ def test_every_tensor_is_read_once_and_no_rank_holds_more_than_planned(rehearsed
     [
         ("dropped", "numbers are read"),
         ("doubled", "is read twice"),
-        ("shifted", "a replica reads another part"),
-        ("stranger", "of each stage, not by"),
+        ("shifted", "one replica reads a different part"),
+        ("stranger", "number of ranks that read it, by pipeline stage"),
         ("shard", "checkpoint: "),
-        ("parameters", "parameters, planned were"),
+        ("parameters", "parameters, but the plan"),
     ],
 )
 def test_what_is_wrong_is_found(rehearsed: dict[str, Any], spoilt: str, told: str) -> None:

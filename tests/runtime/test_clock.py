@@ -30,7 +30,7 @@ def test_inner_phases_are_not_the_outer_ones() -> None:
 
 
 class LateEvent:
-    """As an event of a GPU whose stream is 50 ms behind the process."""
+    """An event of a GPU whose stream is 50 ms behind the process."""
 
     def __init__(self, *, enable_timing: bool) -> None:
         assert enable_timing

@@ -1,4 +1,4 @@
-"""Without a GPU: layers are torch's, and what needs one is refused."""
+"""Without a GPU, layers are torch's, and settings that need a GPU are refused."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_auto_takes_torch() -> None:
 
 @pytest.mark.parametrize("keys", [{"fp8": "tensorwise"}, {"layers": "transformer_engine"}])
 def test_what_needs_a_gpu_is_refused(keys: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=r"needs an NVIDIA GPU, and torch finds none here .*; set precision.fp8=null"):
+    with pytest.raises(UserError, match=r"needs an NVIDIA GPU, but torch finds none .*; set precision.fp8=null"):
         check_device(PrecisionConfig.model_validate(keys))
 
 
@@ -35,7 +35,7 @@ def test_to_device() -> None:
 
 
 def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> None:
-    """Megatron would take their optimizer, which cannot run."""
+    """Megatron would use their optimizer, which cannot run."""
     for package in cpu_bridge.HIDDEN:
         (tmp_path / f"{package}.py").write_text("raise RuntimeError('must not be imported')")
     script = "from megatron_spo.runtime import cpu_bridge; cpu_bridge.install(); import megatron.core.optimizer"

@@ -11,7 +11,7 @@ from megatron_spo.runtime.signals import Signals
 
 
 def test_signals_are_read_where_many_files_are_open() -> None:
-    """Descriptors above 1023: select() refuses them, and a large job has more files open than that."""
+    """select() rejects descriptors above 1023, but large jobs have more open files."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
         pytest.skip("this process may not open 1200 files (ulimit -n)")
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]

@@ -1,4 +1,4 @@
-"""What the tests cost: CPU seconds of their own, of the processes that they start and of those forked for them."""
+"""CPU seconds of the tests, including the processes that they start and those forked for them."""
 
 import resource
 import time
@@ -10,7 +10,7 @@ import pytest
 of_forked_processes = 0.0
 """CPU seconds of the processes that the warm server has forked for this one (processes.py adds them up)."""
 SLOWEST = 20
-"""Lines of each table."""
+"""Number of lines of each table."""
 _KEY = "cpu seconds"
 _SEEN = pytest.StashKey[float]()
 
@@ -21,9 +21,9 @@ def _cpu() -> float:
 
 
 class Costs:
-    """A plugin of pytest whose report ends with the most expensive tests, the most expensive files, and the total.
+    """A pytest plugin that reports the most expensive tests and files, and the total, at the end.
 
-    What a module's fixtures cost counts for the first test that uses them.
+    The cost of a module's fixtures counts for the first test that uses them.
     """
 
     def __init__(self) -> None:

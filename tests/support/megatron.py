@@ -1,4 +1,4 @@
-"""A Megatron model in this process, for tests that need no layout."""
+"""Builds Megatron models in this process, for tests that need no layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,17 @@ from megatron_spo.data.rows import Example, PackedRow, build_row
 from megatron_spo.runtime import processes
 from megatron_spo.runtime.processes import Runtime
 
-if TYPE_CHECKING:  # Megatron is imported after `one_process`
+if TYPE_CHECKING:  # Megatron must be imported after `one_process`
     from megatron_spo.model.build import PairModel
 
 
 def one_process() -> Runtime:
-    """The single-process runtime."""
+    """Returns the runtime of a single process."""
     return processes.start(make_topology(ParallelConfig(), 1), seed=0, threads=1)
 
 
 def load_model(folder: Path, *, recompute: str = "none") -> "PairModel":
-    """The fp32 Megatron model of a Hugging Face folder."""
+    """Returns the fp32 Megatron model of a Hugging Face folder."""
     one_process()
     from megatron_spo.model.build import build_model
     from megatron_spo.model.settings import transformer_config
@@ -39,15 +39,15 @@ def load_model(folder: Path, *, recompute: str = "none") -> "PairModel":
 
 
 def sharded_keys(model: Any) -> set[str]:
-    """Keys of everything in the model's sharded state dict, tensors and `_extra_state` alike."""
+    """Returns all keys of the model's sharded state dict, of tensors and `_extra_state`."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     return {entry.key for entry in nested_values(model.sharded_state_dict())}
 
 
 def engine_keys(shape: ModelShape) -> set[str]:
-    """What `sharded_keys` must be with Transformer Engine's layers: the names that its modules give their parameters
-    (transformer-engine 2.11, pytorch/module/linear.py and layernorm_linear.py) below Megatron's names for the modules.
+    """Returns the expected `sharded_keys` with Transformer Engine's layers: the parameter names of its modules
+    (transformer-engine 2.11, pytorch/module/linear.py and layernorm_linear.py) under Megatron's names of the modules.
     """
     norm_and_linear = {"layer_norm_weight", "weight", "_extra_state"}
     parts = {
@@ -56,7 +56,7 @@ def engine_keys(shape: ModelShape) -> set[str]:
         "mlp.linear_fc1": norm_and_linear,
         "mlp.linear_fc2": {"weight", "_extra_state"},
     }
-    if shape.qk_norm:  # not Transformer Engine's, but ours
+    if shape.qk_norm:  # this package's norms, not Transformer Engine's
         parts |= {"self_attention.q_layernorm": {"weight"}, "self_attention.k_layernorm": {"weight"}}
     layers = {f"decoder.layers.{module}.{name}" for module, names in parts.items() for name in names}
     outside = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
@@ -64,7 +64,7 @@ def engine_keys(shape: ModelShape) -> set[str]:
 
 
 def example(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int] = ()) -> Example:
-    """A tokenised pair (or SFT row) from plain lists."""
+    """Returns a tokenised pair (or SFT row) from plain lists."""
     left, right = [*prompt, *chosen], [*prompt, *rejected] if len(rejected) else []
     shared = len(left)
     if right:
@@ -79,7 +79,7 @@ def row_of(examples: Sequence[Example], *, multiple: int = 1) -> PackedRow:
 
 
 def megatron_sums(model: Any, row: PackedRow) -> Tensor:
-    """[pairs, 2] response sums under the Megatron model, with gradient."""
+    """Returns the response sums [pairs, 2] of the Megatron model, with gradient."""
     from megatron_spo.model.attention import row_to_device
     from megatron_spo.model.forward import response_sums
 
@@ -89,7 +89,7 @@ def megatron_sums(model: Any, row: PackedRow) -> Tensor:
 
 
 def transformers_sums(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
-    """[pairs, 2] response sums, one sequence at a time through transformers."""
+    """Returns the response sums [pairs, 2] of a transformers model, one sequence at a time."""
     sums = []
     for one in examples:
         for ids in (one.chosen_ids, one.rejected_ids):

@@ -1,7 +1,7 @@
-"""Commands as a user starts them: in processes of their own, one or several.
+"""Runs commands as a user does, in one or several processes.
 
-They are forked from a server that has imported everything once (warm.py), which saves the seven seconds of imports of
-each. `cold=True` starts a Python for each process instead, several through torchrun.
+They are forked from a server that has imported everything once (warm.py), which saves seven seconds of imports per
+process. `cold=True` starts a new Python for each process instead, several processes with torchrun.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ from tests.support import cost
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "parallel" / "worker.py"
 WARM_SOCKET = "SPO_TESTS_WARM_SOCKET"
-"""Environment variable: where the server of this test session listens (tests/conftest.py); without it, all are cold."""
+"""Environment variable with the socket of this pytest run's server (tests/conftest.py); without it, all processes are
+cold."""
 Job = tuple[str, str, list[str]]
 """(command, config file, overrides)"""
 
 
 class WarmProcess:
-    """A process that the warm server has forked, with the methods of subprocess.Popen that the tests use."""
+    """A process forked by the warm server, with the methods of subprocess.Popen that the tests use."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], stdout: IO[Any], stderr: IO[Any]) -> None:
         self._answers = socket.socket(socket.AF_UNIX)
@@ -45,7 +46,7 @@ class WarmProcess:
         self.returncode: int | None = None
 
     def fileno(self) -> int:
-        """Readable when the process has ended (for select)."""
+        """Returns a descriptor that is readable when the process has ended (for select)."""
         return self._answers.fileno()
 
     def wait(self, timeout: float | None = None) -> int:
@@ -83,7 +84,7 @@ def _environment(**variables: str) -> dict[str, str]:
 
 
 def _of_rank(rank: int, count: int, port: int) -> dict[str, str]:
-    """What a launcher tells a process."""
+    """Returns the environment variables that a launcher sets."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -93,10 +94,10 @@ def _of_rank(rank: int, count: int, port: int) -> dict[str, str]:
 def launch(
     arguments: Sequence[str], processes: int, timeout: int = 900, *, cold: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script or `-m module` with its arguments in so many processes, with further variables set.
+    """Runs a Python script or `-m module` with its arguments in `processes` processes, with more variables set.
 
-    Several cold processes are started by torchrun, whose exit code is 1 for every failure. Warm ones have no agent; if
-    one fails, the others get a SIGTERM, and the exit code is 1 as well.
+    Several cold processes are started by torchrun, whose exit code is 1 for every failure. Warm processes have no
+    agent; if one fails, the others get a SIGTERM, and the exit code is also 1.
     """
     if not cold and WARM_SOCKET in os.environ:
         return _launch_warm(arguments, processes, timeout, variables)
@@ -135,7 +136,7 @@ def _launch_warm(
 
 
 def _code_of_all(ranks: Sequence[WarmProcess], timeout: float) -> int:
-    """0, or the exit code of the first that failed; the others then get 30 seconds to end."""
+    """Returns 0, or the exit code of the first process that failed; the others then get 30 seconds to end."""
     until = time.monotonic() + timeout
     while running := [process for process in ranks if process.poll() is None]:
         if failed := next((process.returncode for process in ranks if process.returncode), 0):
@@ -152,7 +153,7 @@ def _code_of_all(ranks: Sequence[WarmProcess], timeout: float) -> int:
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, *, cold: bool = False) -> None:
-    """Run train and reference commands one after another in one launch; fails with what they printed."""
+    """Runs train and reference commands one after another in one launch; fails with their output."""
     if not jobs:
         return
     done = launch([str(WORKER), json.dumps(jobs)], processes, timeout=3600, cold=cold)
@@ -160,31 +161,32 @@ def run_jobs(jobs: Sequence[Job], processes: int, *, cold: bool = False) -> None
 
 
 def cli(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run `megatron-spo ARGUMENTS`."""
+    """Runs `megatron-spo ARGUMENTS`."""
     return launch(["-m", "megatron_spo", *arguments], processes)
 
 
 def read_metrics(run: Path) -> dict[tuple[str, str, int], dict[str, float]]:
-    """Lines of metrics.jsonl by (kind, name of the set, step)."""
+    """Returns the lines of metrics.jsonl by (kind, name of the set, step)."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {(line.pop("kind"), _name(line), line.pop("step")): line for line in lines}
 
 
 def _name(line: dict[str, Any]) -> str:
-    """Of the set, and of the monitor's alarm (without its text, which rounds); "" for training and for anomalies."""
+    """Returns the name of the line's set, with the monitor's alarm if it is one (without its text, which rounds); ""
+    for training and anomalies."""
     if line.pop("message", ""):
         return f"{line.pop('data')} {line.pop('alarm')} {line.pop('metric')}"
     return str(line.pop("name", "") or (line.pop("data") if "generation/malformed" in line else ""))
 
 
 TIMES = {"seconds", *(f"seconds/{part}" for part in (*PHASES, "other")), "tokens_per_second", "mfu"}
-"""How fast."""
+"""Metrics of speed."""
 NOT_COMPARED = {*TIMES, "row_fill"}
-"""How fast and in what rows: the layout's business."""
+"""Metrics of speed and packing, which depend on the layout."""
 
 
 def largest_difference(got: Path, expected: Path) -> tuple[float, str]:
-    """Largest relative difference of two runs over all metrics of all lines, and where it is."""
+    """Returns the largest relative difference of two runs over all metrics of all lines, and where it is."""
     ours, theirs = read_metrics(got), read_metrics(expected)
     assert ours.keys() == theirs.keys()
     worst = (0.0, "nowhere")
@@ -197,7 +199,7 @@ def largest_difference(got: Path, expected: Path) -> tuple[float, str]:
 
 
 class Ranks:
-    """A command as srun starts it: plain processes without an agent that watches them."""
+    """Starts a command as srun does: plain processes without an agent."""
 
     def __init__(
         self,
@@ -232,15 +234,15 @@ class Ranks:
             process.wait()
 
     def codes(self, seconds: float = 300) -> list[int]:
-        """Exit codes of all, which must come by themselves."""
+        """Returns the exit codes of all ranks, which must end by themselves."""
         return [process.wait(seconds) for process in self.processes]
 
     def said(self, rank: int) -> str:
-        """What a rank wrote."""
+        """Returns the output of a rank."""
         return self.errors[rank].read_text()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
-        """Wait until something has happened; fails when a process ends first."""
+        """Waits until the condition is true; fails if a process ends before."""
         until = time.monotonic() + seconds
         while not condition():
             ended = [process.poll() for process in self.processes]
@@ -251,7 +253,8 @@ class Ranks:
 
 
 def free_port() -> int:
-    """Below the range for outgoing connections: rank 1, calling until rank 0 listens, could there reach itself."""
+    """Returns a free port below the range for outgoing connections, where rank 1, retrying until rank 0 listens, could
+    connect to itself."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as free, contextlib.suppress(OSError):
@@ -260,7 +263,7 @@ def free_port() -> int:
 
 
 def steps_done(run: Path) -> int:
-    """The last step in metrics.jsonl."""
+    """Returns the last step in metrics.jsonl."""
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)

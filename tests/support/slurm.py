@@ -1,4 +1,4 @@
-"""A SLURM cluster of four "nodes" on this machine, from the installed daemons; all its state is in one folder."""
+"""Runs a SLURM cluster of four "nodes" on this machine with the installed daemons; its state is in one folder."""
 
 import contextlib
 import getpass
@@ -47,11 +47,11 @@ NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=96 RealM
 NodeName=n4 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[4]} CPUs=96 RealMemory=1000 Gres=gpu:8
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP
 """
-"""`cred_expire`: seconds that a requeued job waits. What is short here is minutes by default."""
+"""`cred_expire`: seconds that a requeued job waits. The short times here are minutes by default."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports below those that the kernel gives to anybody who asks for one."""
+    """Returns free ports below the kernel's range of ephemeral ports."""
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
         while len(ports) < count:
@@ -63,14 +63,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Returns why a cluster cannot run here, or None."""
     absent = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
     return f"not installed: {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge)" if absent else None
 
 
 class Cluster:
-    """Nodes n1 to n4, of which n3 sees an empty folder of its own in place of `hidden`; there is no n3 where the kernel
-    does not permit that."""
+    """Nodes n1 to n4. On n3 an empty folder is mounted over `hidden`; if the kernel does not permit that, there is no
+    n3."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.hidden = folder, folder / "hidden"
@@ -91,7 +91,7 @@ class Cluster:
         values = {"folder": self.folder, "host": socket.gethostname().partition(".")[0], "user": getpass.getuser()}
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(ports=ports, **values))
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={self.folder}/gpu[0-7]\n")
-        for number in range(8):  # SLURM counts the device files and looks no further
+        for number in range(8):  # SLURM only counts the device files
             (self.folder / f"gpu{number}").touch()
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -112,7 +112,8 @@ class Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Everything that the daemons have started, and no daemon waits for, knows the configuration file."""
+        """Kills the daemons and everything they started: all processes with the configuration file in their
+        environment."""
         for daemon in reversed(self._daemons):
             daemon.terminate()
         mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
@@ -133,26 +134,26 @@ class Cluster:
             self._daemons.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of the cluster's in the repository's root, with further variables set."""
+        """Runs a command of the cluster in the repository's root, with more variables set."""
         environment = {**self._environment, **variables}
         return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
     def submit(self, script: str, log: Path, *options: str, **variables: str) -> str:
-        """Submit slurm/SCRIPT with `log` as its output; returns the job's number."""
+        """Submits slurm/SCRIPT with `log` as its output; returns the job's number."""
         done = self.run("sbatch", "--parsable", f"--output={log}", *options, f"slurm/{script}", **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def nodes_up(self) -> set[str]:
-        """Names of the nodes that can take a job."""
+        """Returns the names of the nodes that can run a job."""
         return set(self.run("sinfo", "-h", "-N", "--states=idle,mixed,allocated", "-o", "%N").stdout.split())
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, ..., or "" once the job is over."""
+        """Returns PENDING, RUNNING, ..., or "" once the job is over."""
         return self.run("squeue", "-h", "-j", job, "-o", "%T", "--states=PENDING,RUNNING,COMPLETING").stdout.strip()
 
     def exit_code(self, job: str) -> int:
-        """Of a job that is over."""
+        """Returns the exit code of a job that is over."""
         shown = dict(
             part.split("=", 1) for part in self.run("scontrol", "-o", "show", "job", job).stdout.split() if "=" in part
         )
@@ -168,7 +169,7 @@ class Cluster:
             time.sleep(0.05)
 
     def rank(self, job: str, number: int) -> list[int]:
-        """Process numbers of a rank of the running step and of the slurmstepd that it belongs to."""
+        """Returns the process ids of a rank of the running step and of its slurmstepd."""
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and _has(
                 process, f"\0SLURM_JOB_ID={job}\0".encode(), f"\0RANK={number}\0".encode()
@@ -180,7 +181,7 @@ class Cluster:
 
 
 def _has(process: Path, *marks: bytes) -> bool:
-    """Whether a process was started with all of these in its environment."""
+    """Returns whether a process was started with all of these in its environment."""
     try:
         environment = (process / "environ").read_bytes()
     except OSError:

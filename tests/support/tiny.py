@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models and tokenizers, made on the spot: no network, no weights in the repository."""
+"""Creates tiny Hugging Face models and tokenizers, without network access or weights in the repository."""
 
 import json
 import random
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(folder: Path, *, chat: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer without merges (256 bytes + special tokens), saved in `folder`."""
+    """Returns a byte-level tokenizer without merges (256 bytes + special tokens), saved in `folder`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     vocab = {token: i for i, token in enumerate(special + alphabet)}
@@ -70,8 +70,8 @@ def tiny_tokenizer(folder: Path, *, chat: bool = False) -> PreTrainedTokenizerFa
 def tiny_model(
     folder: Path, family: str = "llama", *, seed: int = 0, scale: float = 0.1, **overrides
 ) -> PreTrainedModel:
-    """A random model with a tokenizer, saved in `folder`; `scale` is the deviation of its weights, large enough
-    that logits differ visibly between tokens."""
+    """Returns a random model, saved in `folder` with a tokenizer. `scale` is the standard deviation of its weights,
+    large enough that logits differ clearly between tokens."""
     config_class, model_class = FAMILIES[family]
     shape: dict[str, Any] = {
         "vocab_size": 262,
@@ -91,7 +91,7 @@ def tiny_model(
         shape["head_dim"] = 8
     if family in ("gemma2", "gemma3_text"):
         shape |= {"query_pre_attn_scalar": 12, "sliding_window": 8}
-    if family == "gemma2":  # caps that numbers as small as these come up to
+    if family == "gemma2":  # caps that even these small numbers reach
         shape |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
     if family in ("mixtral", "qwen3_moe"):
         shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -101,7 +101,7 @@ def tiny_model(
         shape["sliding_window"] = None
     torch.manual_seed(seed)
     model = model_class(config_class(**{**shape, **overrides}))
-    with torch.no_grad():  # norms and biases at their neutral values would hide a mapping error
+    with torch.no_grad():  # neutral norms and biases would hide a mapping error
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * scale)
@@ -116,7 +116,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def arithmetic_pairs(count: int, *, seed: int = 0) -> list[dict]:
-    """Short preference pairs of varying length."""
+    """Returns short preference pairs of varying length."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -136,14 +136,14 @@ def tiny_run(
     shape: Mapping[str, Any] | None = None,
     **sections: dict[str, Any] | str | None,
 ) -> Path:
-    """A model, data and a configuration for a short run in fp32; returns the path of the configuration.
+    """Creates a model, data and a configuration for a short run in fp32; returns the path of the configuration.
 
     `folder` then holds `model`, `pairs.jsonl`, `held-out.jsonl` (unless `held_out` is 0) and `config.yaml`.
 
     Args:
         pairs: training pairs: a number of `arithmetic_pairs`, or rows.
-        held_out: held-out pairs likewise, of another seed.
-        family, shape: of the model, as `tiny_model` takes them. No model is made if `model` gives another path.
+        held_out: held-out pairs, likewise, with another seed.
+        family, shape: as for `tiny_model`. No model is created if `model` gives another path.
         sections: sections of the configuration: their keys are added to the defaults; None removes a section.
     """
     config: dict[str, Any] = {

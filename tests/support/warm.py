@@ -1,13 +1,13 @@
-"""A server that has imported everything once and forks the processes of the tests, which would each import it again.
+"""A server that imports everything once and forks the processes of the tests, so that they need not import it again.
 
     python warm.py SOCKET
 
-It imports at the first request, so that tests that start no process do not pay for it. A request is one line of JSON
-(`argv`, `env`, `cwd`) with the file descriptors of stdout and stderr; the answers are a line with the child's process
-number and, when the child has ended, a line with its exit code and its CPU seconds. A child leaves the server's loop
-and runs like a fresh interpreter: the module or script is `__main__`, arguments, environment, streams, signals and exit
-code are its own. What a fresh interpreter has and a child has not: a hash seed of its own, and imports that read the
-environment. Tests of those ask for a cold process (`processes.launch(..., cold=True)`).
+It imports at the first request, so that tests without processes do not pay for it. A request is one line of JSON
+(`argv`, `env`, `cwd`) with the file descriptors of stdout and stderr. The answers are a line with the child's process
+id and, when the child has ended, a line with its exit code and CPU seconds. A child leaves the server's loop and runs
+like a new interpreter: the module or script is `__main__`, and arguments, environment, streams, signals and exit code
+are its own. Unlike a new interpreter, it has no hash seed of its own, and its imports did not read its environment.
+Tests of these use a cold process (`processes.launch(..., cold=True)`).
 """
 
 import contextlib
@@ -36,7 +36,7 @@ PRELOADED = (
 
 
 def serve(path: str) -> dict[str, Any]:
-    """Fork a child for each request until the parent process is gone; returns, in the children only, the request."""
+    """Forks a child for each request until the parent process has ended; returns the request, in the children only."""
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
@@ -99,7 +99,7 @@ def _answer(pid: int, connection: socket.socket) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Run what was asked for as the main program of this process."""
+    """Runs the requested script or module as the main program of this process."""
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

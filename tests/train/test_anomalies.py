@@ -1,4 +1,4 @@
-"""Numbers that are not finite and spikes: one token is poisoned, so only the pairs that have it are hit."""
+"""Non-finite numbers and gradient spikes. The embedding of one token is NaN, so only the pairs with it are affected."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """24 pairs in file order, of which one has the token whose embedding the model lacks."""
+    """Writes 24 pairs in file order, one of which has the token whose embedding is NaN."""
     rows = arithmetic_pairs(24)
     rows[BAD_LINE - 1]["prompt"] = "#" + rows[BAD_LINE - 1]["prompt"]
     tiny_run(
@@ -65,7 +65,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_skipped_step_leaves_everything_as_it_was(folder: Path, schedule: str) -> None:
-    """The run without that batch is the definition: with a constant learning rate only the numbers of steps differ."""
+    """Compares with a run without that batch: with a constant learning rate only the step numbers differ."""
     given = [f"spo.schedule={schedule}", *SCHEDULES[schedule]]
     assert train(folder, *given) == 0
     lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)

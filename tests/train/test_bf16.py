@@ -1,4 +1,4 @@
-"""bf16 weights with fp32 main parameters: the trajectory stays near that of fp32, and starts at ln 2 exactly."""
+"""bf16 weights with fp32 main parameters: the trajectory stays close to fp32's and starts at exactly ln 2."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_run
 
 STEPS = 20
 BOUNDS = {"loss": 0.03, "spo/chosen_shift": 0.15, "spo/rejected_shift": 0.15}
-"""Largest absolute distance from fp32 over all steps; bf16 keeps 8 bits, and a response has some 5 tokens."""
+"""Largest absolute difference from fp32 over all steps; bf16 has 8 significant bits, a response about 5 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(folder: Path, command: str, dtype: str, *overrides: str) -> int:
 
 
 MORE = {"penalty": [], "lookahead": [], "barrier": ["spo.barrier_rate=10"]}
-"""At the default rate the barrier follows rounding in the gap out of these bounds."""
+"""At the default rate, rounding in the gap moves the barrier schedule out of these bounds."""
 
 
 @pytest.mark.parametrize("schedule", MORE)
@@ -47,4 +47,4 @@ def test_bf16_stays_near_fp32(folder: Path, schedule: str) -> None:
         found = [(line, lines["fp32"][key]) for key, line in lines["bf16"].items() if key[0] != "alarm"]
         distance = max(abs(line[name] - exact[name]) for line, exact in found)
         assert distance < bound, name
-    assert moved > 5 * BOUNDS["spo/rejected_shift"]  # the bound would notice a run that stands still
+    assert moved > 5 * BOUNDS["spo/rejected_shift"]  # so the bound would detect a run that does not train

@@ -1,4 +1,4 @@
-"""The commands on a tiny model: cache, training, evaluation, resume, and each wrong input with its one message."""
+"""The commands on a tiny model: cache, training, evaluation, resuming, and the message for each wrong input."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, tiny_toke
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A model, data and a configuration `config.yaml` for dpo with the penalty, 4 steps of 4 pairs."""
+    """A model, data and a configuration `config.yaml`: DPO with the penalty schedule, 4 steps of 4 pairs."""
     tiny_run(tmp_path, pairs=10, held_out=5, training={"global_batch_size": 4, "eval_every": 2})
     return tmp_path
 
@@ -27,7 +27,7 @@ def command(job: Path, name: str, *overrides: str) -> int:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], code: int, expected: int = 2) -> str:
-    """The one message of a refused command."""
+    """Returns the only message of a refused command."""
     assert code == expected
     before, *messages = ("\n" + capsys.readouterr().err).split("\nerror: ")
     assert "Traceback" not in before
@@ -39,7 +39,7 @@ def test_reference_then_train(job, capsys):
     assert command(job, "reference") == 0
     before = sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
     assert command(job, "reference") == 0
-    assert "complete before this call" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
     assert command(job, "train", "logging.report=true") == 0
     metrics = read_metrics(job / "run")
@@ -66,7 +66,7 @@ def test_a_run_without_its_page(job):
 
 
 def test_what_is_imported_until_the_first_step(job):
-    """Nothing that only other features need. What a run does import then works: wandb and TensorBoard are found."""
+    """A run imports nothing that only other features need, and wandb and TensorBoard can be imported afterwards."""
     code = """
 import sys
 from megatron_spo.cli import main

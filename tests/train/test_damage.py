@@ -1,4 +1,4 @@
-"""Damage to a checkpoint folder: each kind is named in one message, and the newest whole checkpoint is taken."""
+"""Damaged checkpoint folders: one message names each kind of damage, and the newest undamaged checkpoint is used."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.support.tiny import tiny_model, tiny_run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 steps with a checkpoint after each of the last three, and what its model is."""
+    """A run of 4 steps with a checkpoint after each of the last three, and its model."""
     folder = tmp_path_factory.mktemp("damage")
     config = tiny_run(
         folder,
@@ -68,7 +68,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def reseal(folder: Path, **changes: object) -> None:
-    """Write the seal anew over the present files, as somebody who wants to harm would."""
+    """Writes a new seal for the current files, as an attacker would."""
     content = json.loads((folder / "trainer.json").read_text())
     (folder / "trainer.json").unlink()
     checkpoint_folder.seal(folder, content["state"], content["record"], {})
@@ -97,7 +97,7 @@ def another_checkpoints_shard(folder: Path) -> None:
 
 
 class Harm:
-    """What a malicious pickle would run."""
+    """Runs code when it is unpickled, as a malicious pickle would."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("exit 3",)
@@ -183,7 +183,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1, said
     assert "step_00000004" in warnings[0] and message in warnings[0] and "resuming from step_00000003" in warnings[0]
-    assert (run / "checkpoints/step_00000004.damaged").exists()  # nothing is thrown away
+    assert (run / "checkpoints/step_00000004.damaged").exists()  # nothing is deleted
     assert read_metrics(run).keys() == read_metrics(trained / "run").keys()
     assert main(["convert", str(run), str(run / "hf"), "--to", "hf"]) == 0
     expected, got = load_file(trained / "hf/model.safetensors"), load_file(run / "hf/model.safetensors")

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, the same command again: the weights end as those of a run that nobody disturbed."""
+"""kill -9 at random moments, then the same command again: the final weights equal those of an uninterrupted run."""
 
 import random
 import time
@@ -35,14 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Disturbed:
-    """A command started again and again; each time a rank is killed after a little more work, or while it starts."""
+    """Starts a command repeatedly; each time a rank is killed after a little more work, or during start-up."""
 
     def __init__(self, folder: Path, layout: str, command: str, given: list[str]) -> None:
         self._folder, self._layout, self._command, self._given = folder, layout, command, given
         self._random, self.kills = random.Random(f"{layout} {command}"), 0
 
     def run(self, kills: int, done: Path) -> None:
-        """Kill so many times, then let it end. `done`: the run directory, or the cache."""
+        """Kills a rank `kills` times, then lets the command finish. `done`: the run directory or the cache."""
         while True:
             name = self._folder / f"{self._layout}-{self._command}-{self.kills}"
             name.mkdir()

@@ -1,4 +1,4 @@
-"""Adapters: every layout, with and without a cache, against PEFT, and what is kept, refused and written of them."""
+"""Adapters in every layout, with and without a cache, compared with PEFT; saving, refusing and exporting them."""
 
 import json
 import math
@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 SEPARATE = ["spo.sft_data={folder}/sft.jsonl", "spo.sft_batch_size=5"]
 TIED = ["model.path={folder}/tied", "lora.targets=[q_proj,v_proj,up_proj,down_proj]", "lora.alpha=3"]
-"""A Qwen3 with tied embeddings, and adapters on some of what a fused layer holds."""
+"""A Qwen3 with tied embeddings, and adapters on some of the projections of a fused layer."""
 BIASED = ["model.path={folder}/biased"]
 """A Qwen2, whose query, key and value projections have biases."""
 OBJECTIVES: dict[str, list[str]] = {
@@ -65,7 +65,7 @@ CELLS = {
     for objective in wanted
 }
 EXPORTED = ["one/penalty", "tp2-sp/penalty", "tp2/penalty-pair-tied", "pp2/penalty-pair-tied"]
-"""Runs whose exports are compared."""
+"""Runs whose exported models are compared."""
 
 
 def prepare(folder: Path) -> Path:
@@ -126,7 +126,7 @@ def test_layout_equals_one_process(runs: Path, layout: str, objective: str) -> N
 def test_the_model_without_adapters_is_the_cached_reference(runs: Path, objective: str) -> None:
     assert "spo/gap" in read_metrics(runs / "one" / objective)["train", "", 1]
     difference, where = largest_difference(runs / "one" / objective, runs / "cached" / objective)
-    assert difference < 1e-5, where  # fp32 sums of some 50 nats, over rows that were packed otherwise
+    assert difference < 1e-5, where  # fp32 sums of about 50 nats, over differently packed rows
 
 
 def test_recomputed_layers_have_gradients_behind_a_frozen_embedding(runs: Path) -> None:
@@ -135,7 +135,7 @@ def test_recomputed_layers_have_gradients_behind_a_frozen_embedding(runs: Path) 
 
 
 def test_a_checkpoint_goes_on_in_other_layouts(runs: Path) -> None:
-    """Two steps at TP2 with SP, two at PP2, the last in one process."""
+    """Two steps at TP2 with SP, two at PP2, the last one in one process."""
     whole = read_metrics(runs / "one/penalty")
     for step in range(1, STEPS + 1):
         for key in (("train", "", step), ("eval", "held-out", step)):
@@ -157,7 +157,7 @@ def export(source: Path, target: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_steps_equal_a_loop_with_peft(runs: Path, name: str, tmp_path: Path) -> None:
-    """From the same adapters; then the trained ones are compared as well."""
+    """Starts from the same adapters and also compares the trained adapters."""
     settings, case = ORACLES[name]
     model = runs / ("tied" if TIED[0] in settings else "biased")
     start = export(runs / "start" / name, tmp_path / "start", "peft")
@@ -169,7 +169,7 @@ def test_steps_equal_a_loop_with_peft(runs: Path, name: str, tmp_path: Path) -> 
     for step, line in enumerate(expected, 1):
         for metric, value in line.items():
             if metric == "spo/both_down" and step == 1:
-                continue  # the loop's reference differs by rounding, whose sign it counts
+                continue  # the loop's reference differs by rounding, whose sign these metrics count
             got = ours["train", "", step][metric]
             assert got == pytest.approx(value, rel=1e-4, abs=1e-4), f"{metric} at step {step}"
     trained = load_file(export(runs / "oracle" / name, tmp_path / "end", "peft") / "adapter_model.safetensors")

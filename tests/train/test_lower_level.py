@@ -1,4 +1,4 @@
-"""A separate SFT set, a mix of losses and a running minimum: against a plain loop, and in several layouts."""
+"""A separate SFT set, several losses and a running minimum, compared with a plain loop and across layouts."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ CELLS = {
     for name, settings in IN_LAYOUTS.items()
 }
 EXTRA = {"tokens", "sft_rows", "sft_epoch", *NOT_COMPARED}
-"""What a separate set adds, or packs otherwise."""
+"""Metrics that a separate set adds, or that differ because it is packed differently."""
 
 
 def sft_rows() -> list[dict]:

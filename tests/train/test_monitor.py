@@ -1,4 +1,5 @@
-"""Alarms: once per crossing, on screen and in the lines; what stop and raise_lambda do."""
+"""Alarms of the monitor: raised once per crossing, on screen and in metrics.jsonl; the actions stop and
+raise_lambda."""
 
 import importlib.util
 import json
@@ -16,13 +17,14 @@ BOUNDS = MonitorConfig(chosen_fall=0.1, both_down=0.5, entropy_factor=2.0)
 
 
 def line(shift: float, *, both_down: float = 0.0, entropy: float = 1.0, **more: float) -> dict[str, float]:
-    """Of 4 pairs whose chosen answers have 10 tokens each."""
+    """Returns a line of metrics of 4 pairs whose chosen answers have 10 tokens each."""
     return {"spo/chosen_shift": shift, "spo/both_down": both_down, "spo/gap": -shift / 10, "policy/entropy": entropy,
             "rewards/margins": 0.1, "pairs": 4, "chosen_tokens": 40, **more}  # fmt: skip
 
 
 def raised(lines: list[dict[str, float]], data: str = "held-out") -> list[list[str]]:
-    """Alarms of each line in turn; the state goes through JSON in between, as in a checkpoint."""
+    """Returns the alarms of each line in turn; the state is converted to JSON and back in between, as in a
+    checkpoint."""
     state, found = MonitorState(), []
     for step, metrics in enumerate(lines, 1):
         state, alarms = check(BOUNDS, state, step, data, metrics)
@@ -68,7 +70,7 @@ def test_both_down_counts_once_the_chosen_answers_have_lost_something() -> None:
 
 
 def test_both_down_counts_from_where_the_chosen_answers_stood_best() -> None:
-    """Once for a fall: shares that come and go do not raise it again, the chosen answers' return does."""
+    """The alarm is raised once per fall: changing shares do not arm it again, a recovery of the chosen answers does."""
     course = [(0.5, 0.9), (0.45, 0.9), (0.3, 0.9), (0.2, 0.0), (0.2, 0.9), (0.48, 0.0), (0.3, 0.9)]
     assert raised([line(shift, both_down=share) for shift, share in course]) == [
         [], [], ["both_down"], [], [], [], ["both_down"],
@@ -106,7 +108,7 @@ def test_right_answers_that_are_lost() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run whose held-out chosen answers fall: a large step on few pairs, alarms at the least fall."""
+    """A run whose held-out chosen answers fall: large steps on few pairs, with alarms at the smallest fall."""
     config = tiny_run(
         tmp_path,
         pairs=24,
@@ -180,7 +182,7 @@ def test_a_lambda_at_its_bound_is_not_said_to_be_raised(folder: Path) -> None:
     given = ["spo.schedule=dual", "spo.dual_lr=1e-30", "spo.lambda_max=0.001", "training.steps=4"]
     assert train(folder, *given, "monitor.on_alarm=raise_lambda") == 0
     alarms = read(folder / "run", "alarm")
-    assert alarms and all("lambda stays 0.001" in alarm["message"] for alarm in alarms)
+    assert alarms and all("lambda stays at 0.001" in alarm["message"] for alarm in alarms)
 
 
 def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lambda(
@@ -195,7 +197,7 @@ def test_bounds_and_evaluations_are_part_of_the_trajectory_where_they_raise_lamb
 
 
 def test_answers_that_change_raise_lambda(folder: Path) -> None:
-    """What the model answers before training counts as right here, so that the fall of the chosen answers loses it."""
+    """The model's answers before training count as correct here, so that training loses them."""
     rows = arithmetic_pairs(7, seed=1)
     room = 2 * max(len(row["chosen"]) + 1 for row in rows)
     prompts = write_jsonl(folder / "prompts.jsonl", rows)

@@ -1,4 +1,5 @@
-"""The load-balancing loss of the routers against its definition, in plain transformers, and what it does not touch."""
+"""The load-balancing loss of the routers, compared with its definition in plain transformers, and what it must not
+change."""
 
 from pathlib import Path
 
@@ -46,13 +47,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def response(logits: Tensor, tokens: list[int], prompt: int) -> Tensor:
-    """Log-prob of the tokens behind the prompt."""
+    """Returns the log-prob of the tokens after the prompt."""
     logprobs = logits[:-1].log_softmax(-1)
     return logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[prompt - 1 :].sum()
 
 
 def plain_loop(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """DPO with the loss by its definition: f of the batch before, P over all tokens, those that a pair shares once."""
+    """Runs DPO with the balancing loss by its definition: f of the previous batch, P over all tokens, counting the
+    tokens that a pair shares once."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -109,7 +111,7 @@ def test_it_changes_the_gradient_from_the_second_batch_on(runs: Path) -> None:
 
 
 def test_evaluation_has_none_of_it(runs: Path) -> None:
-    """One step, whose weights it does not touch yet: the same evaluation with and without."""
+    """After one step, which the loss does not affect yet, the evaluation is the same with and without it."""
     balanced, free = (read_metrics(runs / name)["eval", "pairs", 1] for name in ("first", "first-free"))
     assert {**balanced, "seconds": 0} == {**free, "seconds": 0}
 

@@ -1,4 +1,4 @@
-"""What a restart leaves of the lines of a run."""
+"""The lines of a run that a restart keeps."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Saving beside the training, and when the disk does not let it: the training state is never lost."""
+"""Saving in the background, and on disks that cannot be written: the training state is never lost."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, data and a configuration; the run `whole` of 6 steps is what the others equal."""
+    """A model, data and a configuration; the other runs must equal the run `whole` of 6 steps."""
     folder = tmp_path_factory.mktemp("saving")
     tiny_run(
         folder,
@@ -49,7 +49,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def numbers(run: Path) -> dict:
-    """What was measured, of all lines."""
+    """Returns the measured numbers of all lines."""
     kept = {key: line for key, line in read_metrics(run).items() if key[0] != "alarm"}
     return {key: {name: v for name, v in line.items() if name not in TIMES} for key, line in kept.items()}
 
@@ -60,7 +60,7 @@ def status(run: Path) -> dict:
 
 @contextlib.contextmanager
 def small_disk(where: Path, folder: Path, checkpoints: float) -> Iterator[Path]:
-    """A file system of its own with room for so many checkpoints, beside the other files of a run."""
+    """Mounts a file system with space for `checkpoints` checkpoints next to the other files of a run."""
     one = sum(path.stat().st_size for path in (folder / "whole/checkpoints/step_00000006").iterdir())
     size = 200_000 + int(checkpoints * one)
     where.mkdir()
@@ -74,7 +74,8 @@ def small_disk(where: Path, folder: Path, checkpoints: float) -> Iterator[Path]:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """Each write takes a second and the weights change meanwhile: what is written is the state at the save."""
+    """Each write takes a second while the weights change; the checkpoint must hold the state at the time of the
+    save."""
     write, steps_begun = checkpoint._Files._write, []
 
     def slowly(self):
@@ -107,7 +108,7 @@ def test_both_ways_of_writing_give_the_same_checkpoint(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("way", ["true", "false"])
 def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way: str, capfd, monkeypatch) -> None:
-    """There is room for one checkpoint and a half until the last has been refused once."""
+    """There is space for one and a half checkpoints until saving the last one has failed once."""
     monkeypatch.setattr(loop, "RETRY", 0.5)
     with small_disk(tmp_path / "disk", folder, 1.5) as disk:
         run = disk / "run"
@@ -129,7 +130,7 @@ def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way
         helper.join()
         assert code == 0
         said = said_so_far()
-        assert "the training continues" in said.lower()
+        assert "training continues" in said.lower()
         assert "free" in said or "No space left" in said
         alarms = [line for line in lines(run) if line["kind"] == "alarm"]
         assert alarms and all("no checkpoint could be written" in line["reason"] for line in alarms)
@@ -148,7 +149,7 @@ def test_a_disk_that_stays_full_costs_the_last_checkpoint(folder: Path, tmp_path
         said = capsys.readouterr().err
         assert said.count("\nerror: ") == 1
         assert "step 6 could not be saved" in said
-        assert "goes on from the checkpoint before" in said
+        assert "resumes from the previous checkpoint" in said
         assert (status(run)["code"], status(run)["checkpoint"]) == (5, "step_00000003")
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert train(folder, run) == 0
@@ -172,7 +173,7 @@ def test_a_read_only_disk_does_not_end_the_training(folder: Path, tmp_path: Path
         assert done == ["remount,ro", "remount,rw"]
         assert "Read-only file system" in capsys.readouterr().err
         measured = [line for line in lines(disk / "run") if line["kind"] == "train"]
-        assert [line["step"] for line in measured] == [1, 2, 3, 4, 5, 6]  # what could not be written came later
+        assert [line["step"] for line in measured] == [1, 2, 3, 4, 5, 6]  # delayed lines were written later
         assert status(disk / "run")["checkpoint"] == "step_00000006"
 
 
@@ -199,11 +200,11 @@ def test_an_output_that_cannot_be_made_is_named(folder: Path, tmp_path: Path, ca
 
 
 def test_the_best_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
-    """The learning rate is so large that the held-out loss is at its best before the end."""
+    """The learning rate is so large that the held-out loss is lowest before the end."""
     overrides = ["optimizer.lr=0.2", "training.eval_every=1", "checkpoint.every=0", "checkpoint.best=loss/sft"]
     run = tmp_path / "run"
     assert train(folder, run, *overrides, "training.steps=3") == 0
-    assert train(folder, run, *overrides) == 0  # the best so far is part of the checkpoint
+    assert train(folder, run, *overrides) == 0  # the best evaluation so far is part of the checkpoint
     losses = {key[2]: line["loss/sft"] for key, line in read_metrics(run).items() if key[0] == "eval"}
     best = min(losses, key=losses.__getitem__)
     assert best not in (5, 6)  # two newest are kept anyway
@@ -263,13 +264,13 @@ def test_changed_rows_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
     assert train(folder, run, *given) == 0
     write_jsonl(rows, arithmetic_pairs(12, seed=5))
     assert train(folder, run, *given[:1], "training.steps=2") == 2
-    assert "data.train: the rows are other ones" in capsys.readouterr().err
+    assert "data.train: the rows differ" in capsys.readouterr().err
     allowed = "checkpoint.allow_changed=[data.train]"
     assert train(folder, run, *given[:1], "training.steps=2", allowed) == 0
 
 
 def test_no_random_number_is_drawn_by_the_training(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """So a checkpoint need not hold a generator's state."""
+    """Therefore a checkpoint does not need the state of a random-number generator."""
     states, step = [], loop._step
 
     def noted(job, state):

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, or whose ranks die: real processes, real signals."""
+"""Runs that are stopped by signals or whose ranks die, with real processes and signals."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def ranks(folder: Path, run: str, *overrides: str, command: str = "train", **how
 
 
 def program(path: Path, *changes: str) -> Path:
-    """A script that is `megatron-spo` after these lines."""
+    """Writes a script that executes these lines and then runs `megatron-spo`."""
     path.write_text("\n".join(["import sys", *changes, "from megatron_spo.cli import main", "sys.exit(main())"]))
     return path
 
@@ -88,7 +88,8 @@ def test_a_signal_during_start_up_ends_at_once(folder: Path) -> None:
 
 
 def test_a_rank_that_ends_while_it_waits_for_another_says_why(folder: Path) -> None:
-    """Before the steps begin, SIGTERM ends a process also if it hangs in a collective; the others end as it does."""
+    """Before the first step, SIGTERM ends a process even if it hangs in a collective; the others end with the same
+    reason."""
     script = program(
         folder / "held_up.py",
         "from megatron_spo.runtime import signals",
@@ -188,7 +189,7 @@ def test_reference_stops_at_once_and_goes_on(folder: Path) -> None:
     assert kept
     done = cli("reference", str(folder / "config.yaml"), f"output={folder}/x", *given)
     assert done.returncode == 0, done.stderr
-    assert "complete before" not in done.stdout
+    assert "already complete" not in done.stdout
     assert not list(parts.glob("train-*/parts"))
 
 
@@ -209,7 +210,7 @@ def test_torchrun_hands_on_its_signals(folder: Path) -> None:
             assert agent.poll() is None
             time.sleep(0.05)
         agent.terminate()
-        assert agent.wait(60) != 0  # whatever the agent makes of it
+        assert agent.wait(60) != 0  # the agent has its own exit code
     finally:
         agent.kill()
     assert status(run)["state"] == "stopped"

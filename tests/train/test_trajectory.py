@@ -1,4 +1,4 @@
-"""Five steps of `train` against a plain transformers + AdamW loop: every metric, all families, three losses."""
+"""Compares five steps of `train` with a plain transformers + AdamW loop: every metric, all families, three losses."""
 
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ logging: {{progress: false, report: false}}
 
 
 def tokenised(model: Path) -> list[list[tuple[list[int], list[int], list[int]]]]:
-    """The pairs as token ids, in batches of file order."""
+    """Returns the pairs as token ids, in batches in file order."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     end = [tokenizer.eos_token_id]
     ids = [
@@ -99,7 +99,7 @@ def test_trajectory_equals_a_plain_loop(runs: Path, family: str, name: str, tmp_
     for step, line in enumerate(expected, 1):
         for metric, value in line.items():
             if metric == "spo/both_down" and step == 1:
-                continue  # the loop's reference differs by rounding, whose sign it counts
+                continue  # the loop's reference differs by rounding, whose sign these metrics count
             got = ours["train", "", step][metric]
             assert got == pytest.approx(value, rel=1e-4, abs=1e-4), f"{metric} at step {step}"
     to_hf(runs / f"{family}-{name}", tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""lookahead and barrier against the same steps in plain transformers."""
+"""Compares lookahead and barrier with the same steps in plain transformers."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_loop(folder: Path, schedule: str) -> list[dict[str, float]]:
-    """The definition, step by step, on whole gradients."""
+    """Runs the steps by their definition, on whole gradients."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
