@@ -50,8 +50,6 @@ class DataConfig(Section):
     """rows with a missing, empty or equal field: stop, or drop and list them"""
     row_length: int | None = Field(None, ge=16)
     """tokens of a packed row, each holding one or more pairs; null: 2 * data.max_length; >= 16"""
-    last_batch: Literal["keep", "drop"] = "keep"
-    """the last, partial batch of an epoch"""
     shuffle: bool = True
     """draw the rows of an epoch in random order"""
     num_proc: int = Field(1, ge=1)
