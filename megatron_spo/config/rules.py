@@ -368,9 +368,4 @@ RULES: tuple[Rule, ...] = (
         "logging.tensorboard: true needs the package tensorboard; pip install -e '.[tensorboard]', or set false",
         of_machine=True,
     ),
-    Rule(
-        lambda c, shape: c.monitor.generate_engine == "vllm" and not installed("vllm"),
-        "monitor.generate_engine: vllm needs the package vllm; install it as its manual says, or set transformers",
-        of_machine=True,
-    ),
 )

@@ -12,19 +12,15 @@ from megatron_spo.evaluate.generate import Response, Sampling, generate_by, load
 BATCH = 64
 
 
-def answer_apart(
-    folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, engine: str
-) -> list[list[Response]]:
+def answer_apart(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Response]]:
     """What `generate_by` gives for these prompts (token ids) with the model in a Hugging Face folder.
 
     Raises whatever the other process has raised, or BrokenProcessPool where it was killed.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_answer, folder, prompts, sampling, engine, torch.get_num_threads()).result()
+        return pool.submit(_answer, folder, prompts, sampling, torch.get_num_threads()).result()
 
 
-def _answer(
-    folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, engine: str, threads: int
-) -> list[list[Response]]:
+def _answer(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, threads: int) -> list[list[Response]]:
     torch.set_num_threads(threads)
-    return generate_by(engine, folder, load_tokenizer(folder), prompts, sampling, BATCH)
+    return generate_by("transformers", folder, load_tokenizer(folder), prompts, sampling, BATCH)

@@ -21,6 +21,10 @@ REARMED = 0.5
 HARMLESS = 0.125
 """Share of the displacement bound that the chosen answers must have lost, from where they stood best, before
 `both_down` counts: the first steps move every answer by next to nothing, and half of them downwards."""
+ENTROPY_FACTOR = 3.0
+"""Alarm: the token entropy of a set is so many times its first one, or less than that one divided by it."""
+ANSWERS_FALL = 0.05
+"""Alarm: share of a held-out set's prompts that were answered correctly before training and are not any more."""
 LEAST_ENTROPY = 1e-9
 """Nats: what counts for less, as 0 has no logarithm."""
 AVERAGED = ("spo/chosen_shift", "spo/both_down", "spo/gap", "policy/entropy", "chosen_tokens", "pairs")
@@ -91,14 +95,14 @@ def check(
 
 
 def check_answers(
-    config: MonitorConfig, state: MonitorState, step: int, data: str, exact_match: float
+    state: MonitorState, step: int, data: str, exact_match: float
 ) -> tuple[MonitorState, list[dict[str, Any]]]:
     """Judge the share of right answers to a held-out set's prompts beside the first such share; returns as `check`."""
     first = {data: exact_match, **state.exact_match}
-    before, allowed = first[data], config.answers_fall
+    before = first[data]
     text = f"right answers went from {before:.0%} to {exact_match:.0%} of the prompts"
-    fall = Judgement("answers", "generation/exact_match", exact_match, before - allowed,
-                     (before - exact_match) / allowed, text)  # fmt: skip
+    fall = Judgement("answers", "generation/exact_match", exact_match, before - ANSWERS_FALL,
+                     (before - exact_match) / ANSWERS_FALL, text)  # fmt: skip
     raised, lines = _raise(state.raised, [fall], step, data)
     return replace(state, raised=raised, exact_match=first), lines
 
@@ -139,7 +143,7 @@ def _judged(
         text = f"the SFT loss lies {gap:.2g} nats per token above v: the model is leaving the safe region"
         yield Judgement("gap", "spo/gap", gap, config.chosen_fall, gap / config.chosen_fall, text)
     if "rewards/margins" in metrics:  # SFT alone lowers the entropy, which is its purpose
-        entropy, factor = metrics["policy/entropy"], config.entropy_factor
+        entropy, factor = metrics["policy/entropy"], ENTROPY_FACTOR
         ratio = max(entropy, LEAST_ENTROPY) / max(first_entropy, LEAST_ENTROPY)
         excess = abs(math.log(ratio)) / math.log(factor)
         bound = first_entropy * factor if entropy > first_entropy else first_entropy / factor

@@ -52,11 +52,7 @@ MIXTURE = {"model_type": "mixtral", "intermediate_size": 9, "num_local_experts":
         ("optimizer.min_lr_ratio=0.1", "optimizer.min_lr_ratio has no effect with optimizer.decay: constant"),
         ("loss.name=ipo", "spo.lambda_unit: relative is undefined for loss.name: ipo"),
         ("loss.name=orpo spo.schedule=dual", "set spo.lambda_unit=token"),
-        ("monitor.raise_factor=3.0", "monitor.raise_factor has no effect with monitor.on_alarm: warn"),
         ("monitor.generate_prompts=3", "monitor.generate_prompts has no effect with monitor.generate_every: 0"),
-        ("monitor.generate_engine=vllm", "monitor.generate_engine has no effect with monitor.generate_every: 0"),
-        ("monitor.answers_fall=0.1", "monitor.answers_fall has no effect with monitor.generate_every: 0"),
-        ("spo.schedule=sft monitor.entropy_factor=2", "monitor.entropy_factor has no effect with spo.schedule: sft"),
         (
             "loss.name=simpo reference.cache=null monitor.both_down=0.4",
             "monitor.both_down has no effect with reference",
@@ -165,8 +161,6 @@ def test_optional_packages(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
             load(key)
     with pytest.raises(UserError, match=r"needs the package wandb; pip install -e '.\[wandb\]'"):
         load("logging.wandb=online")
-    with pytest.raises(UserError, match="monitor.generate_engine: vllm needs the package vllm"):
-        load("monitor.generate_every=5", "monitor.generate_engine=vllm")
     monkeypatch.setattr(rules, "installed", lambda module: True)
     load("logging.wandb=offline")
 
