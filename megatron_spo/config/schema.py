@@ -278,9 +278,7 @@ class LoggingConfig(Section):
     every: int = Field(1, ge=1)
     """optimizer steps between lines of metrics.jsonl; >= 1"""
     wandb: Literal["off", "online", "offline"] = "off"
-    """log to Weights & Biases as well"""
-    project: str = "megatron-spo"
-    """project name in Weights & Biases"""
+    """also log to Weights & Biases, project megatron-spo or as the environment variable WANDB_PROJECT says"""
     tensorboard: bool = False
     """write TensorBoard's event files as well, into the run directory's tensorboard/"""
     progress: bool = True

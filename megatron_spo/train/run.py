@@ -30,6 +30,7 @@ from megatron_spo.reference.cache import ReferenceStore, open_reference
 from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
 from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.runtime.device import name_of
+from megatron_spo.runtime.env import wandb_project
 from megatron_spo.runtime.processes import Runtime, agreed, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
@@ -241,7 +242,7 @@ def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
     settings, folder = config.logging, directory.path
     if settings.wandb != "off":
         directory.sinks.open(
-            WeightsAndBiases, folder, mode=settings.wandb, project=settings.project, config=plain(config)
+            WeightsAndBiases, folder, mode=settings.wandb, project=wandb_project(), config=plain(config)
         )
     if settings.tensorboard:
         directory.sinks.open(TensorBoard, folder, after_step=step)
