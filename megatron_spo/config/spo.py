@@ -62,7 +62,7 @@ _SPECS = (
     _spec("penalty", "preference loss + lambda * SFT term",
           "lambda lambda_unit constraint epsilon ramp_steps sft_data"),
     _spec("dual", "the same, with a lambda that follows the gap (dual ascent)",
-          "lambda lambda_unit epsilon lambda_max dual_lr gap_ema sft_data", needs_gap=True),
+          "lambda lambda_unit epsilon lambda_max dual_lr sft_data", needs_gap=True),
     _spec("alternating", "some steps on the SFT loss, then some on the preference loss",
           "sft_steps preference_steps sft_data", one_term=True),
     _spec("lookahead", "the preference loss after an inner SFT step", "lambda lookahead_lr sft_data",
@@ -98,8 +98,6 @@ class SpoConfig(Section):
     """dual only: largest lambda; > 0"""
     dual_lr: float = Field(0.1, gt=0)
     """dual only: change of lambda per step and nat of gap; > 0"""
-    gap_ema: float = Field(0.9, ge=0, lt=1)
-    """dual only: smoothing of the gap from step to step; >= 0, < 1"""
     sft_steps: int = Field(1, ge=1)
     """alternating only: consecutive steps on the SFT objective; >= 1"""
     preference_steps: int = Field(1, ge=1)
