@@ -235,16 +235,9 @@ RULES: tuple[Rule, ...] = (
         "parallel.expert = {c.parallel.expert} needs a model with experts; {shape.family} has none",
     ),
     Rule(
-        lambda c, shape: _experts(shape, 1) == 0 and not c.model.freeze_router,
-        "model.freeze_router: false has no effect on a {shape.family} model, which has no experts",
-    ),
-    Rule(
-        lambda c, shape: _experts(shape, 1) == 0 and c.model.router_aux_loss > 0,
-        "model.router_aux_loss = {c.model.router_aux_loss} needs a model with experts; {shape.family} has none",
-    ),
-    Rule(
-        lambda c, shape: c.model.router_aux_loss > 0 and c.model.freeze_router,
-        "model.router_aux_loss = {c.model.router_aux_loss} trains the routers; set model.freeze_router=false",
+        lambda c, shape: _experts(shape, 1) == 0 and c.model.router_aux_loss is not None,
+        "model.router_aux_loss = {c.model.router_aux_loss} needs a model with experts; {shape.family} has none; set it "
+        "to null",
     ),
     Rule(
         lambda c, shape: _experts(shape, 0) > 0 and c.lora.rank > 0 and bool(_of_mlp(c.lora.targets)),

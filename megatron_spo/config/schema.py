@@ -29,10 +29,8 @@ class ModelConfig(Section):
     """load the weights, or draw them at random from config.json and training.seed"""
     tokenizer: str | None = None
     """folder or hub id of the tokenizer; null: model.path"""
-    freeze_router: bool = True
-    """keep the routers of a mixture of experts as they are, so that policy and reference choose experts alike"""
-    router_aux_loss: float = Field(0.0, ge=0)
-    """weight of each layer's load-balancing loss (1: even load); 0: off; needs freeze_router: false; >= 0"""
+    router_aux_loss: float | None = Field(None, ge=0)
+    """train the routers of a mixture of experts, with this weight of the load-balancing loss; null: frozen; >= 0"""
 
 
 class DataConfig(Section):

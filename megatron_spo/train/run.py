@@ -101,7 +101,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     job = loop.Training(
         config=config,
         engine=Engine(
-            trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss
+            trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss or 0.0
         ),
         saver=Saver(directory.checkpoints, trainable, record, keep=config.checkpoint.keep),
         train=data.pop(TRAIN),

@@ -24,8 +24,7 @@ MIXTURE = {"model_type": "mixtral", "intermediate_size": 9, "num_local_experts":
         ("parallel.pipeline=2 parallel.layers_per_stage=[2,1]", "must add up to the model's 4 layers"),
         ("parallel.sequence=true", "parallel.sequence: true needs parallel.tensor > 1"),
         ("parallel.expert=2", "parallel.expert = 2 needs a model with experts; llama has none"),
-        ("model.freeze_router=false", "model.freeze_router: false has no effect on a llama model"),
-        ("model.router_aux_loss=0.1 model.freeze_router=false", "model.router_aux_loss = 0.1 needs a model with exp"),
+        ("model.router_aux_loss=0", "model.router_aux_loss = 0.0 needs a model with experts; llama has none"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline = 2 needs parallel.pipeline > 1"),
         ("data.max_length=513", "data.max_length = 513 exceeds the model's context of 512 tokens"),
         (
@@ -134,7 +133,6 @@ def test_world_size(load: Load) -> None:
         ("parallel.expert=4", "parallel.expert = 4 does not divide the model's 6 experts"),
         ("parallel.tensor=2", "on a model with experts needs parallel.sequence: true"),
         ("parallel.tensor=2 parallel.sequence=true", "does not divide the 9 feed-forward columns of the model's exp"),
-        ("model.router_aux_loss=0.1", "trains the routers; set model.freeze_router=false"),
     ],
 )
 def test_refused_with_experts(load: Load, write_model: Callable[..., Path], overrides: str, part: str) -> None:
@@ -148,7 +146,7 @@ def test_layouts_of_experts(load: Load, write_model: Callable[..., Path]) -> Non
     write_model(**MIXTURE)
     load("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", world_size=2)
     load("parallel.expert=3", "parallel.pipeline=2", world_size=6)
-    load("model.router_aux_loss=0.1", "model.freeze_router=false")
+    load("model.router_aux_loss=0.1")
     with pytest.raises(UserError) as raised:
         load("parallel.expert=3", "parallel.pipeline=2", world_size=8)
     assert "parallel.expert = 3 does not divide the 4 processes that hold a layer (8 processes" in str(raised.value)

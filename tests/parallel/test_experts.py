@@ -24,10 +24,10 @@ LAYOUTS = {
     "ep2-tp2-sp-pp2": (4, [*EP, *SP, "parallel.pipeline=2"]),
     "ep2-tp2-sp-dp2": (4, [*EP, *SP]),
 }
-AUX = ["model.freeze_router=false", "model.router_aux_loss=0.5"]
+AUX = ["model.router_aux_loss=0.5"]
 MIXTRAL = ["model.path={folder}/mixtral", "reference.cache={folder}/mixtral-cache"]
 OBJECTIVES = {
-    "dpo-penalty": ["loss.name=dpo", "model.freeze_router=false"],
+    "dpo-penalty": ["loss.name=dpo", "model.router_aux_loss=0"],
     "frozen-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
     "aux-mixtral": ["loss.name=dpo", *AUX, *MIXTRAL],
     "aux-barrier": ["loss.name=dpo", "spo.schedule=barrier", "spo.barrier_rate=40", *AUX],
