@@ -199,8 +199,6 @@ class ParallelConfig(Section):
     """cut activations along the tokens between tensor-parallel blocks; needs tensor > 1"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations computed again in the backward pass, to save memory: those of attention's core, or of whole layers"""
-    overlap: bool = True
-    """reduce gradients during the backward pass and gather updated weights during the next forward pass"""
 
 
 class PrecisionConfig(Section):

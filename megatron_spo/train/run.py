@@ -91,7 +91,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     on_main(lambda: _write_provenance(config, directory, inputs, weights), UserError)
     chunks = make_model(config, inputs)
     add_adapters(chunks, inputs.shape, config.lora, config.training.seed)
-    overlap = config.parallel.overlap and runtime.topology.data * runtime.topology.context > 1
+    overlap = runtime.topology.data * runtime.topology.context > 1
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=overlap)
     loaders = _loaders(config, inputs, runtime)
     references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}

@@ -15,7 +15,7 @@ SP = ["parallel.tensor=2", "parallel.sequence=true"]
 EP = ["parallel.expert=2"]
 LAYOUTS = {
     "ep2": (2, EP),
-    "ep2-overlap-recompute": (2, [*EP, "parallel.overlap=true", "parallel.recompute=full", "data.row_length=96"]),
+    "ep2-recompute": (2, [*EP, "parallel.recompute=full", "data.row_length=96"]),
     "ep2-cp2": (2, [*EP, "parallel.context=2"]),
     "ep2-tp2-sp": (2, [*EP, *SP]),
     "tp2-sp": (2, SP),
@@ -38,7 +38,7 @@ OBJECTIVES = {
 }
 ON_LAYOUT = {
     "ep2": ["dpo-penalty", "aux-barrier", "aux-one-pair", "random-sft"],
-    "ep2-overlap-recompute": ["aux-mixtral"],
+    "ep2-recompute": ["aux-mixtral"],
     "ep2-cp2": ["aux-sft-set"],
     "ep2-tp2-sp": ["aux-barrier", "aux-lookahead"],
     "tp2-sp": ["aux-barrier", "random-sft"],
