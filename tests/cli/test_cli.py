@@ -71,8 +71,8 @@ def test_train_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["train", "missing.yaml"], "missing.yaml: no such configuration file"),
-        (["reference", "missing.yaml"], "missing.yaml: no such configuration file"),
+        (["train", "missing.yaml"], "missing.yaml: configuration file does not exist"),
+        (["reference", "missing.yaml"], "missing.yaml: configuration file does not exist"),
     ],
 )
 def test_wrong_input_is_one_message(arguments: list[str], part: str) -> None:
