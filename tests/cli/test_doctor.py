@@ -70,7 +70,7 @@ def test_which_adam_and_which_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
     state, able, unable = doctor._fp8(gpu)[1:]
     assert (state, able) == ("ok", "delayed, tensorwise, blockwise")
-    assert unable.startswith("mxfp8: it needs a GPU of compute capability 10.0")
+    assert unable.startswith("mxfp8: it requires a GPU of compute capability 10.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 0))
     assert doctor._fp8(gpu)[1:3] == ("missing", "this GPU can none")
 
