@@ -153,7 +153,10 @@ def test_refused_by_name(sharded: Path, change: Change, message: str) -> None:
         (edit_file("model.safetensors", model__norm__weight=None), f"lacks the tensor {NORM}"),
         (edit_file("model.safetensors", model__norm__weight=torch.ones(31)), rf"{NORM} has shape \(31,\)"),
         (edit_file("model.safetensors", model__extra=torch.ones(2)), "holds model.extra"),
-        (edit_file("model.safetensors", model__norm__weight=torch.ones(32).int()), f"{NORM} has data type I32, which is not"),
+        (
+            edit_file("model.safetensors", model__norm__weight=torch.ones(32).int()),
+            f"{NORM} has data type I32, which is not",
+        ),
         (edit_json("config.json", num_hidden_layers=2), "lacks the tensor model.layers.1."),
         (edit_json("config.json", vocab_size=261), r"embed_tokens.weight has shape \(262, 32\)"),
     ],
