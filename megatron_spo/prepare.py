@@ -119,7 +119,7 @@ def make_model(config: Config, inputs: Inputs) -> list[PairModel]:
         UserError: on every rank alike, if the weights cannot be loaded.
     """
     chunks = build_model(inputs.shape, transformer_config(inputs.shape, config.parallel, config.precision))
-    if config.model.freeze_router:
+    if config.model.router_aux_loss is None:
         freeze_routers(chunks)
     with agreed():
         for chunk in chunks:

@@ -1,1 +1,1 @@
-"""One module for each command: its options, and what runs it. Heavy imports stay inside `run`."""
+"""The commands, one module each with `add_options` and `run`. Heavy imports are inside `run`."""

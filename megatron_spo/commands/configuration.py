@@ -1,4 +1,4 @@
-"""The arguments of every command that reads a configuration: a file, and keys that replace those of the file."""
+"""Arguments of the commands that read a configuration: a file, and overrides of its keys."""
 
 import argparse
 from collections.abc import Callable
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose epilog is made only when its help is shown."""
+    """An argument parser that creates its epilog only when the help is shown."""
 
     make_epilog: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """As argparse does, with the epilog."""
+        """Returns the help text with the epilog."""
         if self.make_epilog is not None:
             self.epilog = self.make_epilog()
         return super().format_help()
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
-    """Add CONFIG.yaml and the overrides; the help lists every key."""
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file; the "
-                        "value is YAML")  # fmt: skip
+    """Adds the arguments CONFIG.yaml and section.key=value; the help lists all keys."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="value (YAML) that replaces a "
+                        "key of the file")  # fmt: skip
     if isinstance(parser, CommandParser):
         parser.make_epilog = _keys
 
 
 def read_configuration(options: argparse.Namespace) -> "Config":
-    """The configuration for the processes of this job.
+    """Loads the configuration for the number of processes of this job.
 
     Raises:
-        UserError: the file or an override is wrong.
+        UserError: the file or an override is invalid.
     """
     from megatron_spo.config.load import load_config
 

@@ -1,4 +1,4 @@
-"""`megatron-spo doctor`: what is installed, what is missing, and what that means."""
+"""`megatron-spo doctor`: shows which packages and devices are available, and what is missing."""
 
 import argparse
 import importlib.metadata
@@ -14,7 +14,7 @@ from megatron_spo.config.rules import installed
 
 
 class Finding(NamedTuple):
-    """One line of the table; `state` is ok, missing, or wrong."""
+    """One line of the table. `state` is ok, missing or wrong; `follows` is the consequence and the remedy."""
 
     name: str
     state: str
@@ -23,36 +23,41 @@ class Finding(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """Adds no options."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table."""
+    """Prints the table."""
     print(report())
 
 
 def report() -> str:
-    """The table as text. Imports torch only where an NVIDIA driver is there to be asked through it."""
+    """Returns the table as text. Imports torch only if there is an NVIDIA driver."""
     gpu, apex = _gpu(), _apex()
     findings = [
         _python(),
-        _package("torch", "torch", "nothing runs without it: make venv", required=True),
+        _package("torch", "torch", "required for all commands; run make venv", required=True),
         gpu,
-        _package("megatron-core", "megatron.core", "no training: pip install -e .", required=True),
-        _package("transformers", "transformers", "no tokenizers, no generation: pip install -e .", required=True),
-        _package("datasets", "datasets", "no data can be read: pip install -e .", required=True),
+        _package("megatron-core", "megatron.core", "required for training; run pip install -e .", required=True),
+        _package(
+            "transformers",
+            "transformers",
+            "required for tokenizers and generation; run pip install -e .",
+            required=True,
+        ),
+        _package("datasets", "datasets", "required to read data; run pip install -e .", required=True),
         _package(
             "transformer-engine",
             "transformer_engine",
-            "torch's layers and no fp8: pip install --no-build-isolation -e '.[gpu]' on a GPU machine",
+            "torch computes the layers, without fp8; run pip install --no-build-isolation -e '.[gpu]' on a GPU machine",
         ),
         apex,
         _adam(apex),
         _fp8(gpu),
-        _package("nemo-toolkit", "nemo", "NeMo 2 checkpoints are converted without it (docs/convert.md)"),
-        _package("wandb", "wandb", "logging.wandb stays off: pip install -e '.[wandb]'"),
-        _package("lm-eval", "lm_eval", "no benchmark scores: pip install -e '.[eval]'"),
-        _package("trl", "trl", "the tests that compare with it cannot run: pip install -e '.[dev]'"),
+        _package("nemo-toolkit", "nemo", "NeMo 2 checkpoints are still converted (docs/convert.md)"),
+        _package("wandb", "wandb", "logging.wandb must be off; run pip install -e '.[wandb]'"),
+        _package("lm-eval", "lm_eval", "evaluate --tasks is not available; run pip install -e '.[eval]'"),
+        _package("trl", "trl", "tests that compare with TRL are skipped; run pip install -e '.[dev]'"),
         _slurm(),
     ]
     widths = [max(len(finding[column]) for finding in findings) for column in range(3)]
@@ -69,7 +74,7 @@ def _python() -> Finding:
         "python",
         "ok" if suits else "wrong",
         platform.python_version(),
-        "" if suits else "3.11 or 3.12 is needed",
+        "" if suits else "Python 3.11 or 3.12 is required",
     )
 
 
@@ -88,15 +93,15 @@ def _version(name: str) -> str:
 
 def _gpu() -> Finding:
     driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
-    on_cpu = "runs on the CPU (gloo); CUDA symbols of Megatron-Core are bridged"
+    on_cpu = "runs on the CPU (gloo); CUDA functions of Megatron-Core are replaced"
     if not driver:
         return Finding("CUDA", "missing", "no NVIDIA driver", on_cpu)
     if not installed("torch"):
-        return Finding("CUDA", "missing", "no torch to ask", on_cpu)
+        return Finding("CUDA", "missing", "torch is not installed", on_cpu)
     import torch
 
     if not torch.cuda.is_available():
-        reason = "torch is a CPU build" if torch.version.cuda is None else "torch finds no device"
+        reason = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
         return Finding("CUDA", "missing", reason, on_cpu)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
@@ -104,7 +109,7 @@ def _gpu() -> Finding:
 
 
 def _apex() -> Finding:
-    """NVIDIA's apex has `apex/optimizers` and, when built with its kernels, the module amp_C."""
+    """Checks for NVIDIA's apex: it has `apex/optimizers` and, if built with CUDA kernels, the module amp_C."""
     spec = importlib.util.find_spec("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not folders:
@@ -112,23 +117,23 @@ def _apex() -> Finding:
             "apex",
             "missing",
             "-",
-            "optional; NVIDIA's builds from its sources on a GPU machine",
+            "optional; build NVIDIA's apex from source on a GPU machine",
         )
     if not any((Path(folder) / "optimizers").is_dir() for folder in folders):
-        follows = "this is another package of that name, not NVIDIA's: pip uninstall apex"
+        follows = "this is another package with the same name, not NVIDIA's; run pip uninstall apex"
         return Finding("apex", "wrong", _version("apex"), follows)
     if not installed("amp_C"):
         return Finding(
             "apex",
             "wrong",
             _version("apex"),
-            "built without its CUDA kernels (amp_C): build it again with them",
+            "built without its CUDA kernels (amp_C); rebuild it with them",
         )
     return Finding("apex", "ok", _version("apex"), "")
 
 
 def _adam(apex: Finding) -> Finding:
-    """Which one Megatron-Core 0.16.1 takes (optimizer/__init__.py): by what is installed, not by a key."""
+    """Returns which Adam Megatron-Core 0.16.1 uses (optimizer/__init__.py); it depends on the installed packages."""
     if installed("transformer_engine"):
         return Finding("Adam", "ok", "Transformer Engine's, fused", "")
     if apex.state == "ok":
@@ -137,8 +142,8 @@ def _adam(apex: Finding) -> Finding:
 
 
 def _fp8(gpu: Finding) -> Finding:
-    """The recipes (precision.fp8) that the first GPU can run, and why not the others."""
-    without = "optional; without it precision.fp8 stays null"
+    """Returns the recipes (precision.fp8) that the first GPU supports, and why it does not support the others."""
+    without = "optional; without it precision.fp8 must be null"
     if gpu.state != "ok":
         return Finding("fp8", "missing", "no NVIDIA GPU", without)
     import torch
@@ -148,7 +153,9 @@ def _fp8(gpu: Finding) -> Finding:
     able = ", ".join(recipe for recipe, reason in reasons.items() if reason is None)
     unable = "; ".join(f"{recipe}: {reason}" for recipe, reason in reasons.items() if reason is not None)
     if not able or not installed("transformer_engine"):
-        return Finding("fp8", "missing", f"this GPU can {able or 'none'}", f"{without}; needs transformer-engine")
+        return Finding(
+            "fp8", "missing", f"this GPU supports {able or 'none'}", f"{without}; requires transformer-engine"
+        )
     return Finding("fp8", "ok", able, unable)
 
 
@@ -156,12 +163,12 @@ def _slurm() -> Finding:
     found = [name for name in ("sinfo", "srun", "sbatch") if shutil.which(name)]
     if found:
         return Finding("SLURM", "ok", ", ".join(found), "")
-    return Finding("SLURM", "missing", "-", "optional; without it one machine, through torchrun")
+    return Finding("SLURM", "missing", "-", "optional; without it jobs run on one machine with torchrun")
 
 
 def _verdict(findings: list[Finding]) -> str:
     broken = [f.name for f in findings if f.state == "wrong" or (f.state == "missing" and not _may_lack(f))]
-    return f"To be mended: {', '.join(broken)}." if broken else "Everything that is needed is there."
+    return f"Missing or wrong: {', '.join(broken)}." if broken else "All required packages are installed."
 
 
 def _may_lack(finding: Finding) -> bool:

@@ -1,4 +1,4 @@
-"""`megatron-spo evaluate`: its options, and what they start. `--help` imports nothing that it computes with."""
+"""`megatron-spo evaluate`: scores answers, or a model on pairs or tasks. `--help` imports no libraries."""
 
 from __future__ import annotations
 
@@ -15,38 +15,42 @@ MODES = {
     "--pairs": {"model", "pairs", "reference", "batch_size", "max_length", "truncation", "bad_rows"},
     "--tasks": {"model", "tasks", "batch_size"},
 }
-"""What is evaluated -> the options that go with it, `--out` apart."""
+"""Modes and the options that each allows, besides `--out`."""
 BATCH_SIZE = 8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options; one that is not given is None."""
-    parser.add_argument("answers", metavar="ANSWERS.jsonl", nargs="*", type=Path, help="what `generate` wrote; "
-                        "two files of the same prompts: with the paired difference, second minus first")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="JSON file for everything that was found")
-    parser.add_argument("--alpaca-eval", type=Path, metavar="FILE", help="write the answers for AlpacaEval's judge")
-    parser.add_argument("--generator", help="the model's name in that file [the folder of ANSWERS.jsonl / its name]")
-    model = parser.add_argument_group("of a model, in place of answers")
-    model.add_argument("--model", type=Path, help="folder in Hugging Face format")
-    model.add_argument("--pairs", metavar="DATA", help="preference pairs to rank: a file or hub id, as in data.train")
-    model.add_argument("--reference", type=Path, help="Hugging Face folder of the reference: implicit rewards too")
-    model.add_argument("--max-length", type=int, help="as data.max_length [2048, or the model's limit]")
+    """Adds the options of the command. Options that are not given are None."""
+    parser.add_argument("answers", metavar="ANSWERS.jsonl", nargs="*", type=Path, help="output of `generate`; "
+                        "two files with the same prompts: also the paired difference, second minus first")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="JSON file to write all results to")
+    parser.add_argument(
+        "--alpaca-eval", type=Path, metavar="FILE", help="file to write the answers to in AlpacaEval's format"
+    )
+    parser.add_argument("--generator", help="model name in the AlpacaEval file [FOLDER/NAME of ANSWERS.jsonl]")
+    model = parser.add_argument_group("evaluation of a model instead of answers")
+    model.add_argument("--model", type=Path, help="model folder in Hugging Face format")
+    model.add_argument("--pairs", metavar="DATA", help="preference pairs to rank: file or hub id, as in data.train")
+    model.add_argument(
+        "--reference", type=Path, help="reference model folder in Hugging Face format; adds implicit rewards"
+    )
+    model.add_argument("--max-length", type=int, help="as data.max_length [2048, or the context length of the model]")
     model.add_argument("--truncation", choices=["error", "drop", "left", "right"], help="as data.truncation [error]")
     model.add_argument("--bad-rows", choices=["error", "drop"], help="as data.bad_rows [error]")
-    model.add_argument("--tasks", nargs="+", metavar="TASK", help="run lm-evaluation-harness: names or YAML files of "
-                       "its tasks (extra `eval`)")  # fmt: skip
-    model.add_argument("--batch-size", type=int, help=f"sequences at a time [{BATCH_SIZE}]")
+    model.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-evaluation-harness tasks to run: names or YAML "
+                       "files (requires the extra `eval`)")  # fmt: skip
+    model.add_argument("--batch-size", type=int, help=f"sequences per batch [{BATCH_SIZE}]")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, print a table, and write what was found.
+    """Evaluates, prints a table, and writes the results.
 
     Raises:
-        UserError: wrong options, answers, model or data.
+        UserError: options, answers, model or data are invalid.
     """
     mode = _mode(options)
     if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"evaluate: --batch-size is {options.batch_size}, it must be at least 1")
+        raise UserError(f"evaluate: --batch-size is {options.batch_size}; must be at least 1")
     shown, found = {"ANSWERS": _answers, "--pairs": _pairs, "--tasks": _tasks}[mode](options)
     if options.out:
         _write(options.out, found)
@@ -57,13 +61,13 @@ def _mode(options: argparse.Namespace) -> str:
     given = {name for names in MODES.values() for name in names if getattr(options, name) not in (None, [])}
     modes = [mode for mode in MODES if mode.removeprefix("--").lower() in given]
     if len(modes) != 1:
-        raise UserError("evaluate: give one of ANSWERS.jsonl, --model with --pairs, and --model with --tasks")
+        raise UserError("evaluate: give exactly one of ANSWERS.jsonl, --model with --pairs, or --model with --tasks")
     if unused := sorted(given - MODES[modes[0]]):
-        raise UserError(f"evaluate: --{unused[0].replace('_', '-')} does not go with {modes[0]}")
+        raise UserError(f"evaluate: --{unused[0].replace('_', '-')} is not supported with {modes[0]}; remove it")
     if modes[0] != "ANSWERS" and options.model is None:
-        raise UserError(f"evaluate: {modes[0]} needs --model")
+        raise UserError(f"evaluate: {modes[0]} requires --model")
     if options.generator and not options.alpaca_eval:
-        raise UserError("evaluate: --generator goes with --alpaca-eval")
+        raise UserError("evaluate: --generator requires --alpaca-eval")
     return modes[0]
 
 
@@ -71,12 +75,12 @@ def _answers(options: argparse.Namespace) -> tuple[str, Any]:
     from megatron_spo.evaluate.answers import alpaca_eval, differences, read_answers, table
 
     if len(options.answers) > 2:
-        raise UserError(f"evaluate: {len(options.answers)} files of answers; give one, or two to compare")
+        raise UserError(f"evaluate: got {len(options.answers)} answer files; give one, or two to compare")
     files = [read_answers(path) for path in options.answers]
     compared = differences(*files) if len(files) == 2 else {}
     if options.alpaca_eval:
         if len(files) == 2:
-            raise UserError("evaluate: --alpaca-eval takes one file of answers")
+            raise UserError("evaluate: --alpaca-eval supports only one answer file")
         path = files[0].path.resolve()
         _write(options.alpaca_eval, alpaca_eval(files[0], options.generator or f"{path.parent.name}/{path.stem}"))
     found = {"files": [file.as_json() for file in files]}

@@ -1,4 +1,4 @@
-"""`megatron-spo reference`: fill the cache of the reference model's log-probs."""
+"""`megatron-spo reference`: fills the cache with log-probs of the reference model."""
 
 import argparse
 
@@ -8,7 +8,7 @@ add_options = add_configuration
 
 
 def run(options: argparse.Namespace) -> None:
-    """Fill the cache. Raises what `megatron_spo.reference.fill.fill` does."""
+    """Fills the cache. Raises the errors of `megatron_spo.reference.fill.fill`."""
     config = read_configuration(options)
     from megatron_spo.reference.fill import fill
 

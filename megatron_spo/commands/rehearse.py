@@ -1,8 +1,9 @@
-"""`megatron-spo rehearse`: build a layout rank by rank without its GPUs, and check it.
+"""`megatron-spo rehearse`: builds a layout rank by rank without its GPUs, and checks it.
 
-Every rank's model is built without memory, one after another. Checked: each number of each Hugging Face tensor is read
-once by each replica and by the right ranks, the shards of a checkpoint make whole tensors, no rank holds more than
-planned, and every pair is in one row of the epoch. Exit code 2, and what was found, if something is wrong.
+The model of each rank is built on the meta device, one after another. The checks: every replica reads each element of
+each Hugging Face tensor exactly once, on the right ranks; the shards of a checkpoint form complete tensors; no rank
+holds more than planned; and every pair is in exactly one row of the epoch. If a check fails, the command prints the
+findings and ends with exit code 2.
 """
 
 import argparse
@@ -12,17 +13,17 @@ from megatron_spo.commands.configuration import add_configuration
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Adds the options of the command."""
     add_configuration(parser)
     parser.add_argument("--gpus", type=int, required=True, help="number of processes of the layout")
-    parser.add_argument("--pairs", type=int, default=60_000, help="pairs of the row plan [%(default)s]")
+    parser.add_argument("--pairs", type=int, default=60_000, help="number of pairs to pack into rows [%(default)s]")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rehearse and print the numbers found.
+    """Builds and checks the layout and prints the results.
 
     Raises:
-        UserError: the configuration is wrong, or the layout does not do what it must.
+        UserError: the configuration is invalid, or a check of the layout fails.
     """
     from megatron_spo.config.load import load_config
     from megatron_spo.config.topology import make_topology

@@ -1,17 +1,17 @@
-"""`megatron-spo report`: one HTML page about runs."""
+"""`megatron-spo report`: writes an HTML page about one or more runs."""
 
 import argparse
 from pathlib import Path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Adds the options of the command."""
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page. Raises what `write_report` does."""
+    """Writes the page. Raises the errors of `write_report`."""
     from megatron_spo.report import write_report
 
     write_report(options.runs, options.out)

@@ -1,4 +1,4 @@
-"""`megatron-spo scaling`: fit scaling laws, run studies of many runs."""
+"""`megatron-spo scaling`: fits scaling laws and runs studies of many runs."""
 
 import argparse
 import sys
@@ -6,40 +6,46 @@ from pathlib import Path
 from typing import Any
 
 LAW_NAMES = ("chinchilla", "power", "overoptimization", "stability")
-"""As in fit.LAWS, which takes SciPy to import."""
+"""Names in fit.LAWS, repeated here because importing that module requires SciPy."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `fit` and `study` with their options to the parser of `scaling`."""
+    """Adds the subcommands `fit` and `study` with their options."""
     commands = parser.add_subparsers(dest="part", metavar="fit|study", required=True)
-    fit = commands.add_parser("fit", help="fit a law to points; says so where they do not determine it")
-    fit.add_argument("points", metavar="POINTS", type=Path, help="CSV or Parquet, such as the table of a study")
-    fit.add_argument("--law", choices=LAW_NAMES, required=True, help="chinchilla: loss of N and D; power: loss of x; "
-                     "overoptimization: reward of kl; stability: steps of lr, beta, lambda, N")  # fmt: skip
-    fit.add_argument("--out", type=Path, required=True, help="JSON to write")
-    fit.add_argument("--plot", type=Path, help="SVG to write: the fit and its residuals")
-    fit.add_argument("--column", action=_Pairs, default={}, metavar="NAME=COLUMN", help="the points' name of the law's "
-                     "column NAME; repeat it for several")  # fmt: skip
-    fit.add_argument("--flops", type=float, nargs="+", default=[], help="chinchilla: the best N and D for these, 6 N D")
-    fit.add_argument("--stable-steps", type=float, nargs="+", default=[], metavar="STEPS", help="stability: lambda "
-                     "with which a run stays within the bound for so many steps")  # fmt: skip
-    fit.add_argument("--at", action=_Pairs, default={}, metavar="CAUSE=VALUE", help="stability: setting of such a run "
-                     "(default: the geometric mean of the points)")  # fmt: skip
-    fit.add_argument("--bootstrap", type=int, default=1000, help="refits that the intervals come from [%(default)s]")
-    fit.add_argument("--seed", type=int, default=0, help="of these refits' draws [%(default)s]")
+    fit = commands.add_parser("fit", help="fit a law to points; warns if the points do not determine it")
+    fit.add_argument("points", metavar="POINTS", type=Path, help="CSV or Parquet file, such as the table of a study")
+    fit.add_argument("--law", choices=LAW_NAMES, required=True, help="chinchilla: loss from N and D; power: loss from "
+                     "x; overoptimization: reward from kl; stability: steps from lr, beta, lambda and N")  # fmt: skip
+    fit.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    fit.add_argument("--plot", type=Path, help="SVG file to write: the fit and its residuals")
+    fit.add_argument("--column", action=_Pairs, default={}, metavar="NAME=COLUMN", help="name in POINTS of the law's "
+                     "column NAME; can be repeated")  # fmt: skip
+    fit.add_argument("--flops", type=float, nargs="+", default=[], help="chinchilla: compute budgets 6 N D for "
+                     "which to give the optimal N and D")  # fmt: skip
+    fit.add_argument("--stable-steps", type=float, nargs="+", default=[], metavar="STEPS", help="stability: give "
+                     "the lambda with which a run stays within the bound for this many steps")  # fmt: skip
+    fit.add_argument("--at", action=_Pairs, default={}, metavar="CAUSE=VALUE", help="stability: setting of that run "
+                     "[geometric mean of the points]")  # fmt: skip
+    fit.add_argument("--bootstrap", type=int, default=1000, help="number of bootstrap refits for the intervals "
+                     "[%(default)s]")  # fmt: skip
+    fit.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap [%(default)s]")
 
-    study = commands.add_parser("study", help="run what a file asks for, many runs, and make one table")
-    study.add_argument("study", metavar="STUDY.yaml", type=Path)
-    study.add_argument("--workers", type=int, default=1, help="runs at a time; they share out the cores [%(default)s]")
-    study.add_argument("--only", type=int, nargs="+", metavar="N", help="of all runs, these, counted from 1")
+    study = commands.add_parser("study", help="run the runs of a study file and write one table")
+    study.add_argument("study", metavar="STUDY.yaml", type=Path, help="study file")
+    study.add_argument("--workers", type=int, default=1, help="parallel runs, which share the CPU cores [%(default)s]")
+    study.add_argument("--only", type=int, nargs="+", metavar="N", help="run only these runs, counted from 1")
     does = study.add_mutually_exclusive_group()
-    does.add_argument("--table", action="store_true", help="make the table again, run nothing")
-    does.add_argument("--list", action="store_true", help="check the study and show its runs, run nothing")
-    does.add_argument("--slurm", choices=["print", "submit"], help="the runs as an array of slurm/array_study.sh")
+    does.add_argument("--table", action="store_true", help="only write the table again")
+    does.add_argument("--list", action="store_true", help="only check the study and list its runs")
+    does.add_argument("--slurm", choices=["print", "submit"], help="print or submit the runs as a job array of "
+                      "slurm/array_study.sh")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    """Fit or run; exit code 1 if a run of the study is not done. Raises what `megatron_spo.scaling.run` does."""
+    """Fits a law or runs a study. The exit code is 1 if a run of the study is not complete.
+
+    Raises the errors of `megatron_spo.scaling.run`.
+    """
     from megatron_spo.scaling.run import fit_points, run_study
 
     if options.part == "fit":
@@ -49,10 +55,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 class _Pairs(argparse.Action):
-    """Collects NAME=VALUE; `--at` has numbers."""
+    """Collects NAME=VALUE arguments in a dict."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         name, equals, value = values.partition("=")
         if not name or not equals or not value:
-            parser.error(f"{option} {values}: must look like NAME=VALUE")
+            parser.error(f"{option} {values}: must have the form NAME=VALUE")
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})

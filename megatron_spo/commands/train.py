@@ -1,4 +1,4 @@
-"""`megatron-spo train`: train as a configuration says, or resume."""
+"""`megatron-spo train`: trains with a configuration, or resumes a run."""
 
 import argparse
 
@@ -8,8 +8,8 @@ add_options = add_configuration
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train. Raises what `megatron_spo.train.run.train` does."""
+    """Trains. Raises the errors of `megatron_spo.train.run.train`."""
     config = read_configuration(options)
-    from megatron_spo.train.run import train  # after the configuration: torch takes seconds to load
+    from megatron_spo.train.run import train  # after the configuration is checked: importing torch takes seconds
 
     train(config)

@@ -1,4 +1,4 @@
-"""A data set as a key of the configuration."""
+"""Configuration of a data set."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ from megatron_spo.config.section import Section
 
 
 def _sources(value: Any) -> Any:
-    """A source may be a path, a mapping, or a list of either."""
+    """Converts a path, a mapping, or a list of these to a list of mappings."""
     if value is None:
         return []
     entries = value if isinstance(value, list) else [value]
@@ -19,11 +19,11 @@ class DataSource(Section):
     """One data set."""
 
     path: str = Field(min_length=1)
-    """JSONL or Parquet file, or the id of a data set on the hub"""
+    """JSONL or Parquet file, folder of save_to_disk, or id of a data set on the Hugging Face hub"""
     weight: float = Field(1.0, gt=0)
-    """how often a row is drawn in an epoch, relative to rows of weight 1; > 0"""
+    """how often each row is used in an epoch (1: once); > 0"""
     split: str = "train"
-    """split of a hub data set; files have none"""
+    """split of a hub data set or of a folder; ignored for files"""
 
 
 Sources = Annotated[list[DataSource], BeforeValidator(_sources)]

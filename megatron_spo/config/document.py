@@ -1,6 +1,6 @@
-"""The list of all keys, from the schema: for `--help` and for examples/reference.yaml.
+"""Documentation of all configuration keys, generated from the schema: `--help` and examples/reference.yaml.
 
-`python -m megatron_spo.config.document > examples/reference.yaml` writes the latter.
+`python -m megatron_spo.config.document > examples/reference.yaml` writes the file.
 """
 
 import textwrap
@@ -18,7 +18,7 @@ from megatron_spo.config.section import Section
 from megatron_spo.config.spo import SCHEDULE_SPECS
 from megatron_spo.config.yaml_text import format_yaml
 
-# what examples/reference.yaml holds where a key has no default that could stand there
+# values in examples/reference.yaml for keys without a usable default
 PLACEHOLDERS: dict[str, Any] = {
     "output": "runs/example",
     "model.path": "path/to/model",
@@ -29,7 +29,7 @@ PLACEHOLDERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class KeyDoc:
-    """One key: `default` as YAML text ("required" where it has none), `text` with unit and range."""
+    """Documentation of one key: `default` is YAML text or "required"; `text` includes unit and range."""
 
     name: str
     default: str
@@ -37,7 +37,7 @@ class KeyDoc:
 
 
 def key_docs() -> Iterator[tuple[str, str, list[KeyDoc]]]:
-    """Every section as (name, text, keys); `output` comes first, in a section without a name."""
+    """Yields (name, text, keys) of each section; `output` comes first, in a section with an empty name."""
     plain = [name for name in Config.model_fields if section_class(name) is None]
     yield "", "", [_key_doc(name, Config.model_fields[name]) for name in plain]
     for name in Config.model_fields:
@@ -47,7 +47,7 @@ def key_docs() -> Iterator[tuple[str, str, list[KeyDoc]]]:
 
 
 def help_text(width: int = 100) -> str:
-    """All keys with default and text, for a terminal."""
+    """Returns the help text for the terminal: all keys with default and description, losses and schedules."""
     lines = ["keys (section.key=value on the command line, nested in YAML):"]
     for section, text, docs in key_docs():
         lines += ["", f"{section}: {text}"] if section else []
@@ -65,11 +65,11 @@ def help_text(width: int = 100) -> str:
 
 
 def reference_yaml() -> str:
-    """A configuration that loads and shows every key; keys without effect in it are commented out."""
+    """Returns a loadable configuration with all keys; keys that have no effect in it are commented out."""
     example = Config.model_validate(_nested(PLACEHOLDERS))
     unused = unused_keys(example)
     lines = [
-        "# Every key with its default, unit and range. A key behind `#` has no effect beside these values.",
+        "# All keys with default, unit and range. Keys that are commented out have no effect with these values.",
         "# Generated: python -m megatron_spo.config.document > examples/reference.yaml",
     ]
     for section, text, docs in key_docs():
@@ -98,13 +98,13 @@ def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     parts = [part for inner in get_args(annotation) for part in (inner, *get_args(inner))]
-    if float in parts:  # a number, or a word that the text explains
+    if float in parts:  # a number or a word; the description names the words
         return []
     return list(dict.fromkeys(choice for inner in get_args(annotation) for choice in _choices(inner)))
 
 
 def _yaml(value: Any) -> str:
-    """`value` on one line."""
+    """Returns `value` as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     return format_yaml([plain], flow=True).strip()[1:-1]
 

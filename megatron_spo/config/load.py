@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a `Config`, or to one clear message per mistake."""
+"""Loads a `Config` from a YAML file and command-line overrides."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from megatron_spo.errors import UserError
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, elsewhere: bool = False
 ) -> Config:
-    """The configuration in `path` with `section.key=value` overrides applied, checked and resolved.
+    """Loads, checks and resolves a configuration.
 
     Resolved means that the loss's parameters, `training.epochs` and `data.max_length` have their effective values.
 
@@ -50,12 +50,12 @@ def load_config(
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal configuration; keys that have no effect are left out."""
+    """Returns YAML that `load_config` reads back to an equal configuration, without keys that have no effect."""
     return format_yaml(plain(config))
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The configuration as plain data, by YAML names, without the keys that have no effect."""
+    """Returns the configuration as nested dicts with YAML names, without keys that have no effect."""
     unused = unused_keys(config)
     result: dict[str, Any] = {}
     for name, value in config.model_dump(mode="json", by_alias=True).items():
@@ -69,15 +69,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(f"{path}: configuration file does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a configuration ({error})") from None
+        raise UserError(f"{path}: cannot read the configuration ({error})") from None
     try:
         values = parse_yaml(text)
     except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold sections such as `model:` and `data:`, got {values!r}")
+        raise UserError(f"{path}: must be a YAML mapping with sections such as `model:` and `data:`, but is {values!r}")
     for name, value in values.items():
         if value is None and _is_section(name):  # all its keys are commented out
             values[name] = {}
@@ -89,11 +89,11 @@ def _is_section(name: Any) -> bool:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
-    """Sets one `section.key=value` (or `output=value`) in `values`; returns the key."""
+    """Applies one override `section.key=value` (or `output=value`) to `values` and returns its key."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"override {override!r}: must look like section.key=value")
+        raise UserError(f"override {override!r}: must have the form section.key=value")
     try:
         value = parse_yaml(text)
     except ValueError as error:
@@ -101,13 +101,13 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     section, dot, name = key.partition(".")
     if not dot:
         if _is_section(section):
-            raise UserError(f"override {override!r}: {section} is a section; give {section}.key=value")
+            raise UserError(f"override {override!r}: {section} is a section; use {section}.key=value")
         values[key] = value
         return key
     if not _is_section(section):
         raise UserError(f"override {override!r}: unknown section {section!r}{_nearest(section)}")
     if not isinstance(values.setdefault(section, {}), dict):
-        raise UserError(f"override {override!r}: {section} is not a section in the file, but {values[section]!r}")
+        raise UserError(f"override {override!r}: {section} must be a section in the file, but is {values[section]!r}")
     values[section][name] = value
     return key
 
@@ -120,7 +120,7 @@ def _flat_keys(values: Mapping[str, Any]) -> list[str]:
 
 
 def _shape_of(config: Config) -> ModelShape | None:
-    """The model's shape where `model.path` is a folder; a hub id is checked when it has been fetched."""
+    """Returns the model's shape if `model.path` is a folder. A hub id is checked after the download."""
     return read_model_shape(config.model.path) if Path(config.model.path).is_dir() else None
 
 
@@ -136,7 +136,7 @@ def _resolve(config: Config, given: frozenset[str], shape: ModelShape | None) ->
 
 
 def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str:
-    """One line: where, the key, the value given, what is allowed."""
+    """Formats one validation error: file or command line, key, value, and the allowed values."""
     location = tuple(part for part in details["loc"] if part not in FORMS)
     key = _key_text(location)
     origin = "command line" if any(key == name or key.startswith(f"{name}[") for name in overridden) else path
@@ -147,7 +147,7 @@ def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str
     if details["type"] == "extra_forbidden":
         return f"{origin}: unknown key {key!r}{_nearest(key)}"
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{origin}: {key} = {details['input']!r}: must be a section of `key: value` lines"
+        return f"{origin}: {key} = {details['input']!r}: must be a section with `key: value` lines"
     message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
     message = message.removeprefix("Value error, ")
     return f"{origin}: {key} = {details['input']!r}: {message}{allowed}"
@@ -161,7 +161,7 @@ def _key_text(location: Sequence[int | str]) -> str:
 
 
 def _description(location: Sequence[int | str]) -> str | None:
-    """The docstring of the field at `location`."""
+    """Returns the docstring of the field at `location`, or None."""
     names = [part for part in location if isinstance(part, str)]
     section = section_class(names[0]) if names[0] in Config.model_fields else None
     if len(names) == 3:
@@ -174,15 +174,15 @@ def _description(location: Sequence[int | str]) -> str | None:
 
 
 def _nearest(key: str) -> str:
-    """`; did you mean ...?` for an unknown key, with its own section's keys before those of the others."""
+    """Returns `; did you mean ...?` for an unknown key, preferring keys of the same section, or the allowed keys."""
     section, _, last = key.rpartition(".")
     if "[" in section:
         near = difflib.get_close_matches(last, keys_of(DataSource), 1)
-        return f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(keys_of(DataSource))}"
+        return f"; did you mean {near[0]!r}?" if near else f"; allowed keys: {', '.join(keys_of(DataSource))}"
     sections = {name: section_class(name) for name in Config.model_fields}
     every = [(name, entry) for name, members in sections.items() if members for entry in keys_of(members)]
     own = [entry for name, entry in every if name == section] if section else list(sections)
     same = [f"{name}.{entry}" for name, entry in every if entry == last]
     near = same or [f"{section}.{entry}".lstrip(".") for entry in difflib.get_close_matches(last, own, 1)]
     near = near or [f"{name}.{entry}" for name, entry in every if difflib.get_close_matches(last, [entry], 1, 0.8)]
-    return f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(own)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; allowed keys: {', '.join(own)}"

@@ -1,14 +1,12 @@
-"""What the configuration knows about each preference loss: needs, parameters, defaults. No torch.
+"""Properties of the preference losses: requirements, parameters and defaults. Does not import torch.
 
-The formulas are in `megatron_spo.objective.losses`, one function per name, with keyword arguments named as
-here.
+The formulas are in `megatron_spo.objective.losses`, one function per name, with the same parameter names.
 
-Sources of the defaults: the loss's paper or its authors' configurations where they name one value, else TRL's
-default (`beta` 0.1). simpo: within the authors' table (beta 2 to 2.5, ratio .1 to .8 for most models; beta 10
-for two). TRL's own SimPO defaults (beta 0.1, gamma 0.5, that is a ratio of 5, and an NLL term of weight 1)
-are not theirs. alpha_dpo: the authors' Llama-3-Instruct configuration. cpo: `nll_weight` is 1 in the paper
-and 0 here, because the SFT term is the business of `spo.lambda`. dpop: beta and penalty as in the Smaug
-paper.
+The defaults are those of the paper or of the authors' configurations if they give one value, else those of TRL (`beta`
+0.1). simpo: within the authors' table (beta 2 to 2.5, ratio 0.1 to 0.8 for most models; beta 10 for two). TRL's SimPO
+defaults (beta 0.1, gamma 0.5, which is a ratio of 5, and an NLL term of weight 1) differ from the authors'. alpha_dpo:
+the authors' Llama-3-Instruct configuration. cpo: `nll_weight` is 1 in the paper and 0 here, because `spo.lambda`
+controls the SFT term. dpop: beta and penalty as in the Smaug paper.
 """
 
 from collections.abc import Mapping
@@ -18,23 +16,22 @@ from typing import Literal
 
 Statistic = Literal["sum", "mean"]
 ROUNDING = 4e-6
-"""Relative rounding of an fp32 sum of log-probs. A policy that equals its reference is off by so much in another
-layout, or with other neighbours in its row; where the sign of a difference decides, a smaller one counts as none."""
+"""Relative rounding error of an fp32 sum of log-probs. A policy that equals its reference differs from it by this much
+in another layout or with other pairs in its row. If the sign of a difference matters, smaller ones count as 0."""
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The facts of one preference loss that do not need tensors.
+    """Properties of one preference loss that do not need tensors.
 
     Attributes:
         name: the value of `loss.name`.
-        needs_reference: whether the reference's log-probs enter the formula (they may still be wanted to
-            measure the gap of a loss that does not need them).
-        parameters: accepted `loss.*` keys with their defaults; every other key is refused.
-        statistic: the form in which the chosen log-prob enters the loss, next to `beta`: its "sum" over the
-            response or its token "mean". `spo.lambda_unit: relative` acts on it; None means that the loss has
-            no such common scale and refuses the unit.
-        summary: one line for `--help` and the generated reference configuration.
+        needs_reference: whether the formula uses log-probs of the reference. (The gap may need them with any loss.)
+        parameters: accepted `loss.*` keys with their defaults; other keys are rejected.
+        statistic: which chosen log-prob beta multiplies in the loss: its "sum" over the response or its "mean" over the
+            tokens. `spo.lambda_unit: relative` depends on it. None: the loss has no single scale, so that unit is
+            rejected.
+        summary: one line for `--help`.
     """
 
     name: str
@@ -65,7 +62,7 @@ def _spec(
 
 
 _SPECS = (
-    _spec("dpo", "DPO; label_smoothing > 0 is cDPO", beta=0.1, label_smoothing=0.0),
+    _spec("dpo", "DPO; cDPO with label_smoothing > 0", beta=0.1, label_smoothing=0.0),
     _spec(
         "robust",
         "robust DPO, unbiased when labels are flipped at rate label_smoothing (< 0.5)",
@@ -74,15 +71,15 @@ _SPECS = (
     ),
     _spec(
         "ipo",
-        "IPO: squared distance of the log-ratio gap to 1/(2 beta); average: per token, the authors' form",
+        "IPO: squared distance of the log-ratio gap to 1/(2 beta); average: per token, as in the authors' code",
         statistic=None,
         beta=0.1,
         average=True,
     ),
-    _spec("hinge", "SLiC hinge on the DPO margin", beta=0.1),
+    _spec("hinge", "SLiC: hinge loss on the DPO margin", beta=0.1),
     _spec(
         "simpo",
-        "SimPO: length-normalised, no reference, target margin gamma_beta_ratio",
+        "SimPO: length-normalised log-probs, no reference, target margin gamma_beta_ratio",
         statistic="mean",
         needs_reference=False,
         beta=2.5,
@@ -108,14 +105,14 @@ _SPECS = (
     ),
     _spec(
         "orpo",
-        "ORPO: chosen mean negative log-prob plus beta times the odds-ratio loss",
+        "ORPO: mean negative log-prob of the chosen response plus beta times the odds-ratio loss",
         statistic=None,
         needs_reference=False,
         beta=0.1,
     ),
     _spec(
         "dpop",
-        "DPO-Positive (Smaug): DPO, penalised where the chosen log-prob is below the reference's",
+        "DPO-Positive (Smaug): DPO with a penalty if the chosen log-prob is below that of the reference",
         beta=0.3,
         penalty=50.0,
     ),
@@ -126,8 +123,8 @@ _SPECS = (
         label_smoothing=1e-3,
     ),
     _spec("nca_pair", "NCA: noise-contrastive alignment on a pair", beta=0.01),
-    _spec("apo_zero", "APO-zero: chosen up, rejected down", beta=0.1),
-    _spec("apo_down", "APO-down: both down, rejected more", beta=0.1),
+    _spec("apo_zero", "APO-zero: increases the chosen and decreases the rejected log-prob", beta=0.1),
+    _spec("apo_down", "APO-down: decreases both log-probs, the rejected one more", beta=0.1),
     _spec(
         "sppo_hard",
         "SPPO with hard labels: squared distance of each log-ratio to +-1/(2 beta)",

@@ -1,4 +1,4 @@
-"""A model's shape, read from its Hugging Face config.json; what is not built is refused here, by name."""
+"""Reads the shape of a model from its Hugging Face config.json and rejects features that are not supported."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_spo.config.model_folder import CONFIG, GEMMA, is_tied, read_config
 from megatron_spo.errors import UserError
 
-# what transformers assumes where max_position_embeddings is absent
+# the defaults of transformers for max_position_embeddings
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768,
                      "mixtral": 131072, "qwen3_moe": 32768, "gemma2": 8192, "gemma3_text": 131072}  # fmt: skip
 FAMILIES = tuple(DEFAULT_POSITIONS)
@@ -18,20 +18,20 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""What is built -> the numbers that it needs."""
+"""Supported RoPE types and the numbers that each requires."""
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000
-"""More than any model has: a number beyond is a mistake, and the table of tensors would fill the memory."""
+"""Upper limits. A larger number is a mistake, and the table of tensors would not fit into memory."""
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers within a layer, under Hugging Face's names."""
+"""The linear projections of a layer, by Hugging Face's names."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture that takes the place of every layer's feed-forward network.
+    """The mixture of experts that replaces the feed-forward network of every layer.
 
-    A token goes to `per_token` of `count` experts of width `ffn`. Their weights are the router's softmax over all
-    experts, divided by their sum where `renormalised`.
+    Each token is processed by `per_token` of `count` experts of width `ffn`. Their weights are the router's softmax
+    over all experts, divided by the sum of the selected weights if `renormalised`.
     """
 
     count: int
@@ -42,13 +42,15 @@ class Experts:
 
 @dataclass(frozen=True)
 class Gemma:
-    """What the Gemma families add: embeddings scaled by the root of the hidden size, norms that multiply by 1 + weight
-    and stand before and behind attention and feed-forward network, a gate of GELU (tanh) in place of SiLU, and these.
+    """Properties of the Gemma families.
+
+    Gemma also scales embeddings by the square root of the hidden size, has norms that multiply by 1 + weight before and
+    after attention and feed-forward network, and uses GELU (tanh) instead of SiLU in the gate.
 
     Attributes:
-        attention_scale: of the scores, in place of the inverse root of the head's dimension.
-        attention_softcap, logit_softcap: c of c tanh(x / c) on attention's scores and on logits, where there is one.
-        local_theta: base of the rotary angles in layers with a sliding window, where it is another one.
+        attention_scale: scale of the attention scores, instead of the inverse square root of the head dimension.
+        attention_softcap, logit_softcap: c in c tanh(x / c) on attention scores and on logits, or None.
+        local_theta: RoPE base of the layers with a sliding window, or None if it is the same.
     """
 
     attention_scale: float
@@ -59,12 +61,15 @@ class Gemma:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a model.
+    """The dimensions and architecture of a model.
 
-    `max_positions` and `sliding_window` are tokens, the latter those that a query sees at most (itself included) in
-    `sliding_layers`, counted from 0; `rope_scaling` is the Hugging Face dict with `rope_type`, or None for plain RoPE;
-    `raw` is config.json. `ffn` is the width of a dense layer's feed-forward network, in whose place `experts` stand
-    where there are some.
+    Attributes:
+        ffn: width of the feed-forward network of a dense layer; not used if there are `experts`.
+        rope_scaling: the Hugging Face dict with `rope_type`, or None for plain RoPE.
+        max_positions: context length in tokens.
+        sliding_window: maximum number of tokens that a query attends to, itself included, in `sliding_layers`.
+        sliding_layers: indices of the layers with a sliding window, counted from 0.
+        raw: the content of config.json.
     """
 
     family: str
@@ -91,27 +96,27 @@ class ModelShape:
 
     @property
     def active_ffn(self) -> int:
-        """Feed-forward columns that one token passes through in a layer."""
+        """Feed-forward columns that process one token in a layer."""
         return self.ffn if self.experts is None else self.experts.per_token * self.experts.ffn
 
     @property
     def attention_weights(self) -> int:
-        """Numbers in the projections of a layer's attention."""
+        """Number of weights in the attention projections of a layer."""
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
     def qkv_biases(self) -> int:
-        """Numbers in the biases of a layer's queries, keys and values."""
+        """Number of query, key and value biases of a layer."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
 
     @property
     def norm_weights(self) -> int:
-        """Numbers in a layer's norms."""
+        """Number of weights in the norms of a layer."""
         return (2 if self.gemma is None else 4) * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
     def parameters(self) -> int:
-        """All numbers of the model, those of every expert among them."""
+        """Number of parameters of the model, including all experts."""
         if self.experts is None:
             feed_forward = 3 * self.hidden * self.ffn
         else:
@@ -121,7 +126,7 @@ class ModelShape:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(in, out) features of each of PROJECTIONS."""
+        """(input, output) features of each projection in PROJECTIONS."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = [(self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden)]
         mlp = [(self.hidden, self.ffn), (self.hidden, self.ffn), (self.ffn, self.hidden)]
@@ -129,13 +134,14 @@ class ModelShape:
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:
-    """The shape of the model in `folder`.
+    """Reads the shape of the model in `folder`.
 
-    Raises UserError where config.json is missing, torn or asks for more than is built.
+    Raises:
+        UserError: config.json is missing, damaged, or requires a feature that is not supported.
     """
     path, raw = Path(folder) / CONFIG, read_config(Path(folder))
     family = raw["model_type"]
-    _refuse_unbuilt(path, raw, family)
+    _check_supported(path, raw, family)
     hidden, heads = _count(path, raw, "hidden_size"), _count(path, raw, "num_attention_heads")
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
     if heads % kv_heads:
@@ -168,47 +174,50 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     )
 
 
-def _refuse_unbuilt(path: Path, raw: Mapping[str, Any], family: str) -> None:
+def _check_supported(path: Path, raw: Mapping[str, Any], family: str) -> None:
     if family == "gemma3":
-        raise UserError(f"{path}: model_type = 'gemma3' is a model of text and images, of which only the text part "
-                        "(gemma3_text) is built; docs/convert.md has the lines that save it as a folder of its "
-                        "own")  # fmt: skip
+        raise UserError(f"{path}: model_type = 'gemma3' (text and images) is not supported, only the text model "
+                        "gemma3_text; docs/convert.md shows how to save the text model to its own folder")  # fmt: skip
     if family not in FAMILIES:
-        raise UserError(f"{path}: model_type = {raw.get('model_type')!r} is not built; built are {', '.join(FAMILIES)}")
-    unbuilt = {
+        raise UserError(
+            f"{path}: model_type = {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    unsupported = {
         "attention_bias": raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
         "quantization_config": raw.get("quantization_config"),
         "router_jitter_noise": raw.get("router_jitter_noise"),
         "mlp_only_layers": raw.get("mlp_only_layers"),
         "use_bidirectional_attention": raw.get("use_bidirectional_attention"),
-        # transformers has the key for gemma3_text and does not read it
+        # transformers has this key for gemma3_text but does not read it
         "attn_logit_softcapping": family == "gemma3_text" and raw.get("attn_logit_softcapping"),
     }
-    for key, value in unbuilt.items():
+    for key, value in unsupported.items():
         if value:
-            raise UserError(f"{path}: {key} = {value!r} is not built for {family} models; only models without it")
+            raise UserError(f"{path}: {key} = {value!r} is not supported for {family} models; use a model without it")
     key, only = ("hidden_activation", "gelu_pytorch_tanh") if family in GEMMA else ("hidden_act", "silu")
     if (activation := raw.get(key) or only) != only:
-        raise UserError(f"{path}: {key} = {activation!r} is not built for {family} models; only {only!r}, gated")
+        raise UserError(
+            f"{path}: {key} = {activation!r} is not supported for {family} models; only {only!r} (gated) is"
+        )
 
 
 def _experts(path: Path, raw: Mapping[str, Any], family: str) -> Experts | None:
-    """The mixture of experts of a family that has one; every layer must be one."""
+    """Returns the mixture of experts, or None for dense families. Every layer must have experts."""
     if family not in ("mixtral", "qwen3_moe"):
         return None
     if raw.get("decoder_sparse_step", 1) != 1:
-        raise UserError(f"{path}: decoder_sparse_step = {raw['decoder_sparse_step']!r} is not built; only 1, experts "
-                        "in every layer")  # fmt: skip
-    # transformers 5 writes num_local_experts for both families, hub models of qwen3_moe have num_experts
+        raise UserError(f"{path}: decoder_sparse_step = {raw['decoder_sparse_step']!r} is not supported; only 1 "
+                        "(experts in every layer) is")  # fmt: skip
+    # transformers 5 writes num_local_experts for both families; qwen3_moe models on the hub have num_experts
     count = _count(path, raw, "num_local_experts", raw.get("num_experts"), most=MOST_EXPERTS)
     per_token = _count(path, raw, "num_experts_per_tok")
     renormalised = family == "mixtral" or bool(raw.get("norm_topk_prob", False))
     if per_token > count:
         raise UserError(f"{path}: num_experts_per_tok = {per_token} exceeds the model's {count} experts")
     if per_token == 1 and renormalised:
-        raise UserError(f"{path}: num_experts_per_tok = 1 with renormalised weights is not built; every weight would "
-                        "be 1, without a gradient for the router")  # fmt: skip
+        raise UserError(f"{path}: num_experts_per_tok = 1 with renormalised weights is not supported: every weight "
+                        "would be 1, so the router would get no gradient")  # fmt: skip
     width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
     return Experts(count, per_token, _count(path, raw, width), renormalised)
 
@@ -224,7 +233,7 @@ def _count(path: Path, raw: Mapping[str, Any], key: str, default: int | None = N
 
 
 def _number(path: Path, raw: Mapping[str, Any], key: str, default: float | None) -> float:
-    """A positive number; null counts as absent."""
+    """Returns a positive number from config.json; null is the same as a missing key."""
     value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -233,7 +242,7 @@ def _number(path: Path, raw: Mapping[str, Any], key: str, default: float | None)
 
 
 def _mapping(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A copy of a JSON object; null counts as an empty one."""
+    """Returns a copy of a JSON object; null is the same as an empty object."""
     value = raw.get(key)
     if not isinstance(value, dict | None):
         raise UserError(f"{path}: {key} = {value!r}; must be a JSON object")
@@ -243,7 +252,7 @@ def _mapping(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, family: str) -> int:
     if raw.get("head_dim") is not None:
         return _count(path, raw, "head_dim")
-    if family in (default := {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}):  # whatever the hidden size
+    if family in (default := {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}):  # independent of the hidden size
         return default[family]
     if hidden % heads:
         raise UserError(f"{path}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
@@ -262,9 +271,9 @@ def _gemma(path: Path, raw: Mapping[str, Any], family: str, local_theta: float |
 
 
 def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[str, Any] | None, float | None]:
-    """Base, scaling, and the base in layers with a sliding window where it is another one.
+    """Returns the RoPE base, the scaling, and the base of layers with a sliding window (None if it is the same).
 
-    transformers 5 keeps them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
+    transformers 5 stores them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
     `rope_local_base_freq`.
     """
     scaling = _mapping(path, raw, "rope_parameters") or _mapping(path, raw, "rope_scaling")
@@ -272,7 +281,7 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
     if family == "gemma3_text":
         within = _mapping(path, scaling, "sliding_attention")
         if (kind := within.get("rope_type", "default")) != "default":
-            raise UserError(f"{path}: RoPE type {kind!r} in layers with a sliding window is not built; only 'default'")
+            raise UserError(f"{path}: RoPE type {kind!r} is not supported in sliding-window layers; only 'default' is")
         local = _number(path, within, "rope_theta", _number(path, raw, "rope_local_base_freq", 1e4))
         scaling = _mapping(path, scaling, "full_attention") if "full_attention" in scaling else scaling
     default = 1e6 if family in ("mixtral", "gemma3_text") else 1e4
@@ -286,17 +295,17 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
         or kind not in ROPE_TYPES
         or any(isinstance(value, dict) for value in scaling.values())
     ):
-        raise UserError(f"{path}: RoPE type {kind!r} is not built; built are {', '.join(ROPE_TYPES)}")
+        raise UserError(f"{path}: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     partial = scaling.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor = {partial} is not built; only 1.0")
+        raise UserError(f"{path}: partial_rotary_factor = {partial} is not supported; only 1.0 is")
     for key in ROPE_TYPES[kind]:
         _number(path, scaling, key, None)
     return theta, None if kind == "default" else scaling, local
 
 
 def _sliding_window(path: Path, raw: Mapping[str, Any], family: str) -> int | None:
-    """Tokens that a query sees at most, or None; qwen models carry a window that is mostly switched off."""
+    """Returns the sliding window in tokens, or None. Most Qwen models have a window that is switched off."""
     types = _layer_types(path, raw)
     if family == "llama":
         return None
@@ -310,25 +319,27 @@ def _sliding_window(path: Path, raw: Mapping[str, Any], family: str) -> int | No
 
 
 def _sliding_layers(path: Path, raw: Mapping[str, Any], family: str, count: int) -> tuple[int, ...]:
-    """The layers with a sliding window, in a model that has one, as transformers lays them."""
+    """Returns the indices of the layers with a sliding window, for a model that has one, as in transformers."""
     every = range(count)
     if family in ("mistral", "mixtral", "qwen3_moe"):
         return tuple(every)
     if types := _layer_types(path, raw):
         if len(types) != count:
-            raise UserError(f"{path}: layer_types has {len(types)} entries for {count} layers")
+            raise UserError(
+                f"{path}: layer_types has {len(types)} entries for {count} layers; must have one for each layer"
+            )
         return tuple(layer for layer in every if types[layer] == "sliding_attention")
-    if family in GEMMA:  # the last of so many has none
+    if family in GEMMA:  # every `pattern`-th layer has no sliding window
         pattern = 2 if family == "gemma2" else _count(path, raw, "sliding_window_pattern", 6)
         return tuple(layer for layer in every if (layer + 1) % pattern)
     first = raw.get("max_window_layers")
     if not isinstance(first, int | None) or isinstance(first, bool) or (first or 0) < 0:
-        raise UserError(f"{path}: max_window_layers = {first!r}; must be an integer of at least 0")
+        raise UserError(f"{path}: max_window_layers = {first!r}; must be an integer >= 0")
     return tuple(range(28 if first is None else first, count))
 
 
 def _layer_types(path: Path, raw: Mapping[str, Any]) -> list[str]:
-    """The kinds of attention by layer; empty where config.json does not list them."""
+    """Returns the attention type of each layer; empty if config.json does not list them."""
     types = raw.get("layer_types")
     if not isinstance(types, list | None) or not all(one in ATTENTION_TYPES for one in types or ()):
         raise UserError(f"{path}: layer_types = {types!r}; must be a list of {' and '.join(ATTENTION_TYPES)}")

@@ -1,4 +1,4 @@
-"""What the sections of a configuration are made of: their base class, and types that several keys share."""
+"""Base class of the configuration sections, and types that several keys share."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 T = TypeVar("T")
 FORMS = ("one", "each", "word")
-"""The forms in which some keys may be given; in pydantic's error locations, not in any key's name."""
+"""Tags of the alternative types of a key. They appear in pydantic's error locations and are not part of key names."""
 
 
 class Section(BaseModel):
-    """Frozen, strict about types, and an unknown key is an error."""
+    """Base class of all sections: immutable, with strict types; unknown keys are errors."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -25,29 +25,29 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_written(cls, value: Any) -> Any:
-        """Texts are names of files, or are written to them."""
+        """Rejects strings that cannot be file names or be written to UTF-8 files."""
         if isinstance(value, str):
             if "\0" in value:
-                raise ValueError("holds a NUL character")
+                raise ValueError("contains a NUL character")
             try:
                 value.encode()
             except UnicodeEncodeError:
-                raise ValueError("holds text that cannot be encoded in UTF-8") from None
+                raise ValueError("contains text that cannot be encoded in UTF-8") from None
         return value
 
 
 def as_tuple(value: Any) -> Any:
-    """YAML has lists only."""
+    """Converts a list to a tuple, because YAML has only lists."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def form(value: Any) -> str:
-    """Of a key that takes one value or a list with one for each of several."""
+    """Returns the tag for a key whose value is a single value ("one") or a list ("each")."""
     return "each" if isinstance(value, list) else "one"
 
 
 def form_of_v(value: Any) -> str:
-    """Of a key that takes a number or a word."""
+    """Returns the tag for a key whose value is a number ("one") or a word ("word")."""
     return "word" if isinstance(value, str) else "one"
 
 

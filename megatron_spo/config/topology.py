@@ -1,4 +1,4 @@
-"""Arithmetic of the parallel layout."""
+"""Computes sizes of the parallel layout."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from megatron_spo.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the parallel groups; `data` counts the replicas of the dense part of the model.
+    """Sizes of the parallel groups. `data` is the number of replicas of the dense part of the model.
 
-    The `expert` groups are cut from the same processes once more: tensor * context * data of them hold a layer, and
-    each group of `expert` consecutive ones holds all of its experts once.
+    The `expert` groups split the same processes in another way: tensor * context * data processes hold a layer, and
+    each group of `expert` consecutive processes holds all experts of that layer once.
     """
 
     world: int
@@ -26,11 +26,11 @@ class Topology:
 
 
 def stage_layers(layers: int, parallel: ParallelConfig, head: float) -> tuple[int, ...]:
-    """Layers of each pipeline stage in the model's order, pipeline * virtual_pipeline of them.
+    """Returns the number of layers of each of the pipeline * virtual_pipeline stages, in model order.
 
-    Where the stages do not divide the layers, each layer goes to the stage with the least work so far; the last one
-    starts with the output layer, which weighs as much as `head` layers, and the first comes last among equals,
-    because it holds the embedding.
+    If the number of layers is not a multiple of the number of stages, each layer goes to the stage with the least work
+    so far. The last stage starts with the output layer, whose work is that of `head` layers. Among equal stages, the
+    first stage comes last, because it holds the embedding.
     """
     if parallel.layers_per_stage is not None:
         return tuple(parallel.layers_per_stage)
@@ -45,33 +45,34 @@ def stage_layers(layers: int, parallel: ParallelConfig, head: float) -> tuple[in
 
 
 def expert_tensor(parallel: ParallelConfig) -> int:
-    """Processes that share each expert's tensors: none where the experts themselves are shared out.
+    """Returns the number of processes that share each expert's tensors: 1 with expert parallelism.
 
-    Without that they are cut like a dense layer: Megatron-Core 0.16.1 takes gradients of whole experts for reduced
-    over the tensor-parallel processes when there is one group of experts only.
+    Without expert parallelism, experts are split like a dense layer, because Megatron-Core 0.16.1 assumes that
+    gradients of whole experts are already reduced over the tensor-parallel processes if there is only one expert group.
     """
     return parallel.tensor if parallel.expert == 1 else 1
 
 
 def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
-    """The layout on `world_size` processes.
+    """Returns the layout on `world_size` processes.
 
-    Raises UserError, with the product written out, where they do not divide.
+    Raises:
+        UserError: `world_size` is not a multiple of the size of the layout.
     """
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise UserError(
-            f"{world_size} process{'es' if world_size > 1 else ''} cannot be cut into "
+            f"{world_size} process{'es are' if world_size > 1 else ' is'} not a multiple of "
             f"parallel.tensor * parallel.pipeline * parallel.context = "
-            f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {model_size}: "
-            f"start a multiple of {model_size} (torchrun --nproc-per-node N) or make the layout smaller"
+            f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {model_size}; "
+            f"start a multiple of {model_size} processes (torchrun --nproc-per-node N), or set a smaller layout"
         )
     layer_size = world_size // parallel.pipeline
     if layer_size % parallel.expert:
         raise UserError(
             f"parallel.expert = {parallel.expert} does not divide the {layer_size} processes that hold a layer "
-            f"({world_size} processes / parallel.pipeline {parallel.pipeline}); the experts are shared out among "
-            "tensor-, context- and data-parallel processes"
+            f"({world_size} processes / parallel.pipeline {parallel.pipeline}); set parallel.expert to a divisor of "
+            f"{layer_size}"
         )
     return Topology(
         world=world_size,
@@ -86,12 +87,12 @@ def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
 
 
 def stages_of(shape: ModelShape, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Layers of each stage of a model, whose output layer weighs as its products do."""
+    """Returns the number of layers of each stage; the output layer is weighed by its matrix products."""
     layer = shape.attention_weights + 3 * shape.hidden * shape.active_ffn
     return stage_layers(shape.layers, parallel, head=shape.hidden * shape.vocab / layer)
 
 
 def padded_vocabulary(shape: ModelShape, tensor_parallel: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds equally many."""
+    """Returns the rows of the embedding: the vocabulary rounded up to the same number on every tensor-parallel rank."""
     multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel
     return -(-shape.vocab // multiple) * multiple

@@ -1,4 +1,4 @@
-"""YAML as people write it: 1e-4 is a number, `off` is a word, a repeated key is an error."""
+"""Reads and writes YAML 1.2 scalars: 1e-4 is a number, `off` is a string, and a duplicate key is an error."""
 
 import re
 from collections.abc import Hashable
@@ -33,17 +33,17 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
             if key.value in seen:
-                problem = f"key {key.value!r} is given twice"
+                problem = f"duplicate key {key.value!r}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
-            key.tag = "tag:yaml.org,2002:str"  # keys are names, also `off` and `3`
+            key.tag = "tag:yaml.org,2002:str"  # keys are strings, even `off` and `3`
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that YAML 1.1 or 1.2 would take for something else: any reader gets the string."""
+    """Quotes strings that YAML 1.1 or 1.2 would read as another type."""
 
     yaml_implicit_resolvers = {
         start: yaml.SafeDumper.yaml_implicit_resolvers.get(start, []) + _resolvers().get(start, [])
@@ -52,7 +52,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of one YAML document. Raises ValueError with one line (`line 3, column 1: ...`)."""
+    """Returns the value of one YAML document. Raises ValueError with a one-line message (`line 3, column 1: ...`)."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -62,9 +62,9 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("nested too deeply") from None
 
 
 def format_yaml(value: Any, *, flow: bool = False) -> str:
-    """`value` as YAML that `parse_yaml` reads back, keys in their order; `flow` puts it on one line."""
+    """Returns `value` as YAML for `parse_yaml`, with keys in their order; on one line with `flow`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)

@@ -82,7 +82,7 @@ class Loader:
         self.row_length = data.longest_row
         self._rank, self._ranks, self._multiples, self._stream = rank, ranks, multiples, stream
         self._size, self._seed = global_batch_size, seed
-        self._shuffle, self._last_batch = data.shuffle, data.last_batch
+        self._shuffle = data.shuffle
         self._sampler: Sampler | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[Batch]] | None = None
@@ -97,7 +97,6 @@ class Loader:
                 seed=self._seed,
                 global_batch_size=self._size,
                 shuffle=self._shuffle,
-                last_batch=self._last_batch,
                 stream=self._stream,
             )
         return self._sampler

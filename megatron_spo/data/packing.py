@@ -25,16 +25,15 @@ ATTENTION_SCALE = 4e-5
 class Stream:
     """One of the training sets that are drawn from side by side.
 
-    number: makes their orders independent under one seed.  data_key, size_key: the keys, for messages.
+    number: makes their orders independent under one seed.  data_key: the key, for messages.
     """
 
     number: int
     data_key: str
-    size_key: str
 
 
-PAIRS = Stream(0, "data.train", "training.global_batch_size")
-SFT = Stream(1, "spo.sft_data", "spo.sft_batch_size")
+PAIRS = Stream(0, "data.train")
+SFT = Stream(1, "spo.sft_data")
 
 
 def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -47,23 +46,15 @@ def batches_per_epoch(
     weights: Sequence[float],
     *,
     global_batch_size: int,
-    last_batch: str = "keep",
     stream: Stream = PAIRS,
 ) -> int:
-    """Batches in one epoch; UserError when nothing remains."""
+    """Batches in one epoch, the last of which may be smaller; UserError when an epoch holds no rows."""
     rows = sum(rows_per_epoch(sizes, weights))
     if rows == 0:
         raise UserError(
             f"{stream.data_key}: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})"
         )
-    if last_batch == "keep":
-        return -(-rows // global_batch_size)
-    if rows < global_batch_size:
-        raise UserError(
-            f"data.last_batch=drop leaves no batch: an epoch of {stream.data_key} has {rows} rows, {stream.size_key} "
-            f"is {global_batch_size}; use data.last_batch=keep or a smaller batch"
-        )
-    return rows // global_batch_size
+    return -(-rows // global_batch_size)
 
 
 def epoch_order(
@@ -107,12 +98,9 @@ class Sampler:
         seed: int,
         global_batch_size: int,
         shuffle: bool = True,
-        last_batch: str = "keep",
         stream: Stream = PAIRS,
     ) -> None:
-        self.steps_per_epoch = batches_per_epoch(
-            sizes, weights, global_batch_size=global_batch_size, last_batch=last_batch, stream=stream
-        )
+        self.steps_per_epoch = batches_per_epoch(sizes, weights, global_batch_size=global_batch_size, stream=stream)
         self._order_of = partial(epoch_order, tuple(sizes), tuple(weights), seed=seed, shuffle=shuffle, stream=stream)
         self._size = global_batch_size
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)

@@ -14,20 +14,16 @@ _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])  # so that only the first answers of a run wait for the imports
 
 
-def answer_apart(
-    folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, engine: str
-) -> list[list[Response]]:
+def answer_apart(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Response]]:
     """Calls `generate_by` for prompts (token ids) in a separate process.
 
     Raises:
         Exception: Whatever the process raised; BrokenProcessPool if it was killed.
     """
     with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
-        return pool.submit(_answer, folder, prompts, sampling, engine, torch.get_num_threads()).result()
+        return pool.submit(_answer, folder, prompts, sampling, torch.get_num_threads()).result()
 
 
-def _answer(
-    folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, engine: str, threads: int
-) -> list[list[Response]]:
+def _answer(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling, threads: int) -> list[list[Response]]:
     torch.set_num_threads(threads)
-    return generate_by(engine, folder, load_tokenizer(folder), prompts, sampling, BATCH)
+    return generate_by("transformers", folder, load_tokenizer(folder), prompts, sampling, BATCH)

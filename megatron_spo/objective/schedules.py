@@ -12,6 +12,8 @@ from types import MappingProxyType
 from megatron_spo.config.spo import RUNNING_MIN, SpoConfig
 from megatron_spo.objective.step_plan import Add, Barrier, Pass, Shift, StepPlan
 
+GAP_EMA = 0.9
+"""Decay per step of the moving average of the gap that `dual` follows."""
 GAP_ROUNDING = 1e-5
 """Nats per chosen token by which a gap may exceed epsilon because of rounding, which depends on the layout."""
 
@@ -23,7 +25,7 @@ class ScheduleState:
     Attributes:
         lambda_: the current multiplier of `dual`; for other schedules the configured value, unchanged.
         gap: g - v of the last global batch, nats per chosen token; None before the first.
-        gap_ema: exponential moving average of the gap, starting at the first one.
+        gap_ema: exponential moving average of the gap (decay GAP_EMA), starting at the first one.
         best_sft: the lowest g of a global batch so far, nats per chosen token; None before the first.
         raised: factor by which alarms have multiplied the configured lambda (`raise_lambda`).
     """
@@ -144,7 +146,7 @@ def observe(spo: SpoConfig, state: ScheduleState, gap: float) -> ScheduleState:
     `dual` moves its multiplier along the smoothed gap: clip(lambda + dual_lr * (gap - epsilon), 0,
     lambda_max).
     """
-    smoothed = gap if state.gap_ema is None else spo.gap_ema * state.gap_ema + (1 - spo.gap_ema) * gap
+    smoothed = gap if state.gap_ema is None else GAP_EMA * state.gap_ema + (1 - GAP_EMA) * gap
     state = replace(state, gap=gap, gap_ema=smoothed)
     if spo.schedule != "dual":
         return state

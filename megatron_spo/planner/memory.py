@@ -202,7 +202,7 @@ def _feed_forward(setting: Setting, tokens: float) -> float:
     routed = tokens * experts.per_token
     softmax = 0 if experts.renormalised and setting.shape.family == "mixtral" else 4
     routing = local * (experts.per_token * 12 + experts.count * (5 + softmax)) + routed * 12
-    if not setting.config.model.freeze_router:
+    if setting.config.model.router_aux_loss is not None:
         routing += local * shape.hidden * 4
     trained = 0 if setting.config.lora.rank else 1
     columns = experts.ffn / setting.topology.expert_tensor

@@ -45,7 +45,7 @@ def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameter
     if config.lora.rank:
         adapters = layers * _adapters(config, shape)
         return Parameters(dense + adapters, experts, adapters, 0)
-    frozen = layers * parts["router"] if config.model.freeze_router else 0
+    frozen = layers * parts["router"] if config.model.router_aux_loss is None else 0
     return Parameters(dense, experts, dense - frozen, experts)
 
 

@@ -150,6 +150,4 @@ def _update(setting: Setting, gpu: Gpu, *, hidden: float) -> tuple[float, float]
     trained = max(stage_parameters(setting.config, setting.shape, s).trained for s in range(topology.pipeline))
     speed = link(gpu, topology.tensor * ranks)
     exchange = (4 + setting.item) * trained * (ranks - 1) / ranks / speed
-    if setting.config.parallel.overlap:
-        exchange = max(0.0, exchange - hidden)
-    return exchange, OPTIMIZER_TRAFFIC * trained / ranks / (gpu.hbm * ACHIEVED_BANDWIDTH)
+    return max(0.0, exchange - hidden), OPTIMIZER_TRAFFIC * trained / ranks / (gpu.hbm * ACHIEVED_BANDWIDTH)

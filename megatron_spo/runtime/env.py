@@ -56,6 +56,11 @@ def local_world_size() -> int:
     return _integer("LOCAL_WORLD_SIZE", 1)
 
 
+def wandb_project() -> str:
+    """Returns the project of Weights & Biases to log to: WANDB_PROJECT, or "megatron-spo" if that is not set."""
+    return os.environ.get("WANDB_PROJECT") or "megatron-spo"
+
+
 def datasets_cache() -> Path:
     """Returns the cache folder of Hugging Face `datasets` (its config.HF_DATASETS_CACHE) without importing it."""
     home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")

@@ -31,6 +31,8 @@ from megatron_spo.train.stop import StopRequest
 
 LOG = logging.getLogger(__name__)
 
+RAISE_FACTOR = 2.0
+"""What an alarm multiplies lambda by with monitor.on_alarm: raise_lambda."""
 RETRY = 10.0
 """Seconds between attempts to write the last checkpoint."""
 LOWER_IS_BETTER = ("loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_down")
@@ -132,7 +134,7 @@ def _answer(job: Training, state: TrainState) -> TrainState:
         return state
     job.progress.phase(f"answers after step {state.step}", times=4)
     for data, exact_match in job.answer(state).items():
-        found = check_answers(job.config.monitor, state.monitor, state.step, data, exact_match)
+        found = check_answers(state.monitor, state.step, data, exact_match)
         state = _warn(job, state, *found)
     return state
 
@@ -142,10 +144,10 @@ def _warn(job: Training, state: TrainState, monitor: MonitorState, alarms: Seque
     config, schedule = job.config, state.schedule
     raises = config.monitor.on_alarm == "raise_lambda"
     if alarms and raises:
-        schedule = raise_lambda(config.spo, schedule, config.monitor.raise_factor)
+        schedule = raise_lambda(config.spo, schedule, RAISE_FACTOR)
     for line in alarms:
         if schedule != state.schedule:
-            line["message"] += f"; lambda is multiplied by {config.monitor.raise_factor:g}"
+            line["message"] += f"; lambda is multiplied by {RAISE_FACTOR:g}"
         elif raises:
             line["message"] += f"; lambda stays at {schedule.lambda_:g}: it is 0 or already at spo.lambda_max"
         job.directory.log("alarm", state.step, line)

@@ -22,6 +22,10 @@ REARMED = 0.5
 HARMLESS = 0.125
 """Share of the displacement bound by which the chosen answers must have fallen below their best value before
 `both_down` counts. The first steps move every answer by almost nothing, and half of them downwards."""
+ENTROPY_FACTOR = 3.0
+"""Alarm: the token entropy of a set is so many times its first one, or less than that one divided by it."""
+ANSWERS_FALL = 0.05
+"""Alarm: share of a held-out set's prompts that were answered correctly before training and are not any more."""
 LEAST_ENTROPY = 1e-9
 """Lower limit of an entropy (nats), since 0 has no logarithm."""
 AVERAGED = ("spo/chosen_shift", "spo/both_down", "spo/gap", "policy/entropy", "chosen_tokens", "pairs")
@@ -92,7 +96,7 @@ def check(
 
 
 def check_answers(
-    config: MonitorConfig, state: MonitorState, step: int, data: str, exact_match: float
+    state: MonitorState, step: int, data: str, exact_match: float
 ) -> tuple[MonitorState, list[dict[str, Any]]]:
     """Checks the share of correct answers to a held-out set's prompts against the first such share.
 
@@ -100,10 +104,10 @@ def check_answers(
         As `check`.
     """
     first = {data: exact_match, **state.exact_match}
-    before, allowed = first[data], config.answers_fall
+    before = first[data]
     text = f"right answers went from {before:.0%} to {exact_match:.0%} of the prompts"
-    fall = Judgement("answers", "generation/exact_match", exact_match, before - allowed,
-                     (before - exact_match) / allowed, text)  # fmt: skip
+    fall = Judgement("answers", "generation/exact_match", exact_match, before - ANSWERS_FALL,
+                     (before - exact_match) / ANSWERS_FALL, text)  # fmt: skip
     raised, lines = _raise(state.raised, [fall], step, data)
     return replace(state, raised=raised, exact_match=first), lines
 
@@ -144,7 +148,7 @@ def _judged(
         text = f"the SFT loss lies {gap:.2g} nats per token above v: the model is leaving the safe region"
         yield Judgement("gap", "spo/gap", gap, config.chosen_fall, gap / config.chosen_fall, text)
     if "rewards/margins" in metrics:  # SFT alone is meant to lower the entropy
-        entropy, factor = metrics["policy/entropy"], config.entropy_factor
+        entropy, factor = metrics["policy/entropy"], ENTROPY_FACTOR
         ratio = max(entropy, LEAST_ENTROPY) / max(first_entropy, LEAST_ENTROPY)
         excess = abs(math.log(ratio)) / math.log(factor)
         bound = first_entropy * factor if entropy > first_entropy else first_entropy / factor

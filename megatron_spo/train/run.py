@@ -30,6 +30,7 @@ from megatron_spo.reference.cache import ReferenceStore, open_reference
 from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
 from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.runtime.device import name_of
+from megatron_spo.runtime.env import wandb_project
 from megatron_spo.runtime.processes import Runtime, agreed, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
@@ -91,7 +92,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     on_main(lambda: _write_provenance(config, directory, inputs, weights), UserError)
     chunks = make_model(config, inputs)
     add_adapters(chunks, inputs.shape, config.lora, config.training.seed)
-    overlap = config.parallel.overlap and runtime.topology.data * runtime.topology.context > 1
+    overlap = runtime.topology.data * runtime.topology.context > 1
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=overlap)
     loaders = _loaders(config, inputs, runtime)
     references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}
@@ -101,7 +102,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     job = loop.Training(
         config=config,
         engine=Engine(
-            trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss
+            trainable, runtime, loss=config.loss, spo=config.spo, router_aux_loss=config.model.router_aux_loss or 0.0
         ),
         saver=Saver(directory.checkpoints, trainable, record, keep=config.checkpoint.keep),
         train=data.pop(TRAIN),
@@ -243,7 +244,7 @@ def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
     settings, folder = config.logging, directory.path
     if settings.wandb != "off":
         directory.sinks.open(
-            WeightsAndBiases, folder, mode=settings.wandb, project=settings.project, config=plain(config)
+            WeightsAndBiases, folder, mode=settings.wandb, project=wandb_project(), config=plain(config)
         )
     if settings.tensorboard:
         directory.sinks.open(TensorBoard, folder, after_step=step)

@@ -90,7 +90,7 @@ class HeldOutAnswers:
                 longest = max(longest, int(dataset.chosen_tokens[i]))
         room = self._sources.shape.max_positions - max(map(len, prompts))
         sampling = Sampling(max_new_tokens=min(ROOM * longest, room))
-        responses = iter(answer_apart(self._folder / "hf", prompts, sampling, monitor.generate_engine))
+        responses = iter(answer_apart(self._folder / "hf", prompts, sampling))
         right: dict[str, float] = {}
         for source, (name, dataset) in zip(self._config.data.eval, sets.items(), strict=True):
             rows = self._rows(source, dataset, counts[name])

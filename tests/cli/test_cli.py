@@ -71,8 +71,8 @@ def test_train_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["train", "missing.yaml"], "missing.yaml: no such configuration file"),
-        (["reference", "missing.yaml"], "missing.yaml: no such configuration file"),
+        (["train", "missing.yaml"], "missing.yaml: configuration file does not exist"),
+        (["reference", "missing.yaml"], "missing.yaml: configuration file does not exist"),
     ],
 )
 def test_wrong_input_is_one_message(arguments: list[str], part: str) -> None:
@@ -108,7 +108,7 @@ def test_world_size_comes_from_the_launcher(
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["train", str(run_file), "parallel.tensor=2"]) == 2
-    assert "3 processes cannot be cut into" in capsys.readouterr().err
+    assert "3 processes are not a multiple of" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")  # the same message from every rank would be noise
     assert cli.main(["train", str(run_file), "parallel.tensor=2"]) == 2
     assert capsys.readouterr().err == ""

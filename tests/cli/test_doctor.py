@@ -1,4 +1,4 @@
-"""The doctor sees what is there and what merely bears the name."""
+"""The doctor command: what is installed, what is missing, and other packages with the same name."""
 
 import sys
 from pathlib import Path
@@ -32,18 +32,18 @@ def test_exits_0_and_names_everything(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert f"\n{name} " in f"\n{text}"
     assert "SLURM" in text
-    assert text.endswith("Everything that is needed is there.\n")
+    assert text.endswith("All required packages are installed.\n")
 
 
 def test_apex_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "apex", raising=False)  # hidden, where a test ran Megatron without a GPU
+    monkeypatch.delitem(sys.modules, "apex", raising=False)  # set by tests that run Megatron without a GPU
     monkeypatch.setattr(doctor, "installed", lambda module: module != "amp_C")
     package = tmp_path / "apex"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    assert "not NVIDIA's: pip uninstall apex" in state_of("apex")
-    assert "To be mended: apex." in doctor.report()
+    assert "not NVIDIA's; run pip uninstall apex" in state_of("apex")
+    assert "Missing or wrong: apex." in doctor.report()
     (package / "optimizers").mkdir()
     assert "without its CUDA kernels" in state_of("apex")
     monkeypatch.setattr(doctor, "installed", lambda module: True)
@@ -55,9 +55,9 @@ def test_apex_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_missing_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed", lambda module: False)
-    assert "nothing runs without it" in state_of("torch")
+    assert "required for all commands" in state_of("torch")
     assert "optional; without it" in state_of("wandb")
-    assert "To be mended: torch, megatron-core, transformers, datasets." in doctor.report()
+    assert "Missing or wrong: torch, megatron-core, transformers, datasets." in doctor.report()
 
 
 def test_which_adam_and_which_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +70,9 @@ def test_which_adam_and_which_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
     state, able, unable = doctor._fp8(gpu)[1:]
     assert (state, able) == ("ok", "delayed, tensorwise, blockwise")
-    assert unable.startswith("mxfp8: it needs a GPU of compute capability 10.0")
+    assert unable.startswith("mxfp8: it requires a GPU of compute capability 10.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 0))
-    assert doctor._fp8(gpu)[1:3] == ("missing", "this GPU can none")
+    assert doctor._fp8(gpu)[1:3] == ("missing", "this GPU supports none")
 
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_without_a_gpu() -> None:
     )
     assert done.returncode == 2
     assert "this PyTorch finds no NVIDIA GPU, so nothing was checked" in done.stderr
-    assert "Everything that is needed is there." in done.stderr
+    assert "All required packages are installed." in done.stderr
 
 
 @pytest.mark.parametrize(("cases", "code"), [(PASSED, 0), (PASSED + SKIPPED, 1), (PASSED + FAILED, 1), ("", 1)])

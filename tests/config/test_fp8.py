@@ -25,4 +25,4 @@ def test_recipes_by_gpu(capability: tuple[int, int], cuda: str, able: list[str])
 def test_the_reason_names_what_is_needed() -> None:
     assert "compute capability 8.9 or above" in str(obstacle("delayed", A100, "13.0"))
     assert "10.0 or above and below 12.0" in str(obstacle("mxfp8", H100, "13.0"))
-    assert "CUDA 12.9 or above, this one is for 12.8" in str(obstacle("blockwise", H100, "12.8"))
+    assert "CUDA 12.9 or above, but the installed torch is for 12.8" in str(obstacle("blockwise", H100, "12.8"))

@@ -80,8 +80,8 @@ def test_strings_stay_strings(text: str) -> None:
         ("loss.lambda=3", ["loss.lambda", "did you mean 'spo.lambda'"]),
         ("lr=3", ["did you mean 'optimizer.lr'"]),
         ("optimiser.lr=3", ["optimiser", "did you mean 'optimizer'"]),
-        ("zzz.y=3", ["zzz", "allowed are output, model, data"]),
-        ("model.zzz=3", ["model.zzz", "allowed are path, init, tokenizer"]),
+        ("zzz.y=3", ["zzz", "allowed keys: output, model, data"]),
+        ("model.zzz=3", ["model.zzz", "allowed keys: path, init, tokenizer"]),
         ("spo.schedule=penalti", ["spo.schedule = 'penalti'", "'lookahead' or 'barrier'"]),
         ("loss.name=dpos", ["loss.name = 'dpos'", "'simpo'"]),
         ("optimizer.lr=0", ["optimizer.lr = 0", "greater than 0"]),
@@ -123,16 +123,16 @@ def test_every_mistake_gets_its_line(load: Load) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "must hold sections"),
-        ("- a\n", "must hold sections"),
+        ("", "must be a YAML mapping with sections"),
+        ("- a\n", "must be a YAML mapping with sections"),
         ("model: {path: a\n", "not valid YAML: line 2"),
-        ("output: a\noutput: b\n", "key 'output' is given twice"),
-        ("output: a\ndata:\n  train: a\n  train: b\n", "line 4, column 3: key 'train' is given twice"),
+        ("output: a\noutput: b\n", "duplicate key 'output'"),
+        ("output: a\ndata:\n  train: a\n  train: b\n", "line 4, column 3: duplicate key 'train'"),
         ("model: {path: a}\ndata: {train: b}\n", "output is missing"),
         ("model:\ndata: {train: b}\noutput: c\n", "model.path is missing"),
         ("model: 3\ndata: {train: b}\noutput: c\n", "model = 3"),
         ("3: 4\nmodel: {path: a}\ndata: {train: b}\noutput: c\n", "unknown key '3'"),
-        ("[a]: b\n", "a key must be a word"),
+        ("[a]: b\n", "a key must be a plain word"),
     ],
 )
 def test_wrong_file(tmp_path: Path, text: str, part: str) -> None:
@@ -144,12 +144,12 @@ def test_wrong_file(tmp_path: Path, text: str, part: str) -> None:
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such configuration file"):
+    with pytest.raises(UserError, match="configuration file does not exist"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read the configuration"):
         load_config(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read the configuration"):
         load_config(tmp_path / "binary.yaml")
 
 

@@ -222,7 +222,7 @@ QUERY, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
             "q_proj.weight is in F8_E4M3, which is not supported",
         ),
         ({}, {"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
-        ({}, {"model_type": "gpt2"}, "'gpt2' is not built"),
+        ({}, {"model_type": "gpt2"}, "'gpt2' is not supported"),
     ],
 )
 def test_refuses(

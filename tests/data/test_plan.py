@@ -47,11 +47,9 @@ def test_every_step_can_be_asked_for_in_any_order() -> None:
     assert sorted(sum(forward[3:6], [])) == list(range(10))
 
 
-def test_last_batch() -> None:
-    assert batches_per_epoch([10], [1.0], global_batch_size=4, last_batch="keep") == 3
-    assert batches_per_epoch([10], [1.0], global_batch_size=4, last_batch="drop") == 2
-    with pytest.raises(UserError, match="data.last_batch=drop leaves no batch: an epoch of data.train has 3 rows"):
-        batches_per_epoch([3], [1.0], global_batch_size=4, last_batch="drop")
+def test_the_last_batch_may_be_smaller() -> None:
+    assert batches_per_epoch([10], [1.0], global_batch_size=4) == 3
+    assert batches_per_epoch([3], [1.0], global_batch_size=4) == 1
     with pytest.raises(UserError, match="an epoch holds no rows"):
         batches_per_epoch([3], [0.1], global_batch_size=4)
     assert rows_per_epoch([10, 3], [0.25, 2.0]) == [2, 6]

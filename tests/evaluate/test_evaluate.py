@@ -155,13 +155,13 @@ def test_wrong_pairs_and_options(models: Path, tmp_path: Path, capsys: pytest.Ca
     refused([*model, *good, "--max-length", "0"], "--max-length is 0", capsys)
     refused([*model, *good, "--batch-size", "0"], "--batch-size is 0", capsys)
     refused(["--model", tmp_path, *good], "is not a Hugging Face model folder", capsys)
-    refused([], "give one of ANSWERS.jsonl", capsys)
-    refused(model, "give one of ANSWERS.jsonl", capsys)
-    refused(good, "--pairs needs --model", capsys)
-    refused([bad, *model, *good], "give one of ANSWERS.jsonl", capsys)
-    refused([bad, "--truncation", "left"], "--truncation does not go with ANSWERS", capsys)
-    refused([bad, "--generator", "me"], "--generator goes with --alpaca-eval", capsys)
-    refused([bad, bad, bad], "3 files of answers", capsys)
+    refused([], "give exactly one of ANSWERS.jsonl", capsys)
+    refused(model, "give exactly one of ANSWERS.jsonl", capsys)
+    refused(good, "--pairs requires --model", capsys)
+    refused([bad, *model, *good], "give exactly one of ANSWERS.jsonl", capsys)
+    refused([bad, "--truncation", "left"], "--truncation is not supported with ANSWERS", capsys)
+    refused([bad, "--generator", "me"], "--generator requires --alpaca-eval", capsys)
+    refused([bad, bad, bad], "got 3 answer files", capsys)
     assert cli.main(list(map(str, ["evaluate", *model, "--pairs", bad, "--bad-rows", "drop"]))) == 0
     assert "1 rows dropped" in capsys.readouterr().out
 

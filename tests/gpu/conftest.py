@@ -13,7 +13,7 @@ LAYOUTS = {
     "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true"],
     "pp2": ["parallel.pipeline=2"],
     "pp2-vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
-    "dp2-overlap": ["parallel.overlap=true"],
+    "dp2": [],
     "cp2": ["parallel.context=2"],
 }
 
@@ -99,9 +99,9 @@ def _groups() -> dict[str, Group]:
         "two-engine": Group(
             {
                 "two-cache-engine": reference("two-engine", ENGINE),
-                **_layouts(ENGINE, "engine", ["tp2-sp", "pp2-vpp2", "dp2-overlap"]),
+                **_layouts(ENGINE, "engine", ["tp2-sp", "pp2-vpp2", "dp2"]),
                 "two-cache-fp8": reference("two-fp8", "precision.fp8=tensorwise"),
-                **_layouts("precision.fp8=tensorwise", "fp8", ["tp2-sp", "pp2-vpp2", "dp2-overlap"]),
+                **_layouts("precision.fp8=tensorwise", "fp8", ["tp2-sp", "pp2-vpp2", "dp2"]),
             },
             processes=2,
         ),

@@ -26,7 +26,7 @@ def test_fp32(bench: Bench, record_property, layout: str) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vpp2", "dp2-overlap"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vpp2", "dp2"])
 @pytest.mark.parametrize(("precision", "bound"), [("engine", 0.05), ("fp8", 0.1)])
 def test_transformer_engine(bench: Bench, record_property, layout: str, precision: str, bound: float) -> None:
     largest = differences(bench.metrics(f"{layout}-{precision}"), bench.metrics("engine"), "loss", "logps/chosen")

@@ -52,14 +52,14 @@ def test_pair_constraint_is_a_matter_of_the_terms() -> None:
 
 
 def test_dual_climbs_the_smoothed_gap_and_stays_in_its_box() -> None:
-    spo = spo_config(schedule="dual", lambda_=0.5, dual_lr=2.0, gap_ema=0.5, epsilon=0.1, lambda_max=1.0)
+    spo = spo_config(schedule="dual", lambda_=0.5, dual_lr=2.0, epsilon=0.1, lambda_max=1.0)
     state = initial_state(spo)
     assert plan_step(spo, 0, state) == both(0.5)
     state = observe(spo, state, 0.2)  # smoothed .2: .5 + 2 (.2 - .1)
     assert state.lambda_ == pytest.approx(0.7)
-    state = observe(spo, state, 0.0)  # smoothed .1: unchanged
+    state = observe(spo, state, -0.8)  # smoothed .9 * .2 - .1 * .8 = .1: unchanged
     assert state.lambda_ == pytest.approx(0.7)
-    assert state.gap == 0.0
+    assert state.gap == -0.8
     assert state.gap_ema == pytest.approx(0.1)
     assert plan_step(spo, 2, state).lambda_ == state.lambda_
     assert observe(spo, state, 5.0).lambda_ == 1.0

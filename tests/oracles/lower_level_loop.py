@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.oracles.reference_loop import TokenisedPair, response_logprob
 
 SftRow = tuple[Sequence[int], Sequence[int]]
-EPSILON, DUAL_LR, SMOOTHING = 0.01, 3.0, 0.5
+EPSILON, DUAL_LR, SMOOTHING = 0.01, 3.0, 0.9
 """Parameters of the schedule `dual`."""
 
 

@@ -15,7 +15,7 @@ SP = ["parallel.tensor=2", "parallel.sequence=true"]
 EP = ["parallel.expert=2"]
 LAYOUTS = {
     "ep2": (2, EP),
-    "ep2-overlap-recompute": (2, [*EP, "parallel.overlap=true", "parallel.recompute=full", "data.row_length=96"]),
+    "ep2-recompute": (2, [*EP, "parallel.recompute=full", "data.row_length=96"]),
     "ep2-cp2": (2, [*EP, "parallel.context=2"]),
     "ep2-tp2-sp": (2, [*EP, *SP]),
     "tp2-sp": (2, SP),
@@ -24,10 +24,10 @@ LAYOUTS = {
     "ep2-tp2-sp-pp2": (4, [*EP, *SP, "parallel.pipeline=2"]),
     "ep2-tp2-sp-dp2": (4, [*EP, *SP]),
 }
-AUX = ["model.freeze_router=false", "model.router_aux_loss=0.5"]
+AUX = ["model.router_aux_loss=0.5"]
 MIXTRAL = ["model.path={folder}/mixtral", "reference.cache={folder}/mixtral-cache"]
 OBJECTIVES = {
-    "dpo-penalty": ["loss.name=dpo", "model.freeze_router=false"],
+    "dpo-penalty": ["loss.name=dpo", "model.router_aux_loss=0"],
     "frozen-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
     "aux-mixtral": ["loss.name=dpo", *AUX, *MIXTRAL],
     "aux-barrier": ["loss.name=dpo", "spo.schedule=barrier", "spo.barrier_rate=40", *AUX],
@@ -38,7 +38,7 @@ OBJECTIVES = {
 }
 ON_LAYOUT = {
     "ep2": ["dpo-penalty", "aux-barrier", "aux-one-pair", "random-sft"],
-    "ep2-overlap-recompute": ["aux-mixtral"],
+    "ep2-recompute": ["aux-mixtral"],
     "ep2-cp2": ["aux-sft-set"],
     "ep2-tp2-sp": ["aux-barrier", "aux-lookahead"],
     "tp2-sp": ["aux-barrier", "random-sft"],

@@ -14,7 +14,7 @@ LAYOUTS = {
     "pp2": ["parallel.pipeline=2"],
     "pp2-vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.recompute=full"],
     "cp2": ["parallel.context=2"],
-    "dp2-overlap": ["parallel.overlap=true", "data.row_length=32"],
+    "dp2": ["data.row_length=32"],
 }
 OBJECTIVES = {
     "gemma2": ["model.path={folder}/gemma2"],

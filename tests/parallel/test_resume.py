@@ -22,7 +22,7 @@ MOVES = [  # (processes, layout, step from which the next one resumes)
     (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 6),
     (2, ["parallel.context=2"], None),
 ]
-SAME = {"tp2": ["parallel.tensor=2"], "dp2-overlap-bf16": ["parallel.overlap=true", "precision.dtype=bf16"]}
+SAME = {"tp2": ["parallel.tensor=2"], "dp2-bf16": ["precision.dtype=bf16"]}
 
 
 def set_back(run: Path, step: int) -> None:

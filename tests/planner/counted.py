@@ -95,7 +95,7 @@ def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
     chunks = build_model(shape, transformer_config(shape, config.parallel, config.precision))
     for chunk in chunks:
         fill_randomly(chunk, shape, 0)
-    if config.model.freeze_router:
+    if config.model.router_aux_loss is None:
         freeze_routers(chunks)
     add_adapters(chunks, shape, config.lora, 0)
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=False)

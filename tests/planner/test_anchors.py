@@ -58,7 +58,7 @@ class Run:
 
     def step(self) -> StepTime:
         precision = {"fp8": "tensorwise"} if self.fp8 else {}
-        sections = {"parallel": {"overlap": True, **self.parallel}, "precision": precision}
+        sections = {"parallel": self.parallel, "precision": precision}
         config = Config.model_validate({**CONFIG, **sections})
         topology = make_topology(config.parallel, self.gpus)
         rows = [[self.row] * (self.batch // topology.data)]

@@ -27,7 +27,7 @@ LAYOUTS = {
     "tp2": ["parallel.tensor=2"],
     "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=full"],
     "pp2": ["parallel.pipeline=2", "parallel.recompute=full"],
-    "dp2": ["parallel.overlap=true"],
+    "dp2": [],
     "cp2": ["parallel.context=2"],
     "pp2-vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.oracles.lower_level_loop import DUAL_LR, EPSILON, SMOOTHING, lower_level_trajectory
+from tests.oracles.lower_level_loop import DUAL_LR, EPSILON, lower_level_trajectory
 from tests.support.grids import grid, layout_settings, selected
 from tests.support.processes import NOT_COMPARED, Job, largest_difference, read_metrics, run_jobs
 from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 STEPS, BATCH, SFT_ROWS, SFT_BATCH = 5, 6, 12, 5  # batches of 5, 5, 2, 5, 5 SFT rows
-DUAL = ["spo.schedule=dual", f"spo.epsilon={EPSILON}", f"spo.dual_lr={DUAL_LR}", f"spo.gap_ema={SMOOTHING}"]
+DUAL = ["spo.schedule=dual", f"spo.epsilon={EPSILON}", f"spo.dual_lr={DUAL_LR}"]
 MIX = ["loss.name=[dpo, simpo]", "loss.weights=[1, 0.5]", "loss.beta=[0.2, 2]", "loss.gamma_beta_ratio=0.3"]
 TOKEN, RELATIVE = ["spo.lambda_unit=token", "spo.lambda=2"], ["spo.lambda_unit=relative", "spo.lambda=1.5"]
 SEPARATE = ["spo.sft_data={folder}/sft.jsonl", f"spo.sft_batch_size={SFT_BATCH}"]

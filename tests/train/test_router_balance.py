@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         family="mixtral",
         shape={"num_local_experts": EXPERTS, "num_experts_per_tok": TOP},
         pairs=STEPS * BATCH,
-        model={"freeze_router": False},
+        model={"router_aux_loss": 0.0},
         data={"eval": f"{folder}/pairs.jsonl", "row_length": 64, "shuffle": False},
         loss={"beta": BETA},
         spo={"schedule": "none"},

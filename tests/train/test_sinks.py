@@ -1,6 +1,7 @@
 """W&B (offline) and TensorBoard: their files, read with their own readers."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(capsys: pytest.CaptureFi
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in two parts; the second part repeats steps 3 and 4."""
+    os.environ.pop("WANDB_PROJECT", None)
     folder = tmp_path_factory.mktemp("sinks")
     config = tiny_run(
         folder,
@@ -109,6 +111,11 @@ def wandb_history(file: Path) -> tuple[str, list[dict], list[str]]:
     return run_id, rows, artefacts
 
 
+def wandb_project(file: Path) -> str:
+    (project,) = {r.run.project for r in wandb_records(file) if r.WhichOneof("record_type") == "run"}
+    return str(project)
+
+
 def wandb_end(file: Path) -> tuple[int | None, bool]:
     """Returns the exit code in a .wandb file, which W&B's own process may write a little later, and whether the run was
     marked as to be resumed."""
@@ -130,16 +137,22 @@ def test_wandb_is_told_how_a_run_ended(tmp_path: Path, code: int) -> None:
     assert wandb_end(file) == (code, code == Stopped.code)
 
 
-def test_wandb_is_told_of_a_run_that_an_alarm_ends(folder: Path, tmp_path: Path) -> None:
+def test_wandb_is_told_of_a_run_that_an_alarm_ends(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the environment names the project."""
+    monkeypatch.setenv("WANDB_PROJECT", "another")
     out = [f"output={tmp_path}/run", "monitor.on_alarm=stop"]
     assert main(["train", str(folder / "config.yaml"), *out]) == Anomaly.code
     (file,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
     assert wandb_end(file) == (Anomaly.code, False)
+    assert wandb_project(file) == "another"
 
 
 def test_wandb_holds_every_line_under_one_id(folder: Path) -> None:
     files = sorted((folder / "run/wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
     first, second = (wandb_history(file) for file in files)
+    assert [wandb_project(file) for file in files] == ["megatron-spo"] * 2
     assert first[0] == second[0] == (folder / "run/wandb_id").read_text()
     losses = {row["step"]: row["train/loss"] for row in [*first[1], *second[1]] if "train/loss" in row}
     assert losses == {line["step"]: line["loss"] for line in lines(folder, "train")}
@@ -200,7 +213,7 @@ def _trained_otherwise(folder: Path, kind: str) -> Path:
         overrides += ["lora.rank=4"]
     else:
         tiny_model(there / "model", "mixtral")
-        overrides += [f"model.path={there}/model", "model.freeze_router=false", f"reference.cache={there}/cache"]
+        overrides += [f"model.path={there}/model", "model.router_aux_loss=0", f"reference.cache={there}/cache"]
         assert main(["reference", str(folder / "config.yaml"), *overrides]) == 0
     assert main(["train", str(folder / "config.yaml"), *overrides]) == 0
     return there

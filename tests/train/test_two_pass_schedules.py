@@ -19,7 +19,6 @@ SETTINGS = {
 LAYOUTS = {
     "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "dp2": (2, []),
-    "dp2-overlap": (2, ["parallel.overlap=true"]),
     "dp2-pp2": (4, ["parallel.pipeline=2"]),
 }
 
