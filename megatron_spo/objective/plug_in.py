@@ -97,8 +97,7 @@ class SpoObjective:
             for the reference's own.
         epsilon: width of the safe region g <= v + epsilon, nats per chosen token, >= 0.
         ramp_steps: penalty only: optimizer steps over which lambda rises from 0.
-        lambda_max, dual_lr, gap_ema: dual only: largest lambda, change of lambda per step and nat of gap, and the
-            gap's smoothing, >= 0 and < 1.
+        lambda_max, dual_lr: dual only: largest lambda, and change of lambda per step and nat of gap.
         sft_steps, preference_steps: alternating only: consecutive steps on g and on f, >= 1.
         lookahead_lr: lookahead only: length of the inner SFT step.
         barrier_rate: barrier only: how fast g must fall, per nat of gap beyond epsilon.
@@ -119,7 +118,6 @@ class SpoObjective:
     ramp_steps: int = 0
     lambda_max: float = 10.0
     dual_lr: float = 0.1
-    gap_ema: float = 0.9
     sft_steps: int = 1
     preference_steps: int = 1
     lookahead_lr: float = 1e-3

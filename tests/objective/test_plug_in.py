@@ -98,7 +98,6 @@ def test_lookahead_has_two_passes() -> None:
         ({"loss": "ipo"}, "ipo does not support lambda_unit 'relative'; use 'token'"),
         ({"lambda_": -1.0}, "lambda_\n.*greater than or equal to 0"),
         ({"schedule": "alternating", "sft_steps": 0}, "sft_steps\n.*greater than or equal to 1"),
-        ({"schedule": "dual", "gap_ema": 1.0}, "gap_ema\n.*less than 1"),
         ({"v": "lowest"}, "v.word\n.*Input should be 'running_min'"),
         ({"schedule": "none", "lambda_": 2.0}, "lambda_ has no effect with schedule 'none'; it belongs to penalty"),
     ],
