@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spo.config.json_types import check_types
 from megatron_spo.config.model_folder import CONFIG, GEMMA, is_tied, read_config
 from megatron_spo.errors import UserError
 
@@ -142,13 +143,19 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     path, raw = Path(folder) / CONFIG, read_config(Path(folder))
     family = raw["model_type"]
     _check_supported(path, raw, family)
+    check_types(path, raw)
     hidden, heads = _count(path, raw, "hidden_size"), _count(path, raw, "num_attention_heads")
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
+    if family in ("llama", *GEMMA) and hidden % heads:  # transformers refuses it, whatever head_dim is
+        raise UserError(f"{path}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     theta, scaling, local_theta = _rope(path, raw, family)
     layers = _count(path, raw, "num_hidden_layers", most=MOST_LAYERS)
     window = _sliding_window(path, raw, family)
+    vocab = _count(path, raw, "vocab_size")
+    if (padding := raw.get("pad_token_id")) is not None and padding >= vocab:
+        raise UserError(f"{path}: pad_token_id = {padding} is beyond vocab_size = {vocab}")
     return ModelShape(
         family=family,
         layers=layers,
@@ -157,7 +164,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(path, raw, hidden, heads, family),
-        vocab=_count(path, raw, "vocab_size"),
+        vocab=vocab,
         tied=is_tied(raw),
         norm_eps=_number(path, raw, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         rope_theta=theta,
@@ -196,7 +203,7 @@ def _check_supported(path: Path, raw: Mapping[str, Any], family: str) -> None:
         if value:
             raise UserError(f"{path}: {key} = {value!r} is not supported for {family} models; use a model without it")
     key, only = ("hidden_activation", "gelu_pytorch_tanh") if family in GEMMA else ("hidden_act", "silu")
-    if (activation := raw.get(key) or only) != only:
+    if (activation := raw.get(key, only)) != only:
         raise UserError(
             f"{path}: {key} = {activation!r} is not supported for {family} models; only {only!r} (gated) is"
         )

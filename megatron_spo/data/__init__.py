@@ -1,1 +1,1 @@
-"""Pairs to packed rows: sources, tokenisation, batch plans, rows, and the cache of reference log-probs."""
+"""Reads and tokenises preference pairs and packs them into rows."""

@@ -1,6 +1,6 @@
-"""Arrow arrays from Python's values and back, through their buffers.
+"""Converts Python values to Arrow arrays and back through their buffers.
 
-pyarrow's own conversions (`pa.array`, `to_numpy`) import pandas wherever it is installed, which takes half a second.
+pyarrow's conversions (`pa.array`, `to_numpy`) import pandas if it is installed, which takes half a second.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 
 def number_array(values: NDArray[Any]) -> pa.Array:
-    """An array over the integers [n], which are not copied."""
+    """Returns an Arrow array of the integers [n] without copying them."""
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def to_array(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
-    """Values as an array of integers, booleans, texts (None is a missing one) or lists of integers."""
+    """Converts values to an Arrow array of integers, booleans, strings (None is null) or lists of integers."""
     if kind == pa.bool_():
         return pa.Array.from_buffers(kind, len(values), [None, _bits(values)])
     if kind == pa.string():
@@ -31,7 +31,7 @@ def to_array(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
 
 
 def to_numpy(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """Integers or booleans [n] without missing ones; a view where the column is in one piece (of integers)."""
+    """Converts integers or booleans without nulls to NumPy [n]; a view if the column is one chunk of integers."""
     if isinstance(column, pa.ChunkedArray):
         if column.num_chunks == 1:
             return to_numpy(column.chunk(0))
@@ -50,5 +50,5 @@ def _bits(values: Sequence[bool]) -> pa.Buffer:
 
 
 def _offsets(values: Sequence[Any]) -> pa.Buffer:
-    """Where each of the values begins, and the last one ends."""
+    """Returns the start of each value and the end of the last one."""
     return pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32))

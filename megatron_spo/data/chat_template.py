@@ -1,4 +1,4 @@
-"""Messages to text by the tokenizer's chat template: the same text for a row on every day and in every command."""
+"""Renders messages with the chat template of the tokenizer, independent of the date and of the command."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DATE = datetime(2024, 7, 26)
-"""The day that a template is told, Llama 3's own fallback. It is a constant and not the day of the first pass, so that
-an exported model answers the prompts that it was trained on, wherever and whenever `generate` is called. A row chooses
-another day with `chat_template_kwargs: {"date_string": ...}` if its template reads that."""
+"""The date given to templates; the default of Llama 3. It is constant so that an exported model gets the same prompts
+as in training, whenever `generate` is called. A row can set another date with `chat_template_kwargs:
+{"date_string": ...}` if its template reads that."""
 DATE_STRING = DATE.strftime("%d %b %Y")
 _CLOCKS = re.compile(r"\b(?:strftime_now|date_string)\b")
 
 
 def template_date(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The date that the tokenizer's chat templates are told, YYYY-MM-DD; empty if none of them asks for it."""
+    """Returns the date given to the chat templates of the tokenizer (YYYY-MM-DD), or "" if none of them uses it."""
     templates = tokenizer.chat_template
     texts = templates.values() if isinstance(templates, Mapping) else [templates]
     asked = any(isinstance(text, str) and _CLOCKS.search(text) for text in texts)
@@ -39,11 +39,17 @@ class ChatTemplate:
         self._ours = {"messages", *parameters} - {"tools", "documents"}
 
     def render(self, messages: list[dict[str, Any]], given: Mapping[str, Any], field: str, *, generation: bool) -> str:
-        """The text of messages, with the start of an answer if `generation`; `given`: what the row has for the template
-        besides them. RowProblem, about `field`, where the template refuses the messages.
+        """Renders messages to text.
+
+        Args:
+            messages: the messages.
+            given: further template variables of the row.
+            field: the field to name in errors.
+            generation: append the start of an assistant turn.
 
         Raises:
-            UserError: the template can render no row.
+            RowProblem: the template rejects the messages.
+            UserError: the template is invalid for all rows.
         """
         from jinja2 import TemplateSyntaxError
 
@@ -55,22 +61,22 @@ class ChatTemplate:
             check_text(text, field)
         except TemplateSyntaxError as error:
             raise UserError(
-                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); name another one in "
-                "data.chat_template, or mend the tokenizer's"
+                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); correct it, or "
+                "set data.chat_template to another template"
             ) from error
         except RowProblem as problem:
             if problem.field != field:
                 raise
-            raise RowProblem(field, f"as the chat template renders it, {problem.reason}") from problem
-        except Exception as error:  # templates raise jinja2's errors and whatever their own code raises
+            raise RowProblem(field, f"as rendered by the chat template, {problem.reason}") from problem
+        except Exception as error:  # templates can raise any exception
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise RowProblem(field, f"is refused by the chat template: {reason}") from error
+            raise RowProblem(field, f"is rejected by the chat template: {reason}") from error
         return str(text)
 
     def _prepare(self, given: Mapping[str, Any]) -> None:
-        """Stop the template's clock, and refuse what the row gives in vain."""
-        # transformers has no public way to set the time: its strftime_now is a global of the compiled template, which
-        # this function keeps and apply_chat_template gets again (since 4.43; in 5.24 as well)
+        """Sets the date of the template, and rejects variables of the row that it does not use."""
+        # transformers has no public way to set the date: strftime_now is a global of the compiled template, which
+        # this function caches for apply_chat_template (from 4.43 to at least 5.24)
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         text = self._tokenizer.get_chat_template(None, given.get("tools"))
@@ -78,9 +84,9 @@ class ChatTemplate:
         for name in given:
             source = "tools" if name == "tools" else "chat_template_kwargs"
             if name in self._ours:
-                raise RowProblem(source, f"sets {name!r}, which is not up to a row; remove it")
+                raise RowProblem(source, f"sets {name!r}, which a row cannot set; remove it")
             if not re.search(rf"\b{re.escape(name)}\b", text):
                 raise RowProblem(
-                    source, f"gives {name!r}, which the chat template does not read; remove it from the row, or name a "
-                    "template that reads it in data.chat_template"
+                    source, f"sets {name!r}, which the chat template does not use; remove it, or set "
+                    "data.chat_template to a template that uses it"
                 )  # fmt: skip

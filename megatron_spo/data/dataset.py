@@ -1,9 +1,9 @@
-"""Tokenised data sets: built once, kept memory-mapped, shared by all processes.
+"""Tokenised data sets: built once, memory-mapped, and shared by all processes.
 
-The tokenised rows of each source lie as Arrow streams in the cache of `datasets` (folder `megatron_spo`,
-move it with HF_DATASETS_CACHE), in a folder named by everything that decides them: the source's content,
-the tokenizer, the length limits, and the version of this code. Every process may build: one works while the
-others wait, and a finished folder appears by one rename.
+The tokenised rows of each source are stored as Arrow streams in the cache of `datasets` (folder `megatron_spo`; set
+HF_DATASETS_CACHE to move it). The folder name is a hash of the content of the source, the tokenizer, the length limits
+and the version of this code. If several processes build the same folder, one works while the others wait; the finished
+folder is renamed into place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that is left out: where it stands and why. `line` counts from 1."""
+    """A row that is dropped: where it is and why. `line` counts from 1."""
 
     file: str
     line: int
@@ -41,17 +41,19 @@ class Dropped:
 
 
 class TokenizedSet:
-    """Usable rows of one or several sources, one source after another.
+    """The usable rows of one or more sources, in the order of the sources.
 
-    tokens, chosen_tokens, rejected_tokens   int64 [n]: packed tokens (prefix counted once); scored tokens
-    prompt_tokens, shared_tokens             int64 [n]: of the prompt, and of what both sequences begin with
-    last_tokens                              int32 [n]: id of the token that the chosen response ends with
-    row_hashes                               uint64 [n]: of token ids and prompt length
-    source                                   int32 [n]: index of the source
-    source_sizes, weights                    of each source: usable rows, weight in an epoch
-    has_rejected                             False for a set of SFT rows
-    fingerprint                              hex digest of every row's token ids and their order
-    dropped                                  the rows left out
+    Attributes:
+        tokens: int64 [n], packed tokens of each row; the shared prefix is counted once.
+        chosen_tokens, rejected_tokens: int64 [n], scored tokens of each response.
+        prompt_tokens, shared_tokens: int64 [n], length of the prompt, and of the common prefix of both sequences.
+        last_tokens: int32 [n], id of the last token of the chosen response.
+        row_hashes: uint64 [n], hash of token ids and prompt length.
+        source: int32 [n], index of the source.
+        source_sizes, weights: number of usable rows of each source, and its weight in an epoch.
+        has_rejected: False for SFT rows.
+        fingerprint: hex digest of the token ids of all rows, in order.
+        dropped: the rows that are left out.
     """
 
     def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float]) -> None:
@@ -78,17 +80,17 @@ class TokenizedSet:
         return int(self._starts[-1])
 
     def get(self, index: int) -> Example:
-        """The tokens of row `index`."""
+        """Returns the token ids of row `index`."""
         source, row = self._locate(index)
         return source.example(row)
 
     def describe(self, index: int) -> str:
-        """Where row `index` comes from, for messages: "pairs.jsonl line 12"."""
+        """Returns where row `index` comes from, for messages: "pairs.jsonl line 12"."""
         source, _ = self._locate(index)
         return f"{source.label} {source.unit} {self.line(index)}"
 
     def line(self, index: int) -> int:
-        """Line or row of its source that row `index` is, counted from 1."""
+        """Returns the line or row number of row `index` in its source, counted from 1."""
         source, row = self._locate(index)
         return int(source.lines[row])
 
@@ -107,7 +109,9 @@ class TokenizedSet:
         single = np.flatnonzero(self.rejected_tokens == 0)
         if len(paired) and len(single):
             pair, row = self.describe(int(paired[0])), self.describe(int(single[0]))
-            raise UserError(f"data: {pair} is a preference pair, {row} an SFT row; a data set must be all of one kind")
+            raise UserError(
+                f"data: {pair} is a preference pair, but {row} is an SFT row; use one kind of rows per data set"
+            )
         return len(paired) > 0
 
 
@@ -120,14 +124,21 @@ def build_dataset(
     progress: bool = False,
     cache: Path | None = None,
 ) -> TokenizedSet:
-    """Read, check and tokenise the sources; any number of processes may call it at the same time.
+    """Reads, checks and tokenises the sources. Several processes may call it at the same time.
 
-    kind: "preference" demands pairs, "sft" SFT rows; "any" admits both.  progress: show a bar.  cache: folder of
-    tokenised rows. UserError for unreadable sources and, unless the config drops them, for the first
-    unusable row.
+    Args:
+        sources: the sources.
+        data: length limits, and what to do with unusable rows.
+        tokenizer: the tokenizer.
+        kind: "preference" accepts pairs only, "sft" SFT rows only, "any" both.
+        progress: show a progress bar.
+        cache: folder for the tokenised rows; None: in the cache of `datasets`.
+
+    Raises:
+        UserError: a source cannot be read, or a row is unusable and `data` does not allow dropping it.
     """
     if not sources:
-        raise UserError("data: no source is given")
+        raise UserError("data: there are no sources; set data.train")
     built = []
     for source in sources:
         raw = open_source(source)
@@ -143,14 +154,14 @@ def build_dataset(
 def _nothing_left(sources: Sequence[TokenizedSource], dropped: Sequence[Dropped]) -> str:
     names = ", ".join(source.label for source in sources)
     if not dropped:
-        return f"data: {names}: empty, there is not one row"
+        return f"data: {names}: there are no rows"
     where = f"{dropped[0].file} {sources[0].unit} {dropped[0].line}"
     reason = f"field '{dropped[0].field}' {dropped[0].reason}"
-    return f"data: none of the {len(dropped)} rows of {names} can be used; the first: {where}: {reason}"
+    return f"data: none of the {len(dropped)} rows of {names} can be used; first problem: {where}: {reason}"
 
 
 def _refuse_bad_rows(source: TokenizedSource, data: DataConfig) -> None:
-    """UserError for the first row that the config does not allow to leave out."""
+    """Raises UserError for the first unusable row that `data` does not allow dropping."""
     if data.bad_rows == "drop":
         return
     bad, overlong = ~source.usable, source.column("overlong").astype(bool)
@@ -164,7 +175,7 @@ def _refuse_bad_rows(source: TokenizedSource, data: DataConfig) -> None:
         more = f"\n{len(refused) - 1} more such {source.unit}s: {', '.join(others)}" + (
             ", ..." if len(refused) > 6 else ""
         )
-    remedy = "mend the file, or leave such rows out with data.bad_rows=drop"
+    remedy = "correct the file, or set data.bad_rows=drop to drop such rows"
     if overlong[refused[0]]:
-        remedy = "raise the limit, or shorten or leave out such rows with data.truncation=left, right or drop"
+        remedy = "raise the limit, or set data.truncation=left, right or drop to shorten or drop such rows"
     raise UserError(f"{source.label} {source.unit} {line}: field '{field}' {reason}{more}\n{remedy}")

@@ -1,4 +1,4 @@
-"""The tokens that a model learns to end its answers with."""
+"""Finds the tokens that a model learns to end its answers with."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def end_tokens(datasets: Iterable[TokenizedSet], data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Token ids that chosen responses of these data sets end with, sorted; only special tokens and the end of text.
+    """Returns the special token ids, including eos, that end chosen responses of these data sets, sorted.
 
-    A response that `data.truncation: right` has cut off ends with any token, and does not count.
+    Responses that `data.truncation: right` cuts off are ignored, because they can end with any token.
     """
     specials = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     specials |= {token for token in (tokenizer.eos_token_id,) if token is not None}

@@ -1,6 +1,7 @@
-"""Files of JSON lines, read alike by every command: a byte order mark, CRLF and blank lines make no difference.
+"""Reads JSON lines files, in the same way for every command. A byte order mark, CRLF and blank lines are accepted.
 
-Lines are counted from 1, blank ones included. Only a line feed ends a line: text may hold other separators.
+Lines are counted from 1, including blank lines. Only a line feed ends a line, because strings may contain other
+separators.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from megatron_spo.errors import UserError
 
 BLOCK = 1 << 20
 DEEPEST = 100
-"""Lists and objects inside each other, at most: what writes or renders them recurses."""
+"""Maximum nesting of lists and objects, because code that writes or renders them is recursive."""
 _MARK = b"\xef\xbb\xbf"
 
 
 class RowProblem(Exception):
-    """A row is unusable: the field and the reason. Caught per row; never leaves this package."""
+    """A row is unusable because of a field. Caught for each row; never raised outside of this package."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
         self.field, self.reason = field, reason
 
     def at(self, path: Path, line: int) -> UserError:
-        """The same as an error that ends the command."""
+        """Returns the same problem as an error that ends the command."""
         return UserError(f"{path} line {line}: field '{self.field}' {self.reason}")
 
 
 def find_lines(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-    """Where each line of a file starts and ends (bytes, int64 [lines] each), and a digest of the whole content.
+    """Returns start and end of each line of a file (bytes, int64 [lines] each), and a digest of the content.
 
     Raises:
         UserError: the file is empty, is a JSON array, or cannot be read.
@@ -53,14 +54,14 @@ def find_lines(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
     if position == 0:
         raise UserError(f"{path} is empty")
     if head.removeprefix(_MARK).lstrip()[:1] == b"[":
-        raise UserError(f"{path} is a JSON array; write one JSON object a line instead (JSON lines)")
+        raise UserError(f"{path} is a JSON array; write one JSON object per line instead (JSON lines)")
     ends = np.concatenate([*pieces, [position]])
     ends = ends[:-1] if len(ends) > 1 and ends[-2] == position else ends
     return np.concatenate([[0], ends[:-1]]), ends, digest.hexdigest()
 
 
 def read_lines(file: Path, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[bytes]:
-    """The byte ranges of consecutive lines, read at once."""
+    """Yields the content of consecutive lines, given by byte ranges, with one read."""
     with file.open("rb") as stream:
         stream.seek(int(starts[0]))
         block = stream.read(int(ends[-1] - starts[0]))
@@ -69,7 +70,7 @@ def read_lines(file: Path, starts: NDArray[np.int64], ends: NDArray[np.int64]) -
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The JSON object on a line, None for a blank line; RowProblem otherwise."""
+    """Returns the JSON object on a line, or None for a blank line. Raises RowProblem for anything else."""
     try:
         text = line.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -81,15 +82,15 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise RowProblem("line", f"is not valid JSON ({error})") from error
     if not isinstance(row, dict):
-        raise RowProblem("line", f"is {kind_of(row)}, must be a JSON object")
+        raise RowProblem("line", f"is {kind_of(row)}; must be a JSON object")
     return row
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of every row of a file; each can be written again as JSON in UTF-8.
+    """Yields (line, row) for every row of a file. All rows can be written as JSON in UTF-8.
 
     Raises:
-        UserError: there is no such file or no row in it, or a line is none; names file, line and reason.
+        UserError: the file does not exist or has no rows, or a line is invalid; names file, line and reason.
     """
     if not path.is_file():
         raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist")
@@ -110,8 +111,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_text(value: Any, field: str) -> None:
-    """RowProblem where a string in `value`, or in lists and objects inside it, cannot be encoded, or where these are
-    nested deeper than DEEPEST."""
+    """Raises RowProblem if `value` or a list or object in it contains a string that cannot be encoded in UTF-8, or if
+    it is nested more than DEEPEST levels deep."""
     todo = [(value, 0)]
     while todo:
         one, depth = todo.pop()
@@ -119,16 +120,16 @@ def check_text(value: Any, field: str) -> None:
             try:
                 one.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise RowProblem(field, f"holds half a surrogate pair at character {error.start + 1}") from error
+                raise RowProblem(field, f"contains an unpaired surrogate at character {error.start + 1}") from error
         elif isinstance(one, Mapping | list | tuple):
             if depth == DEEPEST:
-                raise RowProblem(field, f"is nested more than {DEEPEST} deep")
+                raise RowProblem(field, f"is nested more than {DEEPEST} levels deep")
             inner = [*one, *one.values()] if isinstance(one, Mapping) else one
             todo += [(each, depth + 1) for each in inner]
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON is, for messages: "a number"."""
+    """Returns the type of a JSON value for messages, such as "a number"."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""From step numbers to this rank's packed rows."""
+"""Builds the packed rows of a rank for each step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One global batch as one rank sees it.
+    """One global batch on one rank.
 
-    rows: this rank's rows; every rank has the same number.  indices int64 [B]: the whole global batch, as
-    are the counts: pairs, chosen_tokens, rejected_tokens (scored tokens), tokens (packed, without padding),
-    and row_fill, the share of all ranks' rows of full length that these tokens fill.
+    Attributes:
+        rows: rows of this rank; every rank has the same number of rows.
+        indices: int64 [B], data set indices of the whole global batch.
+        pairs, chosen_tokens, rejected_tokens, tokens: pairs, scored tokens of each response, and packed tokens without
+            padding of the whole global batch.
+        row_fill: tokens of the global batch divided by the maximum tokens of the rows of all ranks.
     """
 
     step: int
@@ -39,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Multiples:
-    """What must divide a row's padded tokens and a rank's rows: the parts into which the layout cuts them."""
+    """Numbers that must divide the padded tokens of a row and the number of rows of a rank."""
 
     tokens: int = 1
     rows: int = 1
@@ -49,8 +52,11 @@ NO_MULTIPLES = Multiples()
 
 
 def row_multiples(config: Config) -> Multiples:
-    """Sequence and context parallelism cut a row into equal parts, fp8 multiplies each in blocks, and an interleaved
-    pipeline takes rows in groups."""
+    """Returns the multiples that the configuration requires.
+
+    Sequence and context parallelism split a row into equal parts, fp8 multiplies each part in blocks, and an
+    interleaved pipeline processes rows in groups.
+    """
     parallel, recipe = config.parallel, config.precision.recipe
     parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
     block = 1 if recipe is None else recipe.gathered if parallel.sequence else recipe.multiple
@@ -61,9 +67,16 @@ def row_multiples(config: Config) -> Multiples:
 
 
 class Loader:
-    """Global batches of a data set for one of `ranks` data-parallel ranks.
+    """Loads global batches of a data set for one of `ranks` data-parallel ranks.
 
-    multiples: what the layout asks of rows.  stream: which of the training sets it is.
+    Args:
+        dataset: the data set.
+        data: row length and shuffling.
+        global_batch_size: rows of a batch over all ranks.
+        seed: seed of the order.
+        rank, ranks: this data-parallel rank and their number.
+        multiples: numbers that must divide tokens and rows.
+        stream: which training set this is.
     """
 
     def __init__(
@@ -89,7 +102,7 @@ class Loader:
 
     @property
     def sampler(self) -> Sampler:
-        """The plan of training batches (made when first asked for: an evaluation set has none)."""
+        """The order of the training rows, created on first use because evaluation sets do not need it."""
         if self._sampler is None:
             self._sampler = Sampler(
                 self.dataset.source_sizes,
@@ -103,11 +116,11 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training batches in one epoch."""
+        """Number of training batches in one epoch."""
         return self.sampler.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
-        """The training batch of `step`, counted from 0 over all epochs; that of the next step is made meanwhile."""
+        """Returns the training batch of `step`, counted from 0 over all epochs, and prepares the next one."""
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._worker.submit(self._make, step)
         batch = self._ahead[1].result()
@@ -118,12 +131,12 @@ class Loader:
         return self.batch_of(self.sampler.indices_of_step(step), step=step)
 
     def eval_batches(self) -> Iterator[Batch]:
-        """The whole set once in file order; the last batch may be smaller."""
+        """Yields the whole data set once in file order; the last batch may be smaller."""
         for step, start in enumerate(range(0, len(self.dataset), self._size)):
             yield self.batch_of(np.arange(start, min(start + self._size, len(self.dataset))), step=step)
 
     def batch_of(self, indices: NDArray[np.int64], *, step: int = 0) -> Batch:
-        """A batch of any data set indices, rows spread over the ranks."""
+        """Returns a batch of the given data set indices, with rows distributed over the ranks."""
         data = self.dataset
         tokens = data.tokens[indices]
         plan = plan_rows(tokens, row_length=self.row_length, ranks=self._ranks, rows_multiple=self._multiples.rows)[
@@ -145,5 +158,5 @@ class Loader:
         )
 
     def empty_row(self) -> PackedRow:
-        """A row without pairs, for a rank that must keep step with others."""
+        """Returns a row without pairs, for a rank that has fewer rows than others."""
         return build_row([], multiple=self._multiples.tokens)

@@ -1,5 +1,4 @@
-"""Which pairs form batch k, and which of them share a row: pure functions of (data, seed, epoch, batch
-size)."""
+"""Assigns pairs to batches and to rows. All functions depend only on data, seed, epoch and batch size."""
 
 from __future__ import annotations
 
@@ -17,15 +16,17 @@ from megatron_spo.errors import UserError
 Int64 = NDArray[np.int64]
 
 ATTENTION_SCALE = 4e-5
-"""Attention cost per token squared, in units of one token's linear cost: about 1 / (6 * hidden) for hidden
+"""Attention cost per squared token, relative to the cost of linear layers per token: about 1 / (6 * hidden) for hidden
 4096."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One of the training sets that are drawn from side by side.
+    """One of the training sets of a run.
 
-    number: makes their orders independent under one seed.  data_key: the key, for messages.
+    Attributes:
+        number: makes the orders of the sets independent for the same seed.
+        data_key: configuration key of the set, for messages.
     """
 
     number: int
@@ -37,7 +38,7 @@ SFT = Stream(1, "spo.sft_data")
 
 
 def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Rows that one epoch takes from each source: round(weight * size)."""
+    """Returns the number of rows of each source in one epoch: round(weight * size)."""
     return [round(weight * size) for size, weight in zip(sizes, weights, strict=True)]
 
 
@@ -48,11 +49,16 @@ def batches_per_epoch(
     global_batch_size: int,
     stream: Stream = PAIRS,
 ) -> int:
-    """Batches in one epoch, the last of which may be smaller; UserError when an epoch holds no rows."""
+    """Returns the number of batches in one epoch; the last one may be smaller.
+
+    Raises:
+        UserError: an epoch has no rows.
+    """
     rows = sum(rows_per_epoch(sizes, weights))
     if rows == 0:
         raise UserError(
-            f"{stream.data_key}: an epoch holds no rows (sources of {list(sizes)} rows, weights {list(weights)})"
+            f"{stream.data_key}: an epoch has no rows (sources of {list(sizes)} rows, weights {list(weights)}); "
+            "set larger weights"
         )
     return -(-rows // global_batch_size)
 
@@ -66,10 +72,10 @@ def epoch_order(
     shuffle: bool = True,
     stream: Stream = PAIRS,
 ) -> Int64:
-    """Data set indices [rows of the epoch] in the order in which epoch `epoch` visits them.
+    """Returns the data set indices [rows of the epoch] of epoch `epoch`, in order.
 
-    Sources lie one after another in the data set. A weight w takes every row floor(w) times and a random
-    subset, drawn anew in each epoch, for the rest. Without `shuffle` the order is that of the files.
+    Sources follow one another in the data set. With weight w, every row is used floor(w) times, and a random subset,
+    drawn again for each epoch, once more. Without `shuffle` the order is that of the files.
     """
     generator = np.random.Generator(
         np.random.PCG64(np.random.SeedSequence([seed, epoch, *([stream.number] if stream.number else [])]))
@@ -87,8 +93,7 @@ def epoch_order(
 
 
 class Sampler:
-    """The indices of any step, without state that training would have to save: step k is a function of k
-    alone."""
+    """Returns the indices of any step. It has no state to save, because step k depends only on k."""
 
     def __init__(
         self,
@@ -106,8 +111,10 @@ class Sampler:
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def indices_of_step(self, step: int) -> Int64:
-        """Data set indices of the global batch of `step` (counted from 0 over all epochs); the order of one
-        epoch is kept, so a walk through the steps sorts once an epoch."""
+        """Returns the data set indices of the global batch of `step`, counted from 0 over all epochs.
+
+        The order of one epoch is cached.
+        """
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = self._order_of(epoch=epoch)
@@ -116,7 +123,7 @@ class Sampler:
 
 
 def pair_costs(tokens: ArrayLike, *, attention_scale: float = ATTENTION_SCALE) -> NDArray[np.float64]:
-    """Relative cost of a pair of so many packed tokens: linear layers plus attention."""
+    """Returns the relative cost of pairs with the given numbers of packed tokens: linear layers plus attention."""
     count = np.asarray(tokens, dtype=np.float64)
     return count * (1.0 + attention_scale * count)
 
@@ -124,14 +131,18 @@ def pair_costs(tokens: ArrayLike, *, attention_scale: float = ATTENTION_SCALE) -
 def plan_rows(
     tokens: ArrayLike, costs: ArrayLike | None = None, *, row_length: int, ranks: int, rows_multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Spread a batch over ranks and rows: result[rank][row] = positions into the batch.
+    """Distributes a batch over ranks and rows; result[rank][row] is a list of positions in the batch.
 
-    Every rank gets the same number of rows, the smallest multiple of `rows_multiple` that best-fit-decreasing
-    packing allows; a row holds at most `row_length` tokens and may be empty; costs (default
-    `pair_costs`) are balanced over the ranks, and over the rows of each where these are not filled to the last
-    token.
+    Every rank gets the same number of rows: the smallest multiple of `rows_multiple` that best-fit-decreasing packing
+    allows. A row has at most `row_length` tokens and may be empty. Costs are balanced over the ranks, and over the rows
+    of a rank if there is free space.
 
-    tokens [B]: packed tokens of each pair.  costs [B]: relative time of each pair.
+    Args:
+        tokens: [B], packed tokens of each pair.
+        costs: [B], relative time of each pair; None: `pair_costs`.
+        row_length: maximum tokens of a row.
+        ranks: number of ranks.
+        rows_multiple: number that must divide the rows of a rank.
     """
     sizes = np.asarray(tokens, dtype=np.int64).tolist()
     weights = (pair_costs(sizes) if costs is None else np.asarray(costs, dtype=np.float64)).tolist()
@@ -141,7 +152,7 @@ def plan_rows(
     rows = max(-(-len(packed) // (ranks * rows_multiple)), 1) * rows_multiple
     by_cost = _longest_first(range(len(sizes)), weights, ranks)
     plan = [_even_rows(group, sizes, weights, rows, row_length) for group in by_cost]
-    if max(len(part) for part in plan) > rows:  # balance alone would cost a row more: move whole rows instead
+    if max(len(part) for part in plan) > rows:  # balancing pairs needs another row: balance whole rows instead
         totals = [sum(weights[i] for i in row) for row in packed]
         plan = [[packed[i] for i in group] for group in _longest_first(range(len(packed)), totals, ranks, most=rows)]
     return [part + [[] for _ in range(rows - len(part))] for part in plan]
@@ -150,8 +161,8 @@ def plan_rows(
 def _even_rows(
     items: Sequence[int], sizes: Sequence[int], costs: Sequence[float], rows: int, capacity: int
 ) -> list[list[int]]:
-    """The dearest item first, each into the row that costs the least so far and takes it; by best fit if it comes to
-    one that no row takes."""
+    """Assigns the most expensive item first, each to the cheapest row with enough space; falls back to best fit if an
+    item does not fit into any row."""
     result: list[list[int]] = [[] for _ in range(rows)]
     heap = [(0.0, capacity, row) for row in range(rows)]
     for item in sorted(items, key=lambda i: (-costs[i], i)):
@@ -168,7 +179,7 @@ def _even_rows(
 
 
 def _best_fit(items: Sequence[int] | range, sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the largest item first, each into the fullest row that still takes it."""
+    """Best-fit decreasing: assigns the largest item first, each to the fullest row with enough space."""
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, row), sorted
     for item in sorted(items, key=lambda i: (-sizes[i], i)):
@@ -184,7 +195,7 @@ def _best_fit(items: Sequence[int] | range, sizes: Sequence[int], capacity: int)
 def _longest_first(
     items: Sequence[int] | range, costs: Sequence[float], groups: int, *, most: int | None = None
 ) -> list[list[int]]:
-    """The dearest item first, each to the group that has the least so far (and fewer than `most` items)."""
+    """Assigns the most expensive item first, each to the cheapest group (with fewer than `most` items)."""
     result: list[list[int]] = [[] for _ in range(groups)]
     heap = [(0.0, group) for group in range(groups)]
     for item in sorted(items, key=lambda i: (-costs[i], i)):

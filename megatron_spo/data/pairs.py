@@ -1,9 +1,9 @@
-"""Sources of preference pairs, their formats, and what is wrong with a row.
+"""Opens sources of preference pairs and SFT rows, and validates rows.
 
-A source is a file of JSON lines, a Parquet file, a folder that `datasets` saved or a data set on the hub; it is
-read piece by piece. Formats are TRL's: `prompt`, `chosen`, `rejected` as strings or lists of messages, the prompt
-possibly implicit (the common start of both); for SFT `prompt`, `completion`, or `messages`, whose last assistant
-turns are the completion; with messages also `tools` and `chat_template_kwargs`, for the chat template.
+A source is a JSON lines file, a Parquet file, a folder of `save_to_disk` or a data set on the hub. The formats are
+those of TRL: `prompt`, `chosen` and `rejected` as strings or lists of messages, where the prompt may be implicit (the
+common start of both); for SFT `prompt` and `completion`, or `messages`, whose last assistant turns are the completion.
+With messages, `tools` and `chat_template_kwargs` are passed to the chat template.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ Text = str | list[Message]
 
 @dataclass(frozen=True)
 class Pair:
-    """A validated row. prompt, chosen and rejected are all strings or all message lists; `prompt` None
-    means a string pair whose prompt is the common start, still to be cut (tokens decide where); `rejected`
-    None means an SFT row. `answer_field` is what `chosen` is called in the file. `template`: what the chat template is
-    given besides the messages, by keyword."""
+    """A validated row.
+
+    Attributes:
+        prompt, chosen, rejected: all strings, or all lists of messages. `prompt` is None for a pair of strings with an
+            implicit prompt, which is split off at a token border later. `rejected` is None for an SFT row.
+        answer_field: name of `chosen` in the file.
+        template: variables for the chat template in addition to the messages.
+    """
 
     prompt: Text | None
     chosen: Text
@@ -48,8 +52,12 @@ class Pair:
 class RawSource:
     """An opened source.
 
-    label: how messages name it.  unit: "line" or "row" (both counted from 1).  fingerprint: of its content.
-    rows: for JSON lines a table of byte ranges (`start`, `end`) into `file`; otherwise the rows themselves.
+    Attributes:
+        label: name of the source in messages.
+        unit: "line" or "row"; both are counted from 1.
+        fingerprint: hash of the content.
+        rows: for JSON lines a table of byte ranges (`start`, `end`) in `file`, otherwise the rows.
+        file: the JSON lines file, or None.
     """
 
     label: str
@@ -60,8 +68,11 @@ class RawSource:
 
 
 def open_source(source: DataSource) -> RawSource:
-    """Open a JSON-lines path, a Parquet path, a folder of save_to_disk or a hub id. UserError names what is missing or
-    unreadable."""
+    """Opens a JSON lines file, a Parquet file, a folder of save_to_disk or a data set on the hub.
+
+    Raises:
+        UserError: the source does not exist or cannot be read.
+    """
     path = Path(source.path)
     kind = path.suffix.lower()
     if path.is_dir():
@@ -75,8 +86,8 @@ def open_source(source: DataSource) -> RawSource:
     if kind == ".parquet":
         return _open_parquet(path)
     raise UserError(
-        f"data: {source.path} has the unknown extension {kind or '(none)'!r}; "
-        "known are .jsonl and .json (one JSON object a line) and .parquet"
+        f"data: {source.path} has the unsupported extension {kind or '(none)'!r}; "
+        "supported: .jsonl and .json (one JSON object per line), .parquet"
     )
 
 
@@ -92,29 +103,29 @@ def _open_parquet(path: Path) -> RawSource:
     try:
         digest = _digest([path])
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps pyarrow's many errors in its own
+    except Exception as error:  # datasets wraps the errors of pyarrow in its own
         raise UserError(f"data: {path} is not a readable Parquet file: {_first_line(error)}") from error
     return _refuse_empty(RawSource(str(path), "row", digest, rows, None))
 
 
 def _open_folder(path: Path, split: str) -> RawSource:
-    """What save_to_disk of a Dataset, or of a DatasetDict, has written."""
+    """Opens a folder that save_to_disk of a Dataset or DatasetDict has written."""
     import datasets
 
     folder, label = path, str(path)
     if (path / "dataset_dict.json").is_file():
         folder, label = path / split, f"{path} ({split})"
         if not folder.is_dir():
-            raise UserError(f"data: {path} has no split {split!r}; name one of its folders in the source's key split")
+            raise UserError(f"data: {path} has no split {split!r}; set split of the source to one of its folders")
     if not (folder / "state.json").is_file():
         raise UserError(
-            f"data: {path} is a folder, and not one of datasets' save_to_disk; name a .jsonl or .parquet file in it"
+            f"data: {path} is a folder, but not one written by save_to_disk; set a .jsonl or .parquet file instead"
         )
     try:
         names = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
         digest = _digest([folder / name for name in names])
         rows = datasets.load_from_disk(str(folder))
-    except Exception as error:  # json, pyarrow and datasets raise what they like on a torn folder
+    except Exception as error:  # a damaged folder can raise many errors
         raise UserError(f"data: {folder} is not a readable data set folder: {_first_line(error)}") from error
     return _refuse_empty(RawSource(label, "row", digest, rows, None))
 
@@ -135,7 +146,7 @@ def _open_hub(source: DataSource) -> RawSource:
         rows = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # hub, network and builder errors have no common base
         raise UserError(
-            f"data: {source.path} is neither a file here nor a data set that can be loaded from the hub "
+            f"data: {source.path} is neither a local file nor a data set that can be loaded from the hub "
             f"(split {source.split!r}): {_first_line(error)}"
         ) from error
     label = f"{source.path} ({source.split})"
@@ -153,24 +164,31 @@ def _first_line(error: Exception) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row of Arrow without the keys that are null, in objects inside it too: Arrow gives every row, message and tool
-    the union of all keys, so that null stands for a key that is not there."""
+    """Returns a row of Arrow without keys that are null, recursively.
+
+    Arrow gives every row, message and tool the union of all keys, so null means that the key is missing.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
-    """Validate one row. kind: "preference" refuses SFT rows, "sft" preference pairs, "any" neither.
+    """Validates one row.
 
-    RowProblem names the field.
+    Args:
+        row: the row.
+        kind: "preference" rejects SFT rows, "sft" rejects preference pairs, "any" accepts both.
+
+    Raises:
+        RowProblem: the row is invalid; names the field.
     """
     paired = [field for field in ("chosen", "rejected") if row.get(field) is not None]
     if kind == "sft" and paired:
         raise RowProblem(
             paired[0],
-            "belongs to a preference pair; spo.sft_data takes rows of prompt and completion, or of messages (without "
-            "spo.sft_data the SFT rows are the chosen responses of data.train)",
+            "is a field of preference pairs; rows of spo.sft_data must have prompt and completion, or messages "
+            "(without spo.sft_data the chosen responses of data.train are used)",
         )
     if kind == "preference" or (kind == "any" and ("chosen" in row or "rejected" in row)):
         return _with_template(_parse_preference(row), row)
@@ -180,8 +198,8 @@ def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
         return _with_template(pair, row)
     if "completion" not in row:
         if kind == "sft":
-            raise RowProblem("completion", "is missing (and there are no 'messages')")
-        raise RowProblem("chosen", "is missing (and there is neither 'completion' nor 'messages')")
+            raise RowProblem("completion", "is missing, and so is 'messages'")
+        raise RowProblem("chosen", "is missing, and so are 'completion' and 'messages'")
     completion = _text(row, "completion")
     prompt = _text(row, "prompt")
     _check_same_kind(prompt, completion, "completion")
@@ -190,11 +208,13 @@ def parse_row(row: Mapping[str, Any], *, kind: str) -> Pair:
 
 
 def parse_prompt(row: Mapping[str, Any]) -> Pair:
-    """The prompt of a row to be answered, which training would take it to have: `prompt`, or what `chosen` and
-    `rejected` have in common, or the `messages` before the last answer.
+    """Returns a row's prompt as in training: `prompt`, or the common start of `chosen` and `rejected`, or the
+    `messages` before the last answer.
 
-    Beside a `prompt` of its own other keys are not looked at; the pair's `chosen` is empty then. RowProblem names the
-    field.
+    If there is a `prompt`, other keys are ignored and `chosen` of the result is empty.
+
+    Raises:
+        RowProblem: the row has no valid prompt; names the field.
     """
     inside = isinstance(row.get("prompt"), str) and all(isinstance(row.get(f), list) for f in ("chosen", "rejected"))
     if inside or ("prompt" not in row and ("chosen" in row or "rejected" in row)):
@@ -209,10 +229,10 @@ def parse_prompt(row: Mapping[str, Any]) -> Pair:
 
 
 def _split_messages(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
-    """What comes before the last assistant turns of `messages`, and these."""
+    """Splits `messages` before its last assistant turns."""
     messages = _text(row, "messages")
     if isinstance(messages, str):
-        raise RowProblem("messages", "is a string, must be a list of messages")
+        raise RowProblem("messages", "is a string; must be a list of messages")
     turns = len(messages)
     while turns and messages[turns - 1]["role"] == "assistant":
         turns -= 1
@@ -220,24 +240,24 @@ def _split_messages(row: Mapping[str, Any]) -> tuple[list[Message], list[Message
 
 
 def _with_template(pair: Pair, row: Mapping[str, Any]) -> Pair:
-    """The pair with what its row has for the chat template: `tools` (a list, or JSON text of one) and
+    """Returns the pair with the template variables of its row: `tools` (a list, or JSON text of one) and
     `chat_template_kwargs`."""
     tools, more = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise RowProblem("tools", f"is a string and not valid JSON ({error})") from error
+            raise RowProblem("tools", f"is a string that is not valid JSON ({error})") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise RowProblem("tools", f"is {kind_of(tools)}, must be a list of objects, or JSON text of one")
+        raise RowProblem("tools", f"is {kind_of(tools)}; must be a list of objects, or JSON text of one")
     if more is not None and not isinstance(more, Mapping):
-        raise RowProblem("chat_template_kwargs", f"is {kind_of(more)}, must be an object")
+        raise RowProblem("chat_template_kwargs", f"is {kind_of(more)}; must be an object")
     given: dict[str, Any] = {**({"tools": tools} if tools else {}), **(more or {})}
     if not given:
         return pair
     source = "tools" if tools else "chat_template_kwargs"
     if isinstance(pair.prompt or pair.chosen, str):
-        raise RowProblem(source, "is for a chat template, and this row is of strings; give lists of messages")
+        raise RowProblem(source, "requires a chat template, but this row has strings; use lists of messages")
     check_text(given, source)
     return replace(pair, template=given)
 
@@ -253,12 +273,10 @@ def _parse_preference(row: Mapping[str, Any]) -> Pair:
         if prompt is not None and prompt.strip() not in [message.get("content", "").strip() for message in start]:
             raise RowProblem(
                 "prompt",
-                "is a string while 'chosen' is a list of messages; make it a list of messages as well",
+                "is a string, but 'chosen' is a list of messages; make it a list of messages as well",
             )
         if not start:
-            raise RowProblem(
-                "prompt", "is missing, and 'chosen' and 'rejected' have no message in common at their start"
-            )
+            raise RowProblem("prompt", "is missing, and 'chosen' and 'rejected' do not start with the same message")
         prompt, chosen, rejected = start, chosen[len(start) :], rejected[len(start) :]
     if prompt is not None:
         for field, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -280,35 +298,35 @@ def _check_same_kind(one: Text, other: Text, field: str) -> None:
     kinds = ["a string", "a list of messages"]
     if not isinstance(other, str):
         kinds.reverse()
-    raise RowProblem(field, f"is {kinds[0]} while the rest of the row is {kinds[1]}")
+    raise RowProblem(field, f"is {kinds[0]}, but the rest of the row is {kinds[1]}")
 
 
 def _check_turns(prompt: Text, answer: Text, prompt_field: str, field: str) -> None:
-    """An answer is assistant turns and nothing else; a prompt ends before the assistant speaks."""
+    """Checks that an answer has only assistant turns and that the prompt ends before an assistant turn."""
     if isinstance(prompt, str) or isinstance(answer, str):
         return
     if not answer:
-        raise RowProblem(field, "holds no assistant answer after the prompt")
+        raise RowProblem(field, "has no assistant answer after the prompt")
     _check_prompt(prompt, prompt_field)
     if answer[: len(prompt)] == prompt:
-        raise RowProblem(field, "repeats the prompt; give only the answer's messages, or leave 'prompt' out")
+        raise RowProblem(field, "repeats the prompt; remove the prompt's messages from it, or remove 'prompt'")
     for message in answer:
         if message["role"] != "assistant":
             raise RowProblem(
                 field,
-                f"holds a {message['role']!r} message after the prompt; only assistant turns can be scored",
+                f"has a {message['role']!r} message after the prompt; only assistant turns can be scored",
             )
 
 
 def _check_prompt(prompt: list[Message], field: str) -> None:
     if not prompt:
-        raise RowProblem(field, "is empty: nothing comes before the assistant's answer")
+        raise RowProblem(field, "is empty; there must be a message before the assistant's answer")
     if prompt[-1]["role"] == "assistant":
-        raise RowProblem(field, "ends with an assistant message; move it into the answer")
+        raise RowProblem(field, "ends with an assistant message; move it to the answer")
 
 
 def _text(row: Mapping[str, Any], field: str) -> Text:
-    """The field as a clean string or message list."""
+    """Returns the field as a valid string or list of messages."""
     if field not in row:
         raise RowProblem(field, "is missing")
     value = row[field]
@@ -318,27 +336,27 @@ def _text(row: Mapping[str, Any], field: str) -> Text:
         check_text(value, field)
         return value
     if not isinstance(value, list):
-        raise RowProblem(field, f"is {kind_of(value)}, must be a string or a list of messages")
+        raise RowProblem(field, f"is {kind_of(value)}; must be a string or a list of messages")
     if not value:
         raise RowProblem(field, "is an empty list")
     return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message: Any, field: str) -> Message:
-    """A message as the chat template gets it: without the keys that are null, which transformers leaves out too."""
+    """Returns a message for the chat template, without keys that are null, which transformers also removes."""
     if not isinstance(message, Mapping):
-        raise RowProblem(field, f"is {kind_of(message)}, must be a message with 'role' and 'content'")
+        raise RowProblem(field, f"is {kind_of(message)}; must be a message with 'role' and 'content'")
     present = {key: value for key, value in message.items() if value is not None}
     calls = present.get("tool_calls", [])
     if not isinstance(calls, list):
-        raise RowProblem(f"{field}.tool_calls", f"is {kind_of(calls)}, must be a list")
+        raise RowProblem(f"{field}.tool_calls", f"is {kind_of(calls)}; must be a list")
     says_nothing = message.get("role") == "assistant" and bool(calls)  # the calls are the answer
     for key in ("role", "content"):
         if key == "content" and says_nothing and key not in present:
             continue
         if not isinstance(message.get(key), str):
             what = kind_of(message[key]) if key in message else "missing"
-            raise RowProblem(f"{field}.{key}", f"is {what}" + (", must be a string" if key in message else ""))
+            raise RowProblem(f"{field}.{key}", f"is {what}" + ("; must be a string" if key in message else ""))
     if message["role"] == "assistant" and not says_nothing and not message["content"].strip():
         raise RowProblem(f"{field}.content", "is empty")
     check_text(present, field)

@@ -1,4 +1,4 @@
-"""Files of prompts, tokenised by the code that tokenises training rows."""
+"""Reads and tokenises files of prompts with the code for training rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Row = dict[str, Any]
 
 
 def tokenize_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, Row, list[int]]]:
-    """For each row of a JSON lines file: where it is ("FILE line N"), the row, and the token ids of its prompt, which
-    are those of the training row.
+    """Yields (position, row, token ids of the prompt) for each row of a JSON lines file.
 
-    A row whose prompt is implicit gets it as a key of its own, and loses it from `chosen` and `rejected`.
+    The position is "FILE line N". The token ids are the same as in training. An implicit prompt is moved from `chosen`
+    and `rejected` to the key `prompt`.
 
     Raises:
-        UserError: names the file, the line, the field and the reason.
+        UserError: a row is invalid; names the file, the line, the field and the reason.
     """
     rows = RowTokenizer(tokenizer)
     for line, row in read_rows(path):
@@ -36,7 +36,7 @@ def tokenize_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator
 
 
 def explicit(row: Row, pair: Pair) -> Row:
-    """A row with the prompt that `pair` found in it."""
+    """Returns the row with the prompt of `pair` as a key."""
     if row.get("prompt") == pair.prompt or (isinstance(pair.prompt, list) and isinstance(row.get("prompt"), list)):
         return row
     answers = {} if pair.rejected is None else {"chosen": pair.chosen, "rejected": pair.rejected}
@@ -44,7 +44,11 @@ def explicit(row: Row, pair: Pair) -> Row:
 
 
 def check_prompt(row: Row, path: Path, line: int) -> None:
-    """UserError unless a row has a `prompt` that could have been answered."""
+    """Checks that a row has a valid `prompt`.
+
+    Raises:
+        UserError: it has none.
+    """
     try:
         if "prompt" not in row:
             raise RowProblem("prompt", "is missing")

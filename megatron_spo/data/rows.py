@@ -1,4 +1,4 @@
-"""Packed rows: the only batch format.
+"""Packs pairs into rows, the only batch format.
 
 A row is `[shared | chosen tail | rejected tail]` for one pair after another. `shared` is the longest common
 prefix of (prompt + chosen) and (prompt + rejected); rotary positions of the rejected tail restart at
@@ -22,9 +22,10 @@ Int64 = NDArray[np.int64]
 class Example:
     """One tokenised row of a data set.
 
-    `chosen_ids` int32 [P+C] and `rejected_ids` int32 [P+R] start with the same `prompt_length` = P >= 1
-    tokens; `rejected_ids` is empty for an SFT row. `shared` is the length of their longest common prefix
-    (>= P); for an SFT row it is the whole length P+C.
+    Attributes:
+        chosen_ids, rejected_ids: int32 [P+C] and [P+R], prompt and response. `rejected_ids` is empty for an SFT row.
+        prompt_length: P >= 1, number of prompt tokens.
+        shared: length of the longest common prefix (>= P); P+C for an SFT row.
     """
 
     chosen_ids: NDArray[np.int32]
@@ -35,18 +36,18 @@ class Example:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of prefix-shared pairs as numpy arrays: T tokens, n pairs, E scored entries, K uses of them.
+    """One row of prefix-shared pairs as NumPy arrays: T tokens, n pairs, E scored entries, K uses of entries.
 
-    tokens, positions       int64 [T]    token ids, rotary positions (those of the padding count from 0)
-    segments                int64 [n, 4] (start, shared, chosen_tail, rejected_tail) of each pair
-    predict_at, targets     int64 [E]    the logits at row position predict_at[e] score token targets[e];
-                                         a response token that both answers share is one entry
-    score_index             int64 [K]    entries in the order chosen_0, rejected_0, chosen_1, ...
-    score_lengths           int64 [2n]   how many of score_index belong to each of those (0: no rejected)
-    pairs                   int64 [n]    data set indices
-    chosen_tokens,
-    rejected_tokens         int64 [n]    scored tokens, equal to score_lengths[0::2] and [1::2]
-    real_tokens             tokens before padding
+    Attributes:
+        tokens, positions: int64 [T], token ids and rotary positions; positions of the padding start at 0.
+        segments: int64 [n, 4], (start, shared, chosen tail, rejected tail) of each pair.
+        predict_at, targets: int64 [E]; the logits at position predict_at[e] of the row score token targets[e]. A
+            response token that both responses share is one entry.
+        score_index: int64 [K], entries in the order chosen_0, rejected_0, chosen_1, ...
+        score_lengths: int64 [2n], number of entries of each of these responses; 0 if there is no rejected response.
+        pairs: int64 [n], data set indices.
+        chosen_tokens, rejected_tokens: int64 [n], scored tokens: score_lengths[0::2] and score_lengths[1::2].
+        real_tokens: number of tokens without padding.
     """
 
     tokens: Int64
@@ -64,7 +65,7 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One pair inside a row, its indices relative to the pair's first token and first entry."""
+    """One pair of a row, with indices relative to its first token and first entry."""
 
     tokens: Int64
     positions: Int64
@@ -80,9 +81,9 @@ def _piece(example: Example) -> _Piece:
     prompt, shared = example.prompt_length, example.shared
     chosen_tail = len(chosen) - shared
     rejected_tail = max(len(rejected) - shared, 0)
-    common = shared - prompt  # response tokens that both answers have
-    # Tokens before each target: common part and chosen tail lie in a row, the rejected tail follows the
-    # chosen one but its first token is predicted by the last shared token.
+    common = shared - prompt  # response tokens that both responses share
+    # Position before each target. The rejected tail follows the chosen tail, but the last shared token predicts its
+    # first token.
     rejected_at = shared + chosen_tail - 1 + np.arange(rejected_tail)
     rejected_at[:1] = shared - 1
     scored_chosen = common + chosen_tail
@@ -100,10 +101,10 @@ def _piece(example: Example) -> _Piece:
 
 
 def build_row(examples: Sequence[tuple[int, Example]], *, multiple: int, pad_id: int = 0) -> PackedRow:
-    """Pack (data set index, example) pairs into one row whose length is a multiple of `multiple`.
+    """Packs (data set index, example) pairs into one row whose length is a multiple of `multiple`.
 
-    No examples give a row of `multiple` pad tokens without entries, so that every rank can run the same
-    number of rows.
+    Without examples, the row has `multiple` padding tokens and no entries, so that every rank can run the same number
+    of rows.
     """
     pieces = [_piece(example) for _, example in examples]
     lengths = np.array([len(piece.tokens) for piece in pieces], dtype=np.int64)

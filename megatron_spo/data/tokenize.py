@@ -1,8 +1,7 @@
-"""Rows to token ids: chat template, end-of-turn, the border between prompt and answer, truncation.
+"""Converts rows to token ids: chat template, end-of-turn token, border between prompt and response, truncation.
 
-Invariants of every tokenised row: prompt tokens are a prefix of prompt + response (never made so by
-slicing), a begin-of-sequence token stands at most once and only at the start, and a response ends in
-exactly one end-of-turn token (unless `truncation: right` cut it off).
+In every tokenised row, the prompt tokens are a prefix of prompt + response, a begin-of-sequence token occurs at most
+once and only at the start, and a response ends with exactly one end-of-turn token (unless `truncation: right` cuts it).
 """
 
 from __future__ import annotations
@@ -32,31 +31,35 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PROBE = "a"
 JOINERS = ("\n", ".", "a", "|")
-"""After one of these a text is tokenised as the continuation of another."""
+"""Prefixes after which a text is tokenised to find its tokens as a continuation of another text."""
 
 MARK = "\u2603"
-"""An answer of which only the end matters."""
+"""A placeholder answer, to find what the template writes after an answer."""
 
 
 class Overlong(RowProblem):
-    """A row that `data.max_length` or `data.row_length` does not admit and truncation cannot mend."""
+    """A row that exceeds `data.max_length` or `data.row_length` even after truncation."""
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder or hub id; `chat_template` names a file that replaces its template."""
+    """Loads the tokenizer of a model folder or hub id. The file `chat_template` replaces its chat template.
+
+    Raises:
+        UserError: there is no usable tokenizer, or the template cannot be read.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        # transformers 5 would make an empty tokenizer of the model's family
-        raise UserError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); name its folder in model.tokenizer")
+        # transformers 5 would create an empty tokenizer of the model's family
+        raise UserError(f"{path} contains no tokenizer ({', '.join(TOKENIZER_FILES)}); set model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises whatever its loaders raise
+    except Exception as error:  # loaders can raise any exception
         first = str(error).strip().splitlines()[:1]
-        raise UserError(f"no tokenizer can be loaded from {path}: {''.join(first)}") from error
+        raise UserError(f"cannot load a tokenizer from {path}: {''.join(first)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer of {path} has no fast version (tokenizer.json); convert it first")
+        raise UserError(f"the tokenizer of {path} has no fast version (tokenizer.json); convert it to one first")
     if chat_template is not None:
         file = Path(chat_template)
         if not file.is_file():
@@ -64,13 +67,12 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"data.chat_template: {chat_template} is not a text file in UTF-8") from error
+            raise UserError(f"data.chat_template: file {chat_template} is not UTF-8 text") from error
     return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hex digest of what decides a row's tokens: the tokenizer's content, special tokens and chat
-    template."""
+    """Returns a hex digest of everything that determines tokens: tokenizer, special tokens and chat template."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -81,9 +83,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """How long a row may be (tokens of prompt + response, each side; tokens of the packed pair), and the
-    side that is cut when it is longer: "left" (the prompt's start), "right" (the response's end) or None
-    (nothing)."""
+    """Length limits of a row.
+
+    Attributes:
+        max_length: maximum tokens of prompt + response, for each response.
+        truncation: what to cut from longer rows: "left" (start of the prompt), "right" (end of the response) or None.
+        row_length: maximum tokens of the packed pair.
+    """
 
     max_length: int
     truncation: str | None
@@ -94,11 +100,14 @@ NO_LIMITS = LengthLimits(sys.maxsize, None, sys.maxsize)
 
 
 class RowTokenizer:
-    """Tokenises validated rows. UserError when the tokenizer cannot serve at all; RowProblem for a row."""
+    """Tokenises validated rows.
+
+    Methods raise RowProblem for an unusable row, and UserError if the tokenizer is not usable for any row.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: LengthLimits = NO_LIMITS) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
-        self._backend.no_truncation()  # a limit stored in tokenizer.json would cut rows silently
+        self._backend.no_truncation()  # a limit in tokenizer.json would truncate rows silently
         self._backend.no_padding()
         self._limits = limits
         self._lead = self._find_lead()
@@ -110,26 +119,26 @@ class RowTokenizer:
         self._special = re.compile("|".join(re.escape(token) for token in self._specials) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` alone: nothing added before or after."""
+        """Returns the token ids of `text` without added special tokens."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def prompt_ids(self, pair: Pair) -> list[int]:
-        """Token ids of the prompt of a pair, as in the row that `tokenize` makes of it, before truncation."""
+        """Returns the token ids of the prompt of a pair, the same as in `tokenize` before truncation."""
         return self._prompt_ids(*self._start(self.with_prompt(pair)))
 
     def with_prompt(self, pair: Pair) -> Pair:
-        """The same pair, its implicit prompt cut off its answers where it has one."""
+        """Returns the pair with an explicit prompt: an implicit prompt is moved out of the responses."""
         if pair.prompt is not None:
             return pair
         assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
         cut = self._common_text(pair.chosen, pair.rejected)
         for answer, field in ((pair.chosen, pair.answer_field), (pair.rejected, "rejected")):
             if not answer[cut:].strip():
-                raise RowProblem(field, "is empty after the start that 'chosen' and 'rejected' have in common")
+                raise RowProblem(field, "is empty after the common start of 'chosen' and 'rejected'")
         return replace(pair, prompt=pair.chosen[:cut], chosen=pair.chosen[cut:], rejected=pair.rejected[cut:])
 
     def tokenize(self, pair: Pair) -> Example:
-        """The token ids of one row within the length limits."""
+        """Returns the token ids of one row within the length limits."""
         pair = self.with_prompt(pair)
         start, lead = self._start(pair)
         prompt, bare = self._prompt_ids(start, lead), self.encode(start)
@@ -142,27 +151,26 @@ class RowTokenizer:
         return self._fit(prompt, sides, fields)
 
     def _start(self, pair: Pair) -> tuple[str, tuple[int, ...]]:
-        """The prompt as text, and the token ids before it (begin-of-sequence), which a chat template would have written
-        itself."""
+        """Returns the prompt as text, and the token ids to put before it (begin-of-sequence; none with a chat template,
+        which writes them itself)."""
         if isinstance(pair.prompt, str):
             return pair.prompt, self._lead
         assert pair.prompt is not None
         if self._template is None:
             raise UserError(
-                "the rows are lists of messages and the tokenizer has no chat template; "
-                "name a template file in data.chat_template"
+                "the rows are lists of messages, but the tokenizer has no chat template; "
+                "set data.chat_template to a template file"
             )
         return self._template.render(pair.prompt, pair.template, "prompt", generation=True), ()
 
     def _prompt_ids(self, start: str, lead: tuple[int, ...]) -> list[int]:
         ids = _single_start([*lead, *self.encode(start)], self._tokenizer.bos_token_id)
         if not ids:
-            raise RowProblem("prompt", "is empty: there is no token from which the first response token is predicted")
+            raise RowProblem("prompt", "is empty; there must be at least one token before the response")
         return ids
 
     def _find_lead(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text by itself (its end-of-sequence, if it adds one, is left
-        off)."""
+        """Returns the token ids that the tokenizer adds before a text."""
         plain, full = self.encode(PROBE), list(self._backend.encode(PROBE).ids)
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
@@ -170,7 +178,7 @@ class RowTokenizer:
         return ()
 
     def _find_added_space(self) -> bool:
-        """Whether a text that stands alone gets a space of its own (sentencepiece)."""
+        """Returns whether the tokenizer adds a space before a text (sentencepiece)."""
         for joiner in JOINERS:
             head, both = self.encode(joiner), self.encode(joiner + PROBE)
             if both[: len(head)] == head:
@@ -178,7 +186,7 @@ class RowTokenizer:
         return False
 
     def _continuation(self, text: str) -> list[int]:
-        """Tokens of `text` as the continuation of another text, without merging across the border."""
+        """Returns the token ids of `text` as a continuation of another text, without merges across the border."""
         for joiner in JOINERS if self._adds_space else ():
             head, both = self.encode(joiner), self.encode(joiner + text)
             if both[: len(head)] == head:
@@ -186,27 +194,31 @@ class RowTokenizer:
         return self.encode(text)
 
     def _answers(self, pair: Pair, start: str) -> Iterator[tuple[str, int | None, str]]:
-        """Of each answer its text, with the end-of-turn token where that is text, the token id that must end it (None:
-        its own last token is the template's end of turn), and its field."""
+        """Yields (text, end token id, field) for each response. The end token id is None if the text already ends with
+        the end-of-turn token of the template."""
         fields = (pair.answer_field,) if pair.rejected is None else (pair.answer_field, "rejected")
         eos = self._tokenizer.eos_token_id
         for answer, field in zip((pair.chosen, pair.rejected), fields, strict=False):
             assert answer is not None
             if isinstance(answer, str):
                 if eos is None:
-                    raise UserError("the tokenizer has no eos_token, which has to end the responses of string rows")
+                    raise UserError(
+                        "the tokenizer has no eos_token, which must end the responses of rows with strings; "
+                        "set model.tokenizer"
+                    )
                 yield answer, eos, field
                 continue
             text, ended = self._rendered(pair, answer, start, field)
             if not ended and eos is None:
                 raise UserError(
-                    "the chat template ends a turn without a special token and the tokenizer has no eos_token"
+                    "the chat template ends a turn without a special token, and the tokenizer has no eos_token; set "
+                    "data.chat_template or model.tokenizer"
                 )
             yield text, None if ended else eos, field
 
     def _common_text(self, chosen: str, rejected: str) -> int:
-        """Characters of the implicit prompt: the longest common start that ends at a token border of both
-        texts and not inside a word; a space before the answers belongs to them."""
+        """Returns the length of the implicit prompt in characters: the longest common start that ends at a token border
+        of both texts and not inside a word. A space before the responses belongs to the responses."""
         limit = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         limit = min(len(chosen), len(rejected)) if limit is None else limit
         borders = self._borders(chosen) & self._borders(rejected)
@@ -214,7 +226,7 @@ class RowTokenizer:
             inside = chosen[cut - 1].isalnum() and any(text[cut : cut + 1].isalnum() for text in (chosen, rejected))
             if cut in borders and not inside and chosen[cut - 1] != " " and chosen[:cut].strip():
                 return cut
-        raise RowProblem("prompt", "is missing, and 'chosen' and 'rejected' have no common start to be the prompt")
+        raise RowProblem("prompt", "is missing, and 'chosen' and 'rejected' have no common start to use as the prompt")
 
     def _borders(self, text: str) -> set[int]:
         spans = self._backend.encode(text, add_special_tokens=False).offsets
@@ -222,9 +234,9 @@ class RowTokenizer:
         return {end for _, end in spans} - inside
 
     def _rendered(self, pair: Pair, answer: list[Message], start: str, field: str) -> tuple[str, bool]:
-        """The answer as the template writes it after the prompt `start`, up to its end-of-turn token, and whether the
-        template wrote one. What follows the token (a newline, an end-of-text) is not generated by the model and not
-        part of the response."""
+        """Returns the rendered answer after the prompt `start`, up to its end-of-turn token, and whether there is such
+        a token. Text after the token (a newline, an end-of-text) is not generated by the model and is not part of the
+        response."""
         assert isinstance(pair.prompt, list) and self._template is not None
         full = self._template.render(pair.prompt + answer, pair.template, field, generation=False)
         if not full.startswith(start):
@@ -232,8 +244,8 @@ class RowTokenizer:
             here, there = start[at : at + 20], full[at : at + 20]
             raise RowProblem(
                 field,
-                "the chat template renders the prompt differently once an answer follows (from character "
-                f"{at + 1}: {here!r} against {there!r}); name one that does not in data.chat_template",
+                "the chat template renders the prompt differently if an answer follows (from character "
+                f"{at + 1}: {here!r} instead of {there!r}); set data.chat_template to one that does not",
             )
         rendered = full[len(start) :]
         if answer[-1].get("tool_calls"):
@@ -243,29 +255,29 @@ class RowTokenizer:
         return self._end_of_turn(rendered, answer[-1].get("content", ""))
 
     def _after_turn(self, pair: Pair, answer: list[Message], field: str) -> str:
-        """What the template writes behind the token that ends an answer, seen where nothing in the answer itself can be
-        taken for that token."""
+        """Returns the text that the template writes after the token that ends an answer, found with a placeholder
+        answer that contains no special tokens."""
         assert isinstance(pair.prompt, list) and self._template is not None
         plain = [*pair.prompt, *answer[:-1], {"role": "assistant", "content": MARK}]
         try:
             text = self._template.render(plain, pair.template, field, generation=False)
-        except RowProblem:  # a template for tool calls alone
+        except RowProblem:  # the template supports only tool calls
             return ""
         end = self._special.search(text, text.rfind(MARK) + len(MARK))
         return text[end.end() :] if end else ""
 
     def _end_of_turn(self, rendered: str, content: str) -> tuple[str, bool]:
-        """A rendered answer of `content` up to its end-of-turn token, and whether there is one."""
+        """Returns a rendered answer of `content` up to its end-of-turn token, and whether there is one."""
         start = self._ending(rendered)
         content = content.rstrip()
-        own = content[self._ending(content) :]  # special tokens with which the content itself ends
+        own = content[self._ending(content) :]  # special tokens at the end of the content
         if own and rendered.startswith(own, start) and self._special.search(rendered, start + len(own)):
             start += len(own)
         match = self._special.search(rendered, start)
         return (rendered[: match.end()], True) if match else (rendered, False)
 
     def _ending(self, text: str) -> int:
-        """Where the special tokens and white space begin with which a text ends."""
+        """Returns the start of the special tokens and white space at the end of a text."""
         end = len(text)
         while True:
             rest = text[:end].rstrip()
@@ -275,11 +287,11 @@ class RowTokenizer:
             end = len(rest) - len(token)
 
     def _fit(self, prompt: list[int], sides: list[list[int]], fields: list[str]) -> Example:
-        """Apply `truncation` and check both length limits."""
+        """Applies `truncation` and checks both length limits."""
         limit = self._limits.max_length
         if self._limits.truncation == "left":
             excess = max(len(prompt) + max(len(side) for side in sides) - limit, 0)
-            kept = self._kept_of(prompt)  # with the last token at least
+            kept = self._kept_of(prompt)  # keeps at least the last token
             prompt = prompt[:kept] + prompt[max(min(kept + excess, len(prompt) - 1), kept) :]
         elif self._limits.truncation == "right":
             sides = [side[: max(limit - len(prompt), 1)] for side in sides]
@@ -295,8 +307,8 @@ class RowTokenizer:
         return self._example(prompt, sides, fields)
 
     def _kept_of(self, prompt: list[int]) -> int:
-        """How many tokens at the start of a prompt are no text and are never cut: begin-of-sequence, or whatever the
-        tokenizer puts before a text."""
+        """Returns the number of leading prompt tokens that are never cut: those that the tokenizer adds, such as
+        begin-of-sequence."""
         if self._lead and prompt[: len(self._lead)] == list(self._lead):
             return len(self._lead)
         return int(prompt[0] == self._tokenizer.bos_token_id)
@@ -321,18 +333,18 @@ def _common_length(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
 
 
 def _single_start(ids: list[int], token: int | None) -> list[int]:
-    """`ids` without repetitions of a leading `token`."""
+    """Returns `ids` without repetitions of a leading `token`."""
     while token is not None and ids[:2] == [token, token]:
         ids = ids[1:]
     return ids
 
 
 def _end_once(response: list[int], end: int | None, field: str) -> list[int]:
-    """`response` ending in exactly one `end` (None: whatever token it ends in now)."""
+    """Returns `response` with exactly one `end` token at its end (None: its present last token)."""
     body = list(response)
     last = end if end is not None or not body else body[-1]
     while body and body[-1] == last:
         body.pop()
     if not body or last is None:
-        raise RowProblem(field, "is empty once tokenised")
+        raise RowProblem(field, "is empty after tokenisation")
     return [*body, last]

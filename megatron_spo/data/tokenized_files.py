@@ -1,4 +1,4 @@
-"""The tokenised rows of one source as memory-mapped Arrow streams."""
+"""Stores the tokenised rows of one source as memory-mapped Arrow streams."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from megatron_spo.config.schema import DataConfig
 
-VERSION = 2
-"""Raise when tokenisation or the files change: older folders are then left alone."""
+VERSION = 3
+"""Increase this if tokenisation, the file format or stored messages change, so that older folders are not used."""
 BATCH = 512
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -55,9 +55,11 @@ SCHEMA = pa.schema(
 
 
 class TokenizedSource:
-    """Rows of one source, usable or not, in file order; `row` counts all of them from 0.
+    """All rows of one source in file order, including unusable ones. `row` counts from 0.
 
-    lines int64 [n] (from 1), usable bool [n]; `column` gives any scalar column.
+    Attributes:
+        lines: int64 [n], line number of each row, counted from 1.
+        usable: bool [n], whether each row is usable.
     """
 
     def __init__(self, folder: Path, *, label: str, unit: str) -> None:
@@ -72,35 +74,35 @@ class TokenizedSource:
         self._prompt, self._shared = self.column("prompt_length"), self.column("shared")
 
     def column(self, name: str) -> NDArray[Any]:
-        """A scalar column [n] as a numpy array."""
+        """Returns a scalar column [n] as a NumPy array."""
         return to_numpy(self._table.column(name))
 
     def last_tokens(self) -> NDArray[np.int32]:
-        """[n]: id of the token that the chosen response of each usable row ends with; 0 for the others."""
+        """Returns [n] ids of the last token of the chosen response of each row; 0 for unusable rows."""
         return self._chosen.last()
 
     def example(self, row: int) -> Example:
-        """Token ids of a usable row (views of the mapped file)."""
+        """Returns the token ids of a usable row, as views of the mapped file."""
         return Example(self._chosen[row], self._rejected[row], int(self._prompt[row]), int(self._shared[row]))
 
     def problem(self, row: int) -> tuple[int, str, str]:
-        """(line, field, reason) of an unusable row."""
+        """Returns (line, field, reason) of an unusable row."""
         return int(self.lines[row]), self._table["field"][row].as_py(), self._table["reason"][row].as_py()
 
     def problems(self) -> Iterator[tuple[int, str, str]]:
-        """All unusable rows."""
+        """Yields (line, field, reason) of all unusable rows."""
         return (self.problem(int(row)) for row in np.flatnonzero(~self.usable))
 
 
 class _Lists:
-    """Random access to a list column without making Arrow scalars."""
+    """Random access to a list column without creating Arrow scalars."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         self._chunks = [(to_numpy(chunk.offsets), to_numpy(chunk.values)) for chunk in column.chunks]
 
     def last(self) -> NDArray[np.int32]:
-        """The last number of each list, 0 where it is empty."""
+        """Returns the last number of each list; 0 for empty lists."""
         parts = []
         for offsets, values in self._chunks:
             filled = offsets[1:] > offsets[:-1]
@@ -126,7 +128,7 @@ def tokenize_source(
     progress: bool,
     cache: Path | None,
 ) -> TokenizedSource:
-    """The tokenised rows of a source, from the cache where they are there already."""
+    """Returns the tokenised rows of a source, from the cache if possible. See `build_dataset` for the arguments."""
     from filelock import FileLock
 
     root = cache if cache is not None else datasets_cache() / "megatron_spo"
@@ -149,14 +151,14 @@ def tokenize_source(
                     _build(folder, raw, worker, num_proc=data.num_proc, progress=progress)
         except OSError as error:
             raise UserError(
-                f"tokenised rows cannot be kept in {root} ({error}); name another folder in the environment "
-                "variable HF_DATASETS_CACHE"
+                f"cannot store tokenised rows in {root} ({error}); set the environment variable "
+                "HF_DATASETS_CACHE to another folder"
             ) from error
     return TokenizedSource(folder, label=raw.label, unit=raw.unit)
 
 
 def _build(folder: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bool) -> None:
-    """Tokenise into a folder of a unique name, then rename it: a reader sees all or nothing."""
+    """Tokenises into a temporary folder, then renames it, so that readers never see an incomplete folder."""
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         if num_proc == 1 and isinstance(raw.rows, pa.Table):
@@ -171,7 +173,7 @@ def _build(folder: Path, raw: RawSource, worker: Any, *, num_proc: int, progress
 
 
 def _write(path: Path, rows: pa.Table, worker: Any, label: str, *, progress: bool) -> str:
-    """Tokenise in this process, without `datasets`, whose import takes a second; returns the file's name."""
+    """Tokenises in this process without importing `datasets`, which takes a second. Returns the file name."""
     from tqdm import tqdm
 
     bar = tqdm(total=len(rows), desc=label, unit=" examples", disable=not progress)
@@ -184,7 +186,7 @@ def _write(path: Path, rows: pa.Table, worker: Any, label: str, *, progress: boo
 
 
 def _map(work: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bool) -> list[str]:
-    """Tokenise by `datasets`, in several processes if so configured; returns the names of the files."""
+    """Tokenises with `datasets`, in `num_proc` processes. Returns the file names."""
     import datasets
 
     rows = raw.rows
@@ -209,7 +211,7 @@ def _map(work: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bo
 
 @contextlib.contextmanager
 def _progress(show: bool) -> Iterator[None]:
-    """`datasets`' bars on or off, as they were afterwards."""
+    """Enables or disables the progress bars of `datasets`, and restores their state afterwards."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     disabled = are_progress_bars_disabled()
@@ -223,7 +225,7 @@ def _progress(show: bool) -> Iterator[None]:
 def _tokenize_batch(
     table: pa.Table, indices: Sequence[int], *, tokenizer: RowTokenizer, file: Path | None, kind: str
 ) -> pa.Table:
-    """One batch of raw rows to SCHEMA; blank lines leave no row."""
+    """Converts one batch of raw rows to SCHEMA. Blank lines are skipped."""
     records = []
     for index, raw in zip(indices, _raw_rows(table, file), strict=True):
         record: dict[str, Any] = {"line": index + 1, "overlong": False}

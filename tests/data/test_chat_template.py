@@ -94,7 +94,7 @@ def test_a_prompt_has_the_tokens_of_the_training_row(
         assert (problem.field == "prompt") == (system and name.startswith("system refused"))
         assert problem.field == "prompt" or name == "the prompt opens a thought"
         if problem.field == "prompt":
-            with pytest.raises(RowProblem, match="refused by the chat template: no system role"):
+            with pytest.raises(RowProblem, match="rejected by the chat template: no system role"):
                 rows.prompt_ids(parse_prompt(row))
         return
     assert name != "the prompt opens a thought"
@@ -174,19 +174,27 @@ def test_tool_calls_are_those_of_trl(said: dict) -> None:
 @pytest.mark.parametrize(
     ("more", "field", "reason"),
     [
-        ({"tools": {"name": "f"}}, "tools", "is an object, must be a list of objects"),
-        ({"tools": "no JSON"}, "tools", "is a string and not valid JSON"),
-        ({"tools": ["f"]}, "tools", "is a list, must be a list of objects"),
-        ({"chat_template_kwargs": 3}, "chat_template_kwargs", "is a number, must be an object"),
-        ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "gives 'thinking', which the chat templ"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "sets 'tokenize', which is not up to"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "sets 'messages', which is not up to"),
-        ({"tools": [{"name": "\ud800"}]}, "tools", "holds half a surrogate pair"),
+        ({"tools": {"name": "f"}}, "tools", "is an object; must be a list of objects"),
+        ({"tools": "no JSON"}, "tools", "is a string that is not valid JSON"),
+        ({"tools": ["f"]}, "tools", "is a list; must be a list of objects"),
+        ({"chat_template_kwargs": 3}, "chat_template_kwargs", "is a number; must be an object"),
+        ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "sets 'thinking', which the chat templ"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs",
+            "sets 'tokenize', which a row cannot set",
+        ),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "sets 'messages', which a row cannot set"),
+        ({"tools": [{"name": "\ud800"}]}, "tools", "contains an unpaired surrogate"),
         ({"chosen": [{"role": "assistant", "tool_calls": []}]}, "chosen[0].content", "is missing"),
-        ({"chosen": [{"role": "assistant", "tool_calls": "f()"}]}, "chosen[0].tool_calls", "is a string, must be a li"),
-        ({"chosen": [{"role": "assistant", "tool_calls": [{"a": "\udc00"}]}]}, "chosen[0]", "holds half a surrogate"),
+        ({"chosen": [{"role": "assistant", "tool_calls": "f()"}]}, "chosen[0].tool_calls", "is a string; must be a li"),
+        (
+            {"chosen": [{"role": "assistant", "tool_calls": [{"a": "\udc00"}]}]},
+            "chosen[0]",
+            "contains an unpaired surrogate",
+        ),
         ({"prompt": [{"role": "user", "content": None}]}, "prompt[0].content", "is null"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": TOOLS}, "tools", "is for a chat template"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": TOOLS}, "tools", "requires a chat template"),
     ],
 )
 def test_what_a_row_cannot_give_the_template(more: dict, field: str, reason: str) -> None:
@@ -195,7 +203,9 @@ def test_what_a_row_cannot_give_the_template(more: dict, field: str, reason: str
         tokenize(row, TOKENIZERS["tools"])
     assert caught.value.field == field and caught.value.reason.startswith(reason), caught.value
     if "tools" in more:
-        with pytest.raises(RowProblem, match="gives 'tools', which the chat template does not read|tools: (is|holds)"):
+        with pytest.raises(
+            RowProblem, match="sets 'tools', which the chat template does not use|tools: (is|requires|contains)"
+        ):
             tokenize(row, TOKENIZERS["plain"])
 
 
@@ -222,9 +232,9 @@ def test_templates_that_render_nothing_usable(tmp_path: Path) -> None:
     row = {"messages": chat("user: q", "assistant: a")}
     for text, error, message in (
         ("{% for m in messages %}", UserError, r"the chat template is not valid Jinja \(line 1: .*data.chat_template"),
-        ("{{ '\\ud800' }}", RowProblem, "prompt: as the chat template renders it, holds half a surrogate pair"),
-        ("{{ messages[5].content }}", RowProblem, "prompt: is refused by the chat template: .*no element 5"),
-        ("{{ 1 / 0 }}", RowProblem, "prompt: is refused by the chat template: division by zero"),
+        ("{{ '\\ud800' }}", RowProblem, "prompt: as rendered by the chat template, contains an unpaired surrogate"),
+        ("{{ messages[5].content }}", RowProblem, "prompt: is rejected by the chat template: .*no element 5"),
+        ("{{ 1 / 0 }}", RowProblem, "prompt: is rejected by the chat template: division by zero"),
     ):
         with pytest.raises(error, match=message):
             tokenize(row, byte_tokenizer(MARKS, template=text))
@@ -248,7 +258,7 @@ def test_every_command_names_file_line_and_reason(tmp_path: Path, capsys: pytest
     ):
         assert main([str(one) for one in arguments]) == 2
         error = capsys.readouterr().err
-        assert f"{file} line 3: field 'prompt' is refused by the chat template: no system role" in error
+        assert f"{file} line 3: field 'prompt' is rejected by the chat template: no system role" in error
 
 
 def test_truncation_keeps_what_the_tokenizer_puts_first() -> None:

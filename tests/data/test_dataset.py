@@ -37,33 +37,33 @@ BAD_ROWS: list[tuple[Any, str, str]] = [
     ({"prompt": "p", "rejected": "c"}, "chosen", "is missing"),
     ({"chosen": "c", "rejected": "d"}, "prompt", "is missing, and"),
     ({"text": "x"}, "chosen", "is missing"),
-    (pair(chosen=None), "chosen", "is null, must be"),
-    (pair(prompt=None), "prompt", "is null, must be"),
-    (pair(rejected=7), "rejected", "is a number, must be a string or a list of messages"),
+    (pair(chosen=None), "chosen", "is null; must be"),
+    (pair(prompt=None), "prompt", "is null; must be"),
+    (pair(rejected=7), "rejected", "is a number; must be a string or a list of messages"),
     (pair(chosen=True), "chosen", "is a boolean"),
     (pair(chosen={"role": "user"}), "chosen", "is an object"),
     (pair(chosen=" \n"), "chosen", "is empty"),
     (pair(prompt=""), "prompt", "is empty"),
-    (pair(chosen="<eos>"), "chosen", "is empty once tokenised"),
+    (pair(chosen="<eos>"), "chosen", "is empty after tokenisation"),
     (pair(chosen="3"), "rejected", "equals 'chosen'"),
     (pair(chosen="x", rejected="x<eos>"), "rejected", "equals 'chosen' after tokenisation"),
     (pair(chosen="3" * 90), "chosen", "has 95 tokens with the prompt; data.max_length allows 64"),
     ('{"prompt": "p", "chosen": ', "line", "is not valid JSON"),
-    ("[1, 2]", "line", "is a list, must be a JSON object"),
-    ('{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', "chosen", "holds half a surrogate pair"),
+    ("[1, 2]", "line", "is a list; must be a JSON object"),
+    ('{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', "chosen", "contains an unpaired surrogate"),
     (pair(chosen=[]), "chosen", "is an empty list"),
-    (pair(chosen=["c"]), "chosen[0]", "is a string, must be a message"),
+    (pair(chosen=["c"]), "chosen[0]", "is a string; must be a message"),
     (pair(chosen=[{"role": "assistant"}]), "chosen[0].content", "is missing"),
-    (pair(chosen=[{"role": "assistant", "content": 3}]), "chosen[0].content", "is a number, must be a string"),
+    (pair(chosen=[{"role": "assistant", "content": 3}]), "chosen[0].content", "is a number; must be a string"),
     (pair(chosen=chat("assistant:  ")), "chosen[0].content", "is empty"),
-    (pair(chosen=chat(YES)), "rejected", "is a string while the rest of the row is a list of messages"),
-    ({"prompt": "p", "chosen": chat(YES), "rejected": chat(NO)}, "prompt", "is a string while 'chosen' is a list"),
-    ({"prompt": chat(USER), "chosen": "c", "rejected": "d"}, "chosen", "is a string while the rest"),
+    (pair(chosen=chat(YES)), "rejected", "is a string, but the rest of the row is a list of messages"),
+    ({"prompt": "p", "chosen": chat(YES), "rejected": chat(NO)}, "prompt", "is a string, but 'chosen' is a list"),
+    ({"prompt": chat(USER), "chosen": "c", "rejected": "d"}, "chosen", "is a string, but the rest"),
     ({"prompt": chat(USER), "chosen": chat(USER, YES), "rejected": chat(USER, NO)}, "chosen", "repeats the prompt"),
     ({"prompt": chat(USER, YES), "chosen": chat(YES), "rejected": chat(NO)}, "prompt", "ends with an assistant"),
-    ({"chosen": chat(USER, YES), "rejected": chat(USER)}, "rejected", "holds no assistant answer"),
+    ({"chosen": chat(USER, YES), "rejected": chat(USER)}, "rejected", "has no assistant answer"),
     ({"chosen": chat(YES), "rejected": chat(NO)}, "prompt", "is missing, and 'chosen'"),
-    ({"chosen": chat(USER, YES, USER), "rejected": chat(USER, NO)}, "chosen", "holds a 'user' message"),
+    ({"chosen": chat(USER, YES, USER), "rejected": chat(USER, NO)}, "chosen", "has a 'user' message"),
 ]
 
 
@@ -85,7 +85,7 @@ def test_bad_row(tmp_path: Path, row: Any, field: str, reason: str) -> None:
 def test_others_are_counted(tmp_path: Path) -> None:
     bad = pair(chosen=None)
     file = lines(tmp_path / "pairs.jsonl", [GOOD[0], bad, *[bad] * 7])
-    with pytest.raises(UserError, match=r"line 2: .*\n7 more such lines: 3, 4, 5, 6, 7, \.\.\.\nmend the file"):
+    with pytest.raises(UserError, match=r"line 2: .*\n7 more such lines: 3, 4, 5, 6, 7, \.\.\.\ncorrect the file"):
         build(file)
 
 
@@ -104,9 +104,9 @@ def test_overlong_rows_by_truncation(tmp_path: Path) -> None:
 
 def test_every_row_dropped(tmp_path: Path) -> None:
     file = lines(tmp_path / "pairs.jsonl", [pair(chosen=None)] * 2)
-    with pytest.raises(UserError, match="none of the 2 rows of .*pairs.jsonl can be used; the first: .* line 1"):
+    with pytest.raises(UserError, match="none of the 2 rows of .*pairs.jsonl can be used; first problem: .* line 1"):
         build(file, bad_rows="drop")
-    with pytest.raises(UserError, match="there is not one row"):
+    with pytest.raises(UserError, match="there are no rows"):
         build(lines(tmp_path / "blank.jsonl", ["", "  "]))
 
 
@@ -115,8 +115,8 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         "nothing.jsonl": (None, "nothing.jsonl does not exist"),
         "nothing.parquet": (None, "nothing.parquet does not exist"),
         "empty.jsonl": (b"", "empty.jsonl is empty"),
-        "array.json": (b'[{"prompt": "p"}]', "is a JSON array; write one JSON object a line"),
-        "pairs.csv": (b"prompt,chosen\n", "has the unknown extension '.csv'"),
+        "array.json": (b'[{"prompt": "p"}]', "is a JSON array; write one JSON object per line"),
+        "pairs.csv": (b"prompt,chosen\n", "has the unsupported extension '.csv'"),
         "pairs.parquet": (b"not parquet", "pairs.parquet is not a readable Parquet file"),
     }
     for name, (content, message) in cases.items():
@@ -124,7 +124,7 @@ def test_unreadable_sources(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             build(tmp_path / name)
-    with pytest.raises(UserError, match="is a folder, and not one of datasets' save_to_disk; name a .jsonl"):
+    with pytest.raises(UserError, match="is a folder, but not one written by save_to_disk; set a .jsonl"):
         open_source(DataSource(path=str(tmp_path)))
     lines(tmp_path / "latin.jsonl", []).write_bytes(b'{"prompt": "\xe9"}\n')
     with pytest.raises(UserError, match="line 1: field 'line' is not UTF-8"):
@@ -138,7 +138,7 @@ def test_neither_file_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match="nobody/nothing is neither a file here nor a data set .*ConnectionError"):
+    with pytest.raises(UserError, match="nobody/nothing is neither a local file nor a data set .*ConnectionError"):
         build([DataSource(path="nobody/nothing")])
 
 
@@ -221,7 +221,7 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     assert one.fingerprint == jsonl.fingerprint and one.describe(1) == f"{tmp_path / 'one'} row 2"
     test = build([DataSource(path=str(tmp_path / "both"), split="test")])
     assert len(test) == 1 and test.describe(0) == f"{tmp_path / 'both'} (test) row 1"
-    with pytest.raises(UserError, match="both has no split 'dev'; name one of its folders"):
+    with pytest.raises(UserError, match="both has no split 'dev'; set split of the source"):
         build([DataSource(path=str(tmp_path / "both"), split="dev")])
     shard = next((tmp_path / "one").glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:50])
@@ -236,7 +236,7 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
 def test_a_useless_tokenizer_stops_at_once(tmp_path: Path, num_proc: int) -> None:
     row = {"prompt": chat(USER), "chosen": chat(YES), "rejected": chat(NO)}
     file = lines(tmp_path / "pairs.jsonl", [row, row])
-    with pytest.raises(UserError, match="name a template file in data.chat_template"):
+    with pytest.raises(UserError, match="set data.chat_template to a template file"):
         build(file, PLAIN, num_proc=num_proc, bad_rows="drop")
     no_eos = byte_tokenizer()
     no_eos.eos_token = None
@@ -253,7 +253,9 @@ def test_sft_sets(tmp_path: Path) -> None:
     assert build(lines(tmp_path / "pairs.jsonl", GOOD), kind="any").has_rejected
     with pytest.raises(UserError, match="line 1: field 'chosen' is missing"):
         build(tmp_path / "sft.jsonl")
-    with pytest.raises(UserError, match=r"mixed.jsonl line 1 is a preference pair, .*mixed.jsonl line 2 an SFT row"):
+    with pytest.raises(
+        UserError, match=r"mixed.jsonl line 1 is a preference pair, but .*mixed.jsonl line 2 is an SFT row"
+    ):
         build(lines(tmp_path / "mixed.jsonl", [GOOD[0], rows[0]]), kind="any")
     for row, field in [({"messages": chat(USER)}, "messages"), ({"completion": "x"}, "prompt")]:
         with pytest.raises(UserError, match=f"field '{field}'"):

@@ -1,4 +1,4 @@
-"""Which rows form batch k is a pure function of sizes, weights, seed, epoch and batch size."""
+"""Batches: the rows of batch k depend only on sizes, weights, seed, epoch and batch size."""
 
 from typing import Any
 
@@ -50,6 +50,6 @@ def test_every_step_can_be_asked_for_in_any_order() -> None:
 def test_the_last_batch_may_be_smaller() -> None:
     assert batches_per_epoch([10], [1.0], global_batch_size=4) == 3
     assert batches_per_epoch([3], [1.0], global_batch_size=4) == 1
-    with pytest.raises(UserError, match="an epoch holds no rows"):
+    with pytest.raises(UserError, match="an epoch has no rows"):
         batches_per_epoch([3], [0.1], global_batch_size=4)
     assert rows_per_epoch([10, 3], [0.25, 2.0]) == [2, 6]

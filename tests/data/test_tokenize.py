@@ -166,9 +166,9 @@ def test_template_that_changes_the_prompt_is_refused() -> None:
 def test_template_that_refuses_a_row_is_named() -> None:
     tokenizer = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
     row = {"messages": chat("user: q", "assistant: a")}
-    with pytest.raises(RowProblem, match="prompt: is refused by the chat template: roles must alternate"):
+    with pytest.raises(RowProblem, match="prompt: is rejected by the chat template: roles must alternate"):
         tokenize(row, tokenizer)
-    with pytest.raises(UserError, match="no chat template; name a template file in data.chat_template"):
+    with pytest.raises(UserError, match="no chat template; set data.chat_template to a template file"):
         tokenize(row, PLAIN)
 
 
@@ -234,10 +234,10 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.chat_template: file .*nothing does not exist"):
         load_tokenizer(str(tmp_path / "plain"), str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no tokenizer"):
+    with pytest.raises(UserError, match="empty contains no tokenizer"):
         load_tokenizer(str(tmp_path / "empty"))
     (tmp_path / "empty/tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="no tokenizer can be loaded from"):
+    with pytest.raises(UserError, match="cannot load a tokenizer from"):
         load_tokenizer(str(tmp_path / "empty"))
 
 

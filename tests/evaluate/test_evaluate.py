@@ -88,7 +88,7 @@ def test_what_generate_writes_is_evaluated(models: Path, tmp_path: Path, capsys:
         ({"responses": []}, "line 2: field `responses` must be a list of one or more strings"),
         ({"finished": [1]}, "line 2: field `finished` must be a list of 1 booleans"),
         ({"finished": None}, "line 2: field `finished` must be a list of 1 booleans"),
-        ({"prompt": 3}, "line 2: field 'prompt' is a number, must be a string or a list of messages"),
+        ({"prompt": 3}, "line 2: field 'prompt' is a number; must be a string or a list of messages"),
     ],
 )
 def test_malformed_answers(changed: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_messages_go_through_the_chat_template(model_dir: Path, tmp_path: Path) 
     generate_file(chat, write_jsonl(tmp_path / "p", rows), tmp_path / "out", max_new_tokens=5)
     from_messages, from_text = rows_of(tmp_path / "out")
     assert from_messages["responses"] == from_text["responses"]
-    with pytest.raises(UserError, match="no chat template; name a template file"):
+    with pytest.raises(UserError, match="no chat template; set data.chat_template"):
         generate_file(model_dir, tmp_path / "p", tmp_path / "out")
 
 
@@ -126,16 +126,19 @@ def test_messages_go_through_the_chat_template(model_dir: Path, tmp_path: Path) 
     ("line", "message"),
     [
         ('{"prompt": "a"', "line 2: field 'line' is not valid JSON"),
-        ("[1]", "line 2: field 'line' is a list, must be a JSON object"),
+        ("[1]", "line 2: field 'line' is a list; must be a JSON object"),
         ('{"text": "a"}', "line 2: field 'prompt' is missing"),
-        ('{"prompt": null}', "line 2: field 'prompt' is null, must be a string or a list of messages"),
+        ('{"prompt": null}', "line 2: field 'prompt' is null; must be a string or a list of messages"),
         ('{"prompt": ""}', "line 2: field 'prompt' is empty"),
-        ('{"prompt": 3}', "line 2: field 'prompt' is a number, must be a string or a list of messages"),
+        ('{"prompt": 3}', "line 2: field 'prompt' is a number; must be a string or a list of messages"),
         ('{"prompt": [{"role": "user"}]}', r"line 2: field 'prompt\[0\].content' is missing"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}', "line 2: field 'prompt' ends with an assistant"),
-        ('{"prompt": "a", "tools": [{"name": "f"}]}', "line 2: field 'tools' is for a chat template"),
-        ('{"prompt": "a", "id": {"\\ud800": 1}}', "line 2: field 'id' holds half a surrogate pair"),
-        ('{"prompt": "a", "id": ' + "[" * 101 + "]" * 101 + "}", "line 2: field 'id' is nested more than 100 deep"),
+        ('{"prompt": "a", "tools": [{"name": "f"}]}', "line 2: field 'tools' requires a chat template"),
+        ('{"prompt": "a", "id": {"\\ud800": 1}}', "line 2: field 'id' contains an unpaired surrogate"),
+        (
+            '{"prompt": "a", "id": ' + "[" * 101 + "]" * 101 + "}",
+            "line 2: field 'id' is nested more than 100 levels deep",
+        ),
     ],
 )
 def test_malformed_prompts(model_dir: Path, tmp_path: Path, line: str, message: str) -> None:

@@ -256,7 +256,7 @@ BROKEN = {
     _torn_weights: ["model.safetensors", "damaged"],
     _no_weights: ["no safetensors", "model.init=random"],
     _tokens_beyond: ["pairs.jsonl line 1", "vocabulary of 30"],
-    _no_tokenizer: ["holds no tokenizer", "model.tokenizer"],
+    _no_tokenizer: ["contains no tokenizer", "model.tokenizer"],
     _no_model: ["absent"],
 }
 
