@@ -10,6 +10,7 @@ import pytest
 
 from megatron_spo.cli import main
 from megatron_spo.errors import Anomaly, Stopped
+from megatron_spo.runtime.logs import log_to_stderr
 from megatron_spo.train.sinks import Sinks, WeightsAndBiases
 from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
@@ -33,6 +34,7 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(capsys: pytest.CaptureFi
         def __init__(self) -> None:
             raise ValueError("no account")
 
+    log_to_stderr()
     sinks = Sinks()
     for kind in (Broken, Kept, Unopened):
         sinks.open(kind)
