@@ -283,7 +283,8 @@ def _rope(path: Path, raw: Mapping[str, Any], family: str) -> tuple[float, dict[
     transformers 5 stores them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
     `rope_local_base_freq`.
     """
-    scaling = _mapping(path, raw, "rope_parameters") or _mapping(path, raw, "rope_scaling")
+    # transformers prefers rope_scaling if both are present
+    scaling = _mapping(path, raw, "rope_scaling") or _mapping(path, raw, "rope_parameters")
     local = None
     if family == "gemma3_text":
         within = _mapping(path, scaling, "sliding_attention")
@@ -331,10 +332,6 @@ def _sliding_layers(path: Path, raw: Mapping[str, Any], family: str, count: int)
     if family in ("mistral", "mixtral", "qwen3_moe"):
         return tuple(every)
     if types := _layer_types(path, raw):
-        if len(types) != count:
-            raise UserError(
-                f"{path}: layer_types has {len(types)} entries for {count} layers; must have one for each layer"
-            )
         return tuple(layer for layer in every if types[layer] == "sliding_attention")
     if family in GEMMA:  # every `pattern`-th layer has no sliding window
         pattern = 2 if family == "gemma2" else _count(path, raw, "sliding_window_pattern", 6)
@@ -350,4 +347,7 @@ def _layer_types(path: Path, raw: Mapping[str, Any]) -> list[str]:
     types = raw.get("layer_types")
     if not isinstance(types, list | None) or not all(one in ATTENTION_TYPES for one in types or ()):
         raise UserError(f"{path}: layer_types = {types!r}; must be a list of {' and '.join(ATTENTION_TYPES)}")
+    layers = raw["num_hidden_layers"]
+    if types is not None and len(types) != layers:
+        raise UserError(f"{path}: layer_types has {len(types)} entries for {layers} layers; must have one for each")
     return types or []

@@ -171,12 +171,8 @@ class Folder:
         """The shape that the project reads is transformers', and transformers finds the stored weights, all of them."""
         again = self.model.parent / "again"
         again.mkdir(exist_ok=True)
-        try:
-            AutoConfig.from_pretrained(self.model).to_json_file(again / CONFIG, use_diff=False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", output_loading_info=True)
-        except Exception:  # of a key that these two commands, which do not load transformers, have no use for
-            assert command in ("convert", "plan"), command
-            return
+        AutoConfig.from_pretrained(self.model).to_json_file(again / CONFIG, use_diff=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", output_loading_info=True)
         if command not in TRANSFORMERS:
             shapes = [replace(read_model_shape(folder), raw={}) for folder in (self.model, again)]
             assert shapes[0] == shapes[1], command

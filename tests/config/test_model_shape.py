@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    AutoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -173,10 +174,20 @@ def test_gemma3_of_both_generations(write_model: Write) -> None:
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads = 3"),
         ({"hidden_size": 33}, "hidden_size = 33 is not a multiple"),
         ({"num_hidden_layers": 10**30}, "must be at most 10000"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'; must be a positive number"),
-        ({"initializer_range": float("nan")}, "initializer_range = nan; must be a positive number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'; must be a number with a decimal point"),
+        ({"initializer_range": float("nan")}, "initializer_range = nan; must be a number with"),
+        ({"rms_norm_eps": 1}, "rms_norm_eps = 1; must be a number with a decimal point or an exponent"),
+        ({"hidden_act": ""}, "hidden_act = '' is not supported"),
+        ({"attention_bias": 0}, "attention_bias = 0; must be true or false"),
+        ({"max_position_embeddings": 4096.0}, "max_position_embeddings = 4096.0; must be an integer"),
+        ({"eos_token_id": ["x"]}, "eos_token_id = ['x']; must be null, an integer or a list of integers"),
+        ({"pad_token_id": 2**40}, "pad_token_id = 1099511627776 is beyond vocab_size"),
+        ({"dtype": "x"}, "dtype = 'x'; must be null or one of float32"),
+        ({"quantization_config": {}}, "quantization_config = {}; must be absent"),
+        ({"hidden_size": 34}, "hidden_size = 34 is not a multiple of num_attention_heads"),
+        ({"layer_types": []}, "layer_types has 0 entries for 4 layers"),
         ({"rope_theta": [1]}, "rope_theta = [1]; must be a positive number"),
-        ({"rope_scaling": "linear"}, "rope_scaling = 'linear'; must be a JSON object"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear'; must be null or a JSON object"),
         ({"rope_scaling": {"type": "linear"}}, "factor = None; must be a positive number"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor = None; must be a positive number"),
         ({"rope_scaling": {"rope_type": []}}, "RoPE type [] is not supported"),
@@ -198,6 +209,14 @@ def test_refused(write_model: Write, changes: dict[str, object], part: str) -> N
     with pytest.raises(UserError, match="config.json") as raised:
         read_model_shape(write_model(**changes))
     assert part in str(raised.value)
+
+
+def test_rope_scaling_replaces_rope_parameters(write_model: Write) -> None:
+    """As in transformers, if a config.json has both."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = write_model(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_scaling=linear)
+    assert read_model_shape(both).rope_scaling == linear
+    assert AutoConfig.from_pretrained(both).rope_parameters["rope_type"] == "linear"
 
 
 def test_no_config(tmp_path: Path) -> None:
