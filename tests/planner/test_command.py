@@ -1,4 +1,4 @@
-"""`megatron-spo plan` as a user calls it, and what `train` says about memory."""
+"""The command `megatron-spo plan`, and the memory estimate of `train`."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A configuration whose model and data are here."""
+    """Returns a configuration with local model and data."""
     return tiny_run(tmp_path, shape={"hidden_size": 64}, pairs=40, training={"steps": 2})
 
 
@@ -147,7 +147,7 @@ def test_planning_loads_no_torch() -> None:
 
 
 def test_the_configured_layout_is_judged_elsewhere_too() -> None:
-    """A configuration for GPUs loads on a machine without Transformer Engine, for planning alone."""
+    """A configuration for GPUs loads for planning on a machine without Transformer Engine."""
     assert load_config(EXAMPLE, ["precision.fp8=tensorwise"], elsewhere=True).precision.fp8 == "tensorwise"
 
 

@@ -1,4 +1,4 @@
-"""The rehearsal of layouts without their processes, and that it finds what is wrong."""
+"""Rehearsal of layouts without their processes, and the faults that it finds."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qwen3-235b": ("Qwen3-235B-A22B", 64, {"tensor": 4, "pipeline": 2, "expert": 32, "sequence": True}),
 }
 PUBLISHED = {"Llama-3.1-8B": 8.03, "Qwen3-32B": 32.8, "Qwen2.5-72B": 72.7, "Mixtral-8x7B": 46.7, "Qwen3-235B-A22B": 235}
-"""Parameters of the models' cards, in billions."""
+"""Parameters according to the model cards, in billions."""
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_the_70b_of_the_example() -> None:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Faults and counts of each case, and the faults after one reading was spoilt; in a process of its own."""
+    """Returns faults and counts of each case, and the faults after damage, from a separate process."""
     out = tmp_path_factory.mktemp("rehearsed") / "out.json"
     done = launch([str(Path(__file__).with_name("rehearse_cases.py")), str(out), json.dumps(CASES)], 1)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_found(rehearsed: dict[str, Any], spoilt: str, told: st
     assert any(told in fault for fault in rehearsed["spoilt"][spoilt]), rehearsed["spoilt"][spoilt]
 
 
-BILLIONS = {  # parameters as published on the model cards, of Gemma 3 those of the text part
+BILLIONS = {  # parameters from the model cards; for Gemma 3 of the text model
     "Gemma-2-27B": 27.2,
     "Gemma-2-9B": 9.24,
     "Gemma-3-12B": 11.8,
