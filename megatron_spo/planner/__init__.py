@@ -1,1 +1,1 @@
-"""What a run needs, before a GPU is touched: memory by part, time and cost, and which layouts fit. No torch."""
+"""Estimates memory, time and cost of a run and finds layouts that fit, without a GPU. Does not import torch."""

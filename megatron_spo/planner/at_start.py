@@ -1,4 +1,4 @@
-"""What `train` says about memory before it builds anything."""
+"""The memory estimate that `train` logs before it builds the model."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,15 @@ from megatron_spo.planner.memory import Memory, Setting, worst_memory
 from megatron_spo.planner.rows import Lengths, fullest, planned_batches
 
 NEGLIGIBLE = 0.005
-"""Share of the whole below which a part is not named."""
+"""Fraction of the total below which a part is not shown."""
 
 
 def memory_at_start(setting: Setting, sets: Sequence[tuple[Lengths, int]]) -> Memory:
-    """Of the rank that needs the most, by the fullest row of some of the data's batches.
+    """Returns the memory of the rank that needs the most, for the fullest row of a sample of the batches.
 
-    sets: the training sets that are drawn from side by side, each with its rows of a global batch.
+    Args:
+        setting: configuration, model and layout.
+        sets: lengths of each training set, and its number of rows in a global batch.
     """
     found = [
         fullest(planned_batches(setting.config, setting.shape, lengths, size, setting.topology.data))
@@ -24,22 +26,22 @@ def memory_at_start(setting: Setting, sets: Sequence[tuple[Lengths, int]]) -> Me
 
 
 def memory_line(memory: Memory, *, processes: int, available: float) -> str:
-    """One line: what the worst rank needs, by part, and what there is for `processes` ranks."""
+    """Returns one line: the memory of the worst rank by part, and the available memory for `processes` ranks."""
     parts = [(name, size) for name, size in vars(memory).items() if size > NEGLIGIBLE * memory.total]
     named = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(parts, key=lambda part: -part[1]))
-    each = f"{processes} processes of {_gib(memory.total)} GiB" if processes > 1 else f"{_gib(memory.total)} GiB"
-    return f"memory as planned: {each} ({named}), of {_gib(available)} GiB"
+    each = f"{processes} processes with {_gib(memory.total)} GiB each" if processes > 1 else f"{_gib(memory.total)} GiB"
+    return f"estimated memory: {each} ({named}), of {_gib(available)} GiB available"
 
 
 def shortage(memory: Memory, *, processes: int, available: float) -> str | None:
-    """A warning where the plan exceeds what there is."""
+    """Returns a warning if the estimate exceeds the available memory, else None."""
     needed = processes * memory.total
     if needed <= available:
         return None
     return (
-        f"the plan needs {_gib(needed)} GiB, {_gib(needed - available)} more than there is: this run will "
-        "probably run out of memory; see which layouts fit with `megatron-spo plan`, or set parallel.recompute=full, a "
-        "shorter data.row_length or lora.rank"
+        f"estimated memory of {_gib(needed)} GiB exceeds the available memory by {_gib(needed - available)} GiB, so "
+        "this run will probably run out of memory; use `megatron-spo plan` to find layouts that fit, or set "
+        "parallel.recompute=full, a shorter data.row_length or lora.rank"
     )
 
 

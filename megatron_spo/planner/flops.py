@@ -1,4 +1,4 @@
-"""Floating-point operations of a packed row on the whole model, as our kernels carry them out."""
+"""Counts the floating-point operations of a packed row on the whole model, as our kernels execute them."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from megatron_spo.config.schema import Config
 from megatron_spo.planner.rows import RowSize
 
 BACKWARD_OF_ATTENTION = 2.5
-"""Products of attention's backward pass per product of the forward pass: it computes the scores again."""
+"""Matrix products of the attention backward pass per product of the forward pass, including recomputed scores."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one row: in the products of one layer's weights, in one layer's attention, in the log-prob head."""
+    """Floating-point operations of one row: linear layers of one layer, attention of one layer, and log-prob head."""
 
     linear: float
     attention: float
@@ -23,9 +23,13 @@ class Flops:
 
 
 def forward_flops(shape: ModelShape, row: RowSize, *, context: int = 1, necessary: bool = False) -> Flops:
-    """Of the forward pass.
+    """Returns the operations of the forward pass.
 
-    necessary: count the real tokens and what attention must look at, instead of padding and whole blocks.
+    Args:
+        shape: the model.
+        row: the packed row.
+        context: context-parallel size.
+        necessary: count only real tokens and necessary attention, without padding and partly masked blocks.
     """
     products = shape.attention_weights + 3 * shape.hidden * shape.active_ffn
     seen = row.visible if necessary else row.computed(context) * context
@@ -37,9 +41,9 @@ def forward_flops(shape: ModelShape, row: RowSize, *, context: int = 1, necessar
 
 
 def step_flops(config: Config, forward: Flops, *, necessary: bool = False) -> Flops:
-    """Of the forward and the backward pass together, with what is computed twice; `necessary`: without that.
+    """Returns the operations of forward and backward pass, including recomputation unless `necessary`.
 
-    Frozen weights below adapters need no gradient of their own.
+    With adapters, the frozen weights need no weight gradients.
     """
     backward = 1.0 if config.lora.rank else 2.0
     if necessary:

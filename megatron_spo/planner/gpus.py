@@ -1,4 +1,4 @@
-"""What the planner knows of GPUs, and the one number per type that it is calibrated by."""
+"""Properties of GPU types, with one calibration number each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,20 +8,21 @@ from megatron_spo.errors import UserError
 
 GIB = 2**30
 ACHIEVED_BANDWIDTH = 0.8
-"""Share of a memory's or link's bandwidth that large transfers get. An assumption, the same for all GPUs."""
+"""Assumed fraction of the bandwidth of memory or links that large transfers reach, the same for all GPUs."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One type of GPU; dense products, bandwidths in bytes per second and one direction.
+    """One type of GPU.
 
     Attributes:
-        memory: bytes that a process sees.
-        bf16, fp8: FLOP/s of the data sheet; fp8 None where there is none.
-        hbm, nvlink, network: of its memory, to GPUs of its node, and to other nodes.
-        per_node: GPUs of a node.
-        efficiency: the calibration: share of bf16 or fp8 that the matrix products of a training step get.
-        source: where `efficiency` comes from.
+        memory: bytes available to a process.
+        bf16, fp8: peak FLOP/s of dense matrix products from the data sheet; fp8 is None if not supported.
+        hbm, nvlink, network: bandwidth in bytes per second and one direction, of the memory, to GPUs of the same node,
+            and to other nodes.
+        per_node: GPUs per node.
+        efficiency: calibration: fraction of the peak that the matrix products of a training step reach.
+        source: source of `efficiency`.
     """
 
     name: str
@@ -55,10 +56,10 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 
 
 def find_gpu(name: str, changes: Mapping[str, float | int]) -> Gpu:
-    """The GPU of that name with a user's own numbers put in; a name of one's own needs all of them.
+    """Returns the GPU with the given name and changed properties. A name that is not known needs all properties.
 
     Raises:
-        UserError: unknown, or incomplete.
+        UserError: the name is not known and properties are missing.
     """
     values = {key: value for key, value in changes.items() if value is not None}
     known = GPUS.get(name.lower())
@@ -68,7 +69,5 @@ def find_gpu(name: str, changes: Mapping[str, float | int]) -> Gpu:
     needed = {"memory", "bf16", "hbm", "nvlink", "network", "efficiency"}
     if absent := sorted(needed - set(values)):
         options = ", ".join(f"--{key}" for key in absent)
-        raise UserError(
-            f"--gpu {name}: known are {', '.join(GPUS)}; for another one give its numbers as well: {options}"
-        )
+        raise UserError(f"--gpu {name} is not one of {', '.join(GPUS)}; for another GPU also give {options}")
     return Gpu(**{"name": name, "fp8": None, "per_node": 8, "source": "given by the user", **values})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which layouts of so many GPUs fit, how fast each is, and why the others are none."""
+"""Finds the layouts that fit on a number of GPUs, their speed, and why the others do not fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,19 +16,21 @@ from megatron_spo.planner.rows import Batch, Lengths, RowSize, fullest, planned_
 from megatron_spo.planner.speed import StepTime, reference_time, step_time
 
 MOST_CHUNKS = 10
-"""Chunks of layers per stage beyond which an interleaved pipeline is not tried: each costs an exchange."""
+"""Maximum chunks per stage of an interleaved pipeline to try, because each chunk needs communication."""
 RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of an average step.
+    """Speed of an average step.
 
     Attributes:
-        tokens: real tokens per second and GPU.
-        utilisation: share of the GPU's bf16 peak that goes to necessary operations.
-        fill: share of the rows' full length that holds tokens.
-        reference: seconds of a forward pass over as many pairs.
+        step: seconds of a step by part.
+        pairs: pairs per second on all GPUs.
+        tokens: tokens without padding per second and GPU.
+        utilisation: necessary operations as a fraction of the bf16 peak of the GPUs.
+        fill: tokens as a fraction of the maximum length of the rows.
+        reference: seconds of a forward pass over the pairs of one step.
     """
 
     step: StepTime
@@ -41,7 +43,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout: what a rank needs and how long a step takes, or what is in the way."""
+    """A layout with the memory of a rank and the time of a step, or the problems that prevent it."""
 
     parallel: ParallelConfig
     problems: tuple[str, ...] = ()
@@ -58,8 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is planned: a configuration on a model's shape, with its pairs and the rows of its separate SFT set, on so
-    many GPUs of a type."""
+    """A configuration, model, number of GPUs, and the lengths of the pairs and of the rows of a separate SFT set."""
 
     config: Config
     shape: ModelShape
@@ -71,14 +72,14 @@ class PlannedRun:
 
     @property
     def kernels(self) -> Kernels:
-        """What computes the layers on the GPUs; auto is Transformer Engine for bf16 without experts."""
+        """The library for the layers; `auto` uses Transformer Engine for bf16 without experts."""
         precision = self.config.precision
         plain = precision.layers == "torch" or precision.dtype == "fp32" or self.shape.experts is not None
         return "torch" if plain else "engine"
 
     def batches(self, config: Config, ranks: int) -> list[Batch]:
-        """Global batches over so many data-parallel ranks, rows of pairs and of the SFT set; the same ones for every
-        layout that cuts them alike."""
+        """Returns global batches for the number of data-parallel ranks, with rows of pairs and of the SFT set. They are
+        cached for layouts with equal batches."""
         multiples = row_multiples(config)
         key = (ranks, multiples.tokens, multiples.rows)
         if key not in self._batches:
@@ -92,7 +93,7 @@ class PlannedRun:
 
 
 def plan_layout(job: PlannedRun, parallel: ParallelConfig) -> Plan:
-    """The plan of one layout."""
+    """Returns the plan of one layout."""
     config = job.config.model_copy(update={"parallel": parallel})
     if broken := broken_rules(Facts(config, frozenset(), job.shape, job.gpus, elsewhere=True)):
         return Plan(parallel, tuple(broken))
@@ -108,11 +109,11 @@ def plan_layout(job: PlannedRun, parallel: ParallelConfig) -> Plan:
 def _too_much(memory: Memory, stage: int, job: PlannedRun) -> str:
     parts = sorted(vars(memory).items(), key=lambda part: -part[1])[:2]
     most = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
-    return f"needs {memory.total / GIB:.1f} of {job.gpu.memory / GIB:.1f} GiB on stage {stage} ({most} GiB)"
+    return f"requires {memory.total / GIB:.1f} of {job.gpu.memory / GIB:.1f} GiB on stage {stage} ({most} GiB)"
 
 
 def _speed(job: PlannedRun, setting: Setting, batches: list[Batch]) -> Speed:
-    """Means over the batches."""
+    """Returns the mean speed over the batches."""
     times = [step_time(setting, job.gpu, batch) for batch in batches]
     mean = StepTime(
         *(sum(values) / len(times) for values in zip(*(vars(time).values() for time in times), strict=True))
@@ -137,15 +138,15 @@ def _necessary(setting: Setting, row: RowSize) -> float:
 
 
 def ranked(job: PlannedRun) -> tuple[list[Plan], list[Plan]]:
-    """Layouts that fit, the fastest first, each with the least recomputation that it fits with; and those that do
-    not fit even with all of it, the nearest first."""
+    """Returns the layouts that fit, fastest first, each with the least recomputation that fits; and the layouts that do
+    not fit even with full recomputation, those with the least memory first."""
     best: dict[tuple[int | None, ...], Plan] = {}
     for parallel in candidates(job):
         key = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, parallel.expert)
         if key in best and best[key].fits:
             continue
         plan = plan_layout(job, parallel)
-        if plan.memory is not None:  # what a rule refuses is no layout of this model
+        if plan.memory is not None:  # None: a rule rejects the layout
             best[key] = plan
     fitting = [plan for plan in best.values() if plan.fits and plan.speed]
     others = [plan for plan in best.values() if not plan.fits and plan.memory]
@@ -156,7 +157,7 @@ def ranked(job: PlannedRun) -> tuple[list[Plan], list[Plan]]:
 
 
 def candidates(job: PlannedRun) -> Iterator[ParallelConfig]:
-    """Layouts to try: each axis by the numbers that divide what it cuts, the least recomputation first."""
+    """Yields the layouts to try: each size is a divisor of what it splits; least recomputation first."""
     config, shape = job.config.parallel, job.shape
     tensors = [n for n in _divisors(job.gpu.per_node) if job.gpus % n == 0]
     contexts = sorted({1, config.context})

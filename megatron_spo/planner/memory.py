@@ -1,8 +1,8 @@
-"""Bytes that a rank holds, by part. tests/planner counts them in real models.
+"""Estimates the memory of a rank in bytes, by part. tests/planner compares the estimates with real models.
 
-What a layer keeps for its backward pass depends on what computes it: torch's operations on a CPU ("cpu") or a GPU
-("torch"), or Transformer Engine's fused layers ("engine"). Only the first can be counted without a GPU; the others are
-derived from which tensors their kernels keep.
+The activations that a layer keeps for the backward pass depend on its implementation: torch on a CPU ("cpu") or a GPU
+("torch"), or the fused layers of Transformer Engine ("engine"). Only the first can be measured without a GPU; the
+others are derived from the tensors that their kernels keep.
 """
 
 from dataclasses import dataclass, fields
@@ -18,15 +18,15 @@ from megatron_spo.planner.rows import RowSize
 Kernels = Literal["cpu", "torch", "engine"]
 
 LOGITS_PER_CHUNK = {"cpu": 2**24, "torch": 2**26, "engine": 2**26}
-"""Logits that the log-prob head holds at a time (model/logprobs.py)."""
+"""Maximum number of logits that the log-prob head holds at a time (model/logprobs.py)."""
 RESERVED = {"cpu": 0.28 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
-"""Of a process before any tensor. On a CPU: what Python, torch and Megatron have of their own, measured. On a GPU:
-CUDA's context, NCCL's buffers and what the allocator cannot use, an assumption."""
+"""Bytes of a process without tensors. CPU: Python, torch and Megatron, measured. GPU: CUDA context, NCCL buffers and
+fragmentation, assumed."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration on a model's shape in a layout, and what computes its layers."""
+    """A configuration, model, layout, and the implementation of its layers."""
 
     config: Config
     shape: ModelShape
@@ -40,12 +40,12 @@ class Setting:
 
     @property
     def split(self) -> int:
-        """Ranks over which sequence parallelism cuts the tokens outside the linear layers."""
+        """Number of ranks over which sequence parallelism splits the tokens outside of linear layers."""
         return self.topology.tensor if self.config.parallel.sequence else 1
 
     @property
     def masked(self) -> bool:
-        """Whether attention's kernel takes a mask, instead of segments of any length (model/kernels.py)."""
+        """Whether the attention kernel uses a mask instead of variable-length segments (model/kernels.py)."""
         return self.kernels == "cpu" or self.item == 4 or self.topology.context > 1
 
 
@@ -54,11 +54,11 @@ class Memory:
     """Bytes of one rank, by part.
 
     Attributes:
-        activations: kept for the backward pass, of all rows in flight.
+        activations: activations of all rows in flight, kept for the backward pass.
         head: chunks of logits and gradients of the log-prob head.
-        buffers: working memory of a layer's backward pass, or what the update needs beyond activations and head.
+        buffers: temporary memory of a layer's backward pass, or of the optimizer step beyond activations and head.
         schedule: gradients that lookahead and barrier keep.
-        reserved: of the process before any tensor.
+        reserved: memory of the process without tensors.
     """
 
     weights: float
@@ -76,22 +76,22 @@ class Memory:
 
 
 def worst_memory(setting: Setting, row: RowSize, rows: int) -> tuple[int, Memory]:
-    """The pipeline stage that needs the most, and its memory, for `rows` rows a step that are all like `row`."""
+    """Returns the pipeline stage that needs the most memory, and its memory, for `rows` rows per step like `row`."""
     every = [stage_memory(setting, stage, row, rows) for stage in range(setting.topology.pipeline)]
     stage = max(range(len(every)), key=lambda i: every[i].total)
     return stage, every[stage]
 
 
 def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memory:
-    """Of a rank of this pipeline stage."""
+    """Returns the memory of a rank of this pipeline stage."""
     config, topology = setting.config, setting.topology
     held = stage_parameters(config, setting.shape, stage)
-    # bf16 weights have an fp32 main copy beside the two moments; fp32 weights are their own
+    # two fp32 moments, and for bf16 weights an fp32 main copy
     state = 12 if setting.item == 2 else 8
     shard = held.trained_dense / (topology.data * topology.context) + held.trained_experts / _expert_data(topology)
     activations = stage_activations(setting, stage, row, rows)
     head = _head_buffers(setting, row) if stage == topology.pipeline - 1 else 0
-    # torch's AdamW holds the roots of all second moments at once, when the rows are done; the engine's does not
+    # AdamW of torch holds the square roots of all second moments at once, after the rows; that of the engine does not
     update = 0 if setting.kernels == "engine" else 4 * shard
     return Memory(
         weights=setting.item * held.held,
@@ -106,27 +106,27 @@ def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memor
 
 
 def _expert_data(topology: Topology) -> float:
-    """Ranks that hold the same experts."""
+    """Returns the number of ranks that hold the same experts."""
     return topology.tensor * topology.context * topology.data / (topology.expert * topology.expert_tensor)
 
 
 def stage_activations(setting: Setting, stage: int, row: RowSize, rows: int) -> float:
-    """The most that the rows in flight keep on a stage of the pipeline (1F1B, or interleaved)."""
+    """Returns the maximum activations of the rows in flight on a pipeline stage (1F1B or interleaved), in bytes."""
     parallel, pipeline = setting.config.parallel, setting.topology.pipeline
     layers = stages_of(setting.shape, parallel)[stage::pipeline]
     last = _last_activations(setting, row) if stage == pipeline - 1 else 0
     if len(layers) == 1:
         whole = chunks = min(pipeline - stage, rows)
     else:
-        warm_up = 2 * (pipeline - stage - 1) + (len(layers) - 1) * pipeline  # chunks of layers, each with one row
+        warm_up = 2 * (pipeline - stage - 1) + (len(layers) - 1) * pipeline  # chunks of layers with one row each
         chunks = min(warm_up + 1, len(layers) * rows)
         whole = -(-chunks // len(layers))
     kept = chunks * max(layers) * layer_activations(setting, row) + whole * (_description(setting, row) + last)
-    return kept + max(0, _recomputed(setting, row) - last)  # a layer is computed again when the head is done
+    return kept + max(0, _recomputed(setting, row) - last)  # recomputation starts after the head is done
 
 
 def _description(setting: Setting, row: RowSize) -> float:
-    """A row's tokens, their places in attention's segments, its mask; rotary angles, where the layers share them."""
+    """Returns the bytes of a row's tokens, segment indices, mask, and rotary angles if the layers share them."""
     tokens = row.tokens / setting.topology.context
     shared = setting.config.parallel.recompute == "full" or setting.kernels == "engine"
     angles = 4 * tokens * setting.shape.head_dim if shared else 0
@@ -135,13 +135,13 @@ def _description(setting: Setting, row: RowSize) -> float:
 
 
 def _last_activations(setting: Setting, row: RowSize) -> float:
-    """What the last norm and the log-prob head keep."""
+    """Returns the activations of the last norm and the log-prob head."""
     context = setting.topology.context
     return _norm(setting, row.tokens / context) + row.entries / context * (setting.shape.hidden * setting.item + 20)
 
 
 def layer_activations(setting: Setting, row: RowSize) -> float:
-    """Bytes that one layer keeps of a row for the backward pass, on one rank."""
+    """Returns the bytes of activations that one layer keeps of a row for the backward pass, on one rank."""
     recompute = setting.config.parallel.recompute
     tokens = row.tokens / setting.topology.context
     entering = tokens * setting.shape.hidden * setting.item / setting.split
@@ -149,19 +149,19 @@ def layer_activations(setting: Setting, row: RowSize) -> float:
 
 
 def _recomputed(setting: Setting, row: RowSize) -> float:
-    """What a layer keeps in addition once it is computed again, until it has gone backward; one layer at a time."""
-    if setting.config.parallel.recompute != "full":  # attention's core is less than what is let go of before
+    """Returns the extra activations of the one layer that is being recomputed."""
+    if setting.config.parallel.recompute != "full":  # core attention needs less than what was freed before
         return 0
     return whole_layer(setting, row, selective=False) - layer_activations(setting, row)
 
 
 def whole_layer(setting: Setting, row: RowSize, selective: bool) -> float:
-    """Likewise of a layer that is not recomputed as a whole; `selective`: all but attention's core is kept."""
+    """Returns the activations of a layer without full recomputation; `selective`: without core attention."""
     shape, tensor, item = setting.shape, setting.topology.tensor, setting.item
     tokens = row.tokens / setting.topology.context
     queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
     core = _rotated(setting, tokens, queries, keys) if selective else _core(setting, row)
-    rotary = 0 if setting.kernels == "engine" else 4 * tokens * shape.head_dim * item  # sine and cosine, twice
+    rotary = 0 if setting.kernels == "engine" else 4 * tokens * shape.head_dim * item  # sine and cosine, two copies
     heads = _head_norms(setting, tokens, queries, keys, selective) if shape.qk_norm else 0
     into_qkv = _input(setting, tokens * shape.hidden / setting.split, ("q_proj", "k_proj", "v_proj"))
     into_out = _input(setting, tokens * queries, ("o_proj",))
@@ -171,7 +171,7 @@ def whole_layer(setting: Setting, row: RowSize, selective: bool) -> float:
 
 
 def _input(setting: Setting, numbers: float, projections: tuple[str, ...]) -> float:
-    """The input of a matrix product, which its weight's gradient needs, or that of its adapters."""
+    """Returns the bytes of the input of a matrix product if the gradients of its weight or adapters need it."""
     lora = setting.config.lora
     if lora.rank and not set(projections) & set(lora.targets):
         return 0
@@ -179,7 +179,7 @@ def _input(setting: Setting, numbers: float, projections: tuple[str, ...]) -> fl
 
 
 def _adapter_products(setting: Setting, tokens: float) -> float:
-    """Per adapter its product with A, and A itself, which is laid beside others."""
+    """Returns the bytes that adapters keep: the product with A, and A itself, which is concatenated with others."""
     lora = setting.config.lora
     if not lora.rank:
         return 0
@@ -189,14 +189,14 @@ def _adapter_products(setting: Setting, tokens: float) -> float:
 
 
 def _feed_forward(setting: Setting, tokens: float) -> float:
-    """SwiGLU keeps gate and up (one tensor) and unless fused their images; experts the routed tokens as well."""
+    """Returns the bytes that SwiGLU keeps: gate and up, their activations unless fused, routed tokens of experts."""
     shape, item, experts = setting.shape, setting.item, setting.shape.experts
     if experts is None:
         columns = shape.ffn / setting.topology.tensor
         into = _input(setting, tokens * shape.hidden / setting.split, ("gate_proj", "up_proj"))
         gated = (2 if setting.kernels == "engine" else 4) * tokens * columns * item
         return into + gated + _input(setting, tokens * columns, ("down_proj",))
-    # with whole experts a rank routes the tokens that it holds; with cut ones all of its tensor-parallel group
+    # with whole experts, a rank routes its own tokens; with split experts, all tokens of its tensor-parallel group
     tokens /= setting.split / setting.topology.expert_tensor
     local = tokens / setting.topology.expert_tensor
     routed = tokens * experts.per_token
@@ -210,8 +210,8 @@ def _feed_forward(setting: Setting, tokens: float) -> float:
 
 
 def _norm(setting: Setting, tokens: float) -> float:
-    """A norm keeps its input and a number per token; torch's on a CPU, in fp32, for its weight's gradient the
-    normalised input as well."""
+    """Returns the bytes that a norm keeps: its input and one number per token. On a CPU, torch also keeps the
+    normalised input in fp32 for the weight gradient."""
     kept: float = setting.item
     if setting.kernels == "cpu":
         kept = 4 if setting.config.lora.rank else 8
@@ -219,25 +219,28 @@ def _norm(setting: Setting, tokens: float) -> float:
 
 
 def _rotated(setting: Setting, tokens: float, queries: float, keys: float) -> float:
-    """What recomputed attention starts from: rotated queries and keys, and the product that holds the values."""
+    """Returns the bytes of the inputs of recomputed attention: rotated queries and keys, and the QKV product."""
     return tokens * setting.item * (queries + keys + (queries + 2 * keys))
 
 
 def _core(setting: Setting, row: RowSize) -> float:
-    """Attention keeps queries, keys, values and outputs by segments and a number per query and head."""
+    """Returns the bytes that attention keeps: queries, keys, values, outputs, and one number per query and head."""
     context, shape, tensor = setting.topology.context, setting.shape, setting.topology.tensor
     queries, keys = shape.heads * shape.head_dim / tensor, shape.kv_heads * shape.head_dim / tensor
-    if shape.gemma is not None and shape.gemma.attention_softcap is not None:  # computed again from its inputs
+    if shape.gemma is not None and shape.gemma.attention_softcap is not None:  # recomputed from its inputs
         return (row.queries(context) + row.keys * 2) * queries * setting.item
-    if setting.kernels != "cpu" and setting.masked:  # its kernels take no groups of queries: keys are repeated
+    if setting.kernels != "cpu" and setting.masked:  # kernels without grouped queries: keys are repeated
         keys = queries
     values = row.queries(context) * 2 * queries + row.keys * 2 * keys
     return values * setting.item + 4 * row.queries(context) * shape.heads / tensor
 
 
 def _head_norms(setting: Setting, tokens: float, queries: float, keys: float, selective: bool) -> float:
-    """Norms of queries and keys. The latter's input is a view that keeps the product of all three alive, and so is the
-    former's where one group of queries is here."""
+    """Returns the bytes that the norms of queries and keys keep.
+
+    The input of the key norm is a view that keeps the QKV product alive; so is that of the query norm if there is only
+    one group of queries on the rank.
+    """
     numbers = 4 * tokens * (queries + keys) / setting.shape.head_dim
     normalised = 4 if setting.kernels == "cpu" and not setting.config.lora.rank else 0
     if setting.kernels == "cpu" and setting.item == 2:  # computed in fp32 from a copy
@@ -248,14 +251,14 @@ def _head_norms(setting: Setting, tokens: float, queries: float, keys: float, se
 
 
 def _layer_buffers(setting: Setting, row: RowSize) -> float:
-    """Gradients of a layer's widest tensors, while it goes backward."""
+    """Returns the bytes of the gradients of the widest tensors of a layer during its backward pass."""
     tokens, shape = row.tokens / setting.topology.context, setting.shape
     return tokens * setting.item * (3 * shape.active_ffn / setting.topology.tensor + 2 * shape.hidden)
 
 
 def _head_buffers(setting: Setting, row: RowSize) -> float:
-    """Two chunks of logits, gradients of hidden states, and of the weight the sum and one chunk's share; in fp32, and
-    once more in bf16 where the model is."""
+    """Returns the bytes of the log-prob head: two chunks of logits, gradients of hidden states, and the weight gradient
+    and that of one chunk; in fp32, plus copies in bf16 for a bf16 model."""
     hidden, tensor = setting.shape.hidden, setting.topology.tensor
     rows = padded_vocabulary(setting.shape, tensor) // tensor
     entries = row.entries / setting.topology.context

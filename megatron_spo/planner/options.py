@@ -1,4 +1,4 @@
-"""What `megatron-spo plan` is asked for."""
+"""Options of `megatron-spo plan`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """What `plan` was asked for.
+    """Options of `plan`.
 
-    gpu_changes: numbers of the GPU to replace, in SI units.  model: preset or folder whose shape is planned for, None:
-    model.path.  prompt_tokens, response_tokens: medians to assume.  pairs: of an epoch.  price: of a GPU hour.
+    Attributes:
+        gpus, gpu: number and name of the GPUs.
+        gpu_changes: properties of the GPU to replace, in SI units.
+        model: preset or folder of the model to plan for; None: model.path.
+        prompt_tokens, response_tokens: assumed median lengths.
+        pairs: assumed number of pairs of an epoch.
+        price: price of a GPU hour.
+        top: number of layouts to show.
+        json: file to write all results to.
     """
 
     config: str

@@ -1,4 +1,4 @@
-"""How many parameters a rank holds, and trains."""
+"""Counts the parameters that a rank holds and trains."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import expert_tensor, padded_vocabulary, stages_of
 
 ROW_PARALLEL = ("o_proj", "down_proj")
-"""Projections that tensor parallelism cuts by columns."""
+"""Projections whose input features tensor parallelism splits."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one rank: those that every data-parallel rank holds, and those of experts; held, and of them trained."""
+    """Number of parameters of one rank, of the dense part and of experts: held, and trained."""
 
     dense: int
     experts: int
@@ -30,7 +30,7 @@ class Parameters:
 
 
 def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameters:
-    """Parameters of a rank of this pipeline stage; all ranks of a stage hold equally many."""
+    """Returns the number of parameters of a rank of this pipeline stage; it is the same for all ranks of a stage."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     layers = sum(stages_of(shape, config.parallel)[stage::pipeline])
     ends = 0
@@ -50,9 +50,9 @@ def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameter
 
 
 def _layer(config: Config, shape: ModelShape) -> Mapping[str, int]:
-    """A layer's parameters on one rank, by part; norms with what follows them."""
+    """Returns the parameters of a layer on one rank by part. Norms belong to the part that follows them."""
     tensor, experts = config.parallel.tensor, shape.experts
-    norms = shape.norm_weights - shape.hidden  # one stands with the network behind it
+    norms = shape.norm_weights - shape.hidden  # one norm belongs to the feed-forward network
     attention = shape.attention_weights // tensor + shape.qkv_biases // tensor + norms
     if experts is None:
         mlp = 3 * shape.hidden * shape.ffn // tensor + shape.hidden
@@ -67,7 +67,8 @@ def _layer(config: Config, shape: ModelShape) -> Mapping[str, int]:
 
 
 def _adapters(config: Config, shape: ModelShape) -> int:
-    """A layer's adapters on one tensor-parallel rank: A [rank, in] and B [out, rank], one of them cut."""
+    """Returns the adapter parameters of a layer on one tensor-parallel rank. One of A [rank, in] and B [out, rank] is
+    split."""
     rank, tensor = config.lora.rank, config.parallel.tensor
     total = 0
     for projection in config.lora.targets:

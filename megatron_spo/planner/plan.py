@@ -1,4 +1,4 @@
-"""`megatron-spo plan`: from a configuration and options to a table and JSON."""
+"""Plans a run for `megatron-spo plan` and formats the results as a table and JSON."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ from megatron_spo.planner.rows import Lengths, assumed_lengths, is_at_hand, meas
 from megatron_spo.planner.tables import as_json, as_text
 
 CHAT, PAIRS = (100, 200), 60_000
-"""Median tokens of prompt and response, and pairs, where neither data nor options tell them."""
+"""Default median tokens of prompt and response, and number of pairs, without data and options."""
 
 
 def plan(options: Options) -> str:
-    """Plans, writes the JSON where one is asked for, and returns the table.
+    """Plans a run, writes the JSON file if requested, and returns the table.
 
     Raises:
-        UserError: wrong options, configuration, model or data.
+        UserError: options, configuration, model or data are invalid.
     """
     job, notes = _job(options)
     own = plan_layout(job, job.config.parallel)
@@ -41,36 +41,35 @@ def _job(options: Options) -> tuple[PlannedRun, list[str]]:
         raise UserError("\n".join(f"{options.config}: {message}" for message in broken))
     gpu = find_gpu(options.gpu, options.gpu_changes)
     if config.precision.fp8 is not None and gpu.fp8 is None:
-        raise UserError(f"precision.fp8 = {config.precision.fp8} on --gpu {gpu.name}, of which no fp8 rate is known; "
-                        "set precision.fp8=null, or give --fp8")  # fmt: skip
+        raise UserError(f"precision.fp8 = {config.precision.fp8} is not supported with --gpu {gpu.name}, whose fp8 "
+                        "rate is not known; set precision.fp8=null, or give --fp8")  # fmt: skip
     lengths = _lengths(options, config)
     notes, sft = [lengths.source], None
     if config.spo.sft_data:
         sft = _sft_lengths(options, config)
         notes.append(f"rows of spo.sft_data in each step {sft.source}")
         if config.spo.spec.one_term:
-            notes.append("pairs and SFT rows are counted in every step, though only one of them goes backward: take "
-                         "the seconds for an upper bound")  # fmt: skip
+            notes.append("each step is counted with pairs and SFT rows although it trains on only one of them, so "
+                         "the seconds are an upper bound")  # fmt: skip
     if shape.experts is not None:
-        notes.append("experts are computed one after another in small products: take the seconds for a lower bound")
+        notes.append("experts are computed one after another in small products, so the seconds are a lower bound")
     if shape.gemma is not None and shape.gemma.attention_softcap is not None:
-        notes.append("no fused kernel computes attention with a soft cap on its scores: take the seconds for a lower "
-                     "bound")  # fmt: skip
+        notes.append("there is no fused kernel for attention with a soft cap, so the seconds are a lower bound")
     return PlannedRun(config, shape, gpu, options.gpus, lengths, sft), notes
 
 
 def _any_layout(config: Config) -> Config:
-    """The configuration with the plainest layout: that of the file is judged with the others."""
+    """Returns the configuration with the default layout. The configured layout is checked with the other layouts."""
     return config.model_copy(update={"parallel": type(config.parallel)()})
 
 
 def _folder(options: Options, config: Config) -> str:
-    """Of the tokenizer, where the configuration names none."""
+    """Returns the folder of the tokenizer if model.tokenizer is null."""
     return options.model if options.model and Path(options.model).is_dir() else config.model.path
 
 
 def _sft_lengths(options: Options, config: Config) -> Lengths:
-    """Of the separate SFT set; as those of the pairs, without a rejected answer."""
+    """Returns the lengths of the separate SFT set: like those of the pairs, without rejected responses."""
     folder = _folder(options, config)
     if options.prompt_tokens is None and is_at_hand(config, config.spo.sft_data, folder):
         return measured_lengths(config, config.spo.sft_data, folder, "sft")
@@ -81,7 +80,7 @@ def _sft_lengths(options: Options, config: Config) -> Lengths:
 def _lengths(options: Options, config: Config) -> Lengths:
     given = [options.prompt_tokens, options.response_tokens]
     if any(given) and not all(given):
-        raise UserError("--prompt-tokens and --response-tokens belong together; give both or neither")
+        raise UserError("--prompt-tokens and --response-tokens must be given together; give both or neither")
     folder = _folder(options, config)
     if not any(given) and is_at_hand(config, config.data.train, folder):
         kind = "preference" if config.spo.spec.preference else "any"
@@ -90,5 +89,6 @@ def _lengths(options: Options, config: Config) -> Lengths:
     longest = config.data.max_length
     assert prompt and response
     if prompt + response > longest:
-        raise UserError(f"--prompt-tokens {prompt} and --response-tokens {response} exceed data.max_length = {longest}")
+        raise UserError(f"--prompt-tokens {prompt} and --response-tokens {response} exceed data.max_length = {longest}"
+                        "; give smaller values, or set data.max_length")  # fmt: skip
     return assumed_lengths(prompt, response, options.pairs or PAIRS, longest)

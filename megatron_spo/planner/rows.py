@@ -1,4 +1,4 @@
-"""The packed rows of a run, as numbers: lengths of the pairs, measured or assumed, and the rows they make."""
+"""Lengths of the pairs of a run, measured or assumed, and the packed rows that result."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ if TYPE_CHECKING:
 Int64 = NDArray[np.int64]
 
 SPREAD = 0.6
-"""Standard deviation of the logarithm of an assumed length; lengths of instruction data are about lognormal."""
+"""Standard deviation of the logarithm of assumed lengths. Lengths of instruction data are about lognormal."""
 BLOCK, STRIP = 16, 64
-"""Attention pads queries and keys to multiples of the first, and takes as many queries at a time as the second says
-(model/attention.py)."""
+"""Attention pads queries and keys to multiples of BLOCK and processes STRIP queries at a time (model/attention.py)."""
 SAMPLED_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each pair [n]: prompt, prefix that both sequences share, and what follows it in each; where from."""
+    """Token counts of each pair, int64 [n]: prompt, shared prefix, and tail of each sequence; `source` for messages."""
 
     prompt: Int64
     shared: Int64
@@ -44,7 +43,7 @@ class Lengths:
         return len(self.prompt)
 
     def without_rejected(self) -> Lengths:
-        """SFT rows of the same prompts and chosen answers."""
+        """Returns the lengths of SFT rows with the same prompts and chosen responses."""
         return replace(self, rejected_tail=np.zeros_like(self.rejected_tail))
 
     @property
@@ -54,11 +53,11 @@ class Lengths:
 
     @property
     def entries(self) -> Int64:
-        """Scored positions of each pair; a response token that both answers share is one."""
+        """Scored positions of each pair. A response token that both responses share counts once."""
         return self.tokens - self.prompt
 
     def visible(self, shape: ModelShape) -> Int64:
-        """(query, key) pairs of each pair that attention needs, on average over the model's layers."""
+        """Returns the number of necessary (query, key) pairs of each pair, averaged over the layers."""
         windowed = len(shape.sliding_layers)
         whole, within = self._visible(None), self._visible(shape.sliding_window)
         return ((shape.layers - windowed) * whole + windowed * within) // shape.layers
@@ -68,12 +67,12 @@ class Lengths:
             growing = length if window is None else np.minimum(length, window)
             return growing * (growing + 1) // 2 + (length - growing) * growing
 
-        s = self.shared  # its queries are those of both sequences
+        s = self.shared  # these queries belong to both sequences
         return of_sequence(s + self.chosen_tail) + of_sequence(s + self.rejected_tail) - of_sequence(s)
 
 
 def _once(method: Callable[[RowSize, int], int]) -> Callable[[RowSize, int], int]:
-    """Compute this number of a row once for each context-parallel size: hundreds of layouts ask for it."""
+    """Caches a property of a row for each context-parallel size, because hundreds of layouts need it."""
 
     @wraps(method)
     def known(self: RowSize, context: int) -> int:
@@ -87,8 +86,14 @@ def _once(method: Callable[[RowSize, int], int]) -> Callable[[RowSize, int], int
 
 @dataclass(frozen=True)
 class RowSize:
-    """A packed row: tokens with padding, real ones, scored entries, (query, key) pairs that attention needs, and the
-    queries and keys [S, 2] of each segment into which attention cuts it (model/segments.py)."""
+    """Sizes of a packed row.
+
+    Attributes:
+        tokens, real: tokens with and without padding.
+        entries: scored positions.
+        visible: necessary (query, key) pairs of attention.
+        segments: int64 [S, 2], queries and keys of each attention segment (model/segments.py).
+    """
 
     tokens: int
     real: int
@@ -99,23 +104,23 @@ class RowSize:
 
     @_once
     def queries(self, context: int) -> int:
-        """Queries on a context-parallel rank, padded as attention computes them."""
+        """Returns the number of queries on a context-parallel rank, with padding."""
         return int(_in_blocks(-(-self.segments[:, 0] // context)).sum())
 
     @cached_property
     def keys(self) -> int:
-        """Keys of all segments, padded likewise."""
+        """Number of keys of all segments, with padding."""
         return int(_in_blocks(self.segments[:, 1]).sum())
 
     def mask(self, context: int) -> int:
-        """(query, key) pairs of all segments on a context-parallel rank, padded likewise."""
+        """Returns the number of (query, key) pairs of all segments on a context-parallel rank, with padding."""
         queries = _in_blocks(-(-self.segments[:, 0] // context))
         return int((queries * _in_blocks(self.segments[:, 1])).sum())
 
     @_once
     def computed(self, context: int) -> int:
-        """(query, key) pairs that attention computes on a context-parallel rank: queries in strips, each over the keys
-        that its last query sees."""
+        """Returns the number of (query, key) pairs that attention computes on a context-parallel rank: strips of
+        queries, each with the keys that its last query attends to."""
         queries, keys = self.segments.T[:, :, None]
         here = _in_blocks(-(-queries // context))
         begin = np.arange(0, int(here.max()), STRIP)
@@ -124,7 +129,7 @@ class RowSize:
 
 
 def segments_of(shared: Int64, chosen: Int64, rejected: Int64, padding: int) -> Int64:
-    """Queries and keys [S, 2] of the segments of a row's pairs, and of its padding."""
+    """Returns the queries and keys [S, 2] of the segments of a row's pairs and of its padding."""
     first = np.stack([shared + chosen, shared + chosen], axis=1)
     second = np.stack([rejected, shared + rejected], axis=1)
     every = np.concatenate([first, second, [[padding, padding]]]).astype(np.int64)
@@ -136,14 +141,14 @@ def _in_blocks(length: Int64) -> Int64:
 
 
 def lengths_of(dataset: TokenizedSet, source: str) -> Lengths:
-    """Those of a tokenised data set."""
+    """Returns the lengths of a tokenised data set."""
     prompt, shared = dataset.prompt_tokens, dataset.shared_tokens
     chosen = prompt + dataset.chosen_tokens - shared
     return Lengths(prompt, shared, chosen, dataset.tokens - shared - chosen, source)
 
 
 def assumed_lengths(prompt: int, response: int, pairs: int, max_length: int) -> Lengths:
-    """Lognormal lengths around these medians, cut at `max_length`, for want of data; the same at every call."""
+    """Returns lognormal lengths with these medians, cut at `max_length`. The result is deterministic."""
     generator = np.random.Generator(np.random.PCG64(0))
 
     def draw(median: int, most: Int64 | int) -> Int64:
@@ -156,15 +161,15 @@ def assumed_lengths(prompt: int, response: int, pairs: int, max_length: int) -> 
 
 
 def is_at_hand(config: Config, sources: Sequence[DataSource], folder: str) -> bool:
-    """Whether the data can be tokenised here without fetching anything."""
+    """Returns whether data and tokenizer are available locally."""
     return Path(config.model.tokenizer or folder).is_dir() and all(Path(one.path).exists() for one in sources)
 
 
 def measured_lengths(config: Config, sources: Sequence[DataSource], folder: str, kind: str) -> Lengths:
-    """Those of the sources' rows, from their tokenised form, which is made where it is not there yet.
+    """Tokenises the sources, or reads them from the cache, and returns their lengths.
 
     Raises:
-        UserError: unreadable data or tokenizer.
+        UserError: data or tokenizer cannot be read.
     """
     from megatron_spo.data.dataset import build_dataset
     from megatron_spo.data.tokenize import load_tokenizer
@@ -179,7 +184,7 @@ Batch = list[list[RowSize]]
 
 
 def planned_batches(config: Config, shape: ModelShape, lengths: Lengths, size: int, ranks: int) -> list[Batch]:
-    """Some of the global batches of `size` pairs, spread over data-parallel ranks and rows as training does it."""
+    """Returns a sample of the global batches of `size` pairs, packed into rows for each rank as in training."""
     multiples = row_multiples(config)
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(lengths))
     count = min(SAMPLED_BATCHES, max(len(order) // size, 1))
@@ -204,6 +209,6 @@ def planned_batches(config: Config, shape: ModelShape, lengths: Lengths, size: i
 
 
 def fullest(batches: Sequence[Batch]) -> tuple[RowSize, int]:
-    """The row with the most tokens, and the most rows that a rank has in a step."""
+    """Returns the row with the most tokens, and the maximum number of rows of a rank in a step."""
     rows = [row for batch in batches for rank in batch for row in rank]
     return max(rows, key=lambda row: row.tokens), max(len(batch[0]) for batch in batches)

@@ -1,4 +1,4 @@
-"""How long a step takes: products at the calibrated share of the GPU's peak, everything else by bandwidth."""
+"""Estimates the time of a step from FLOP/s of matrix products (calibrated) and from bandwidths of everything else."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from megatron_spo.planner.parameters import stage_parameters
 from megatron_spo.planner.rows import Batch, RowSize
 
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 2, 3
-"""How often what a layer keeps goes through the GPU's memory: written and read; read, and two gradients moved."""
+"""Memory transfers of a layer's activations: a write and a read; a read, and a write and a read of gradients."""
 OPTIMIZER_TRAFFIC = 30
-"""Bytes that AdamW moves per parameter of a shard: moments, main parameter and gradient read, three written, bf16."""
+"""Bytes that AdamW transfers per parameter of a shard: 4 fp32 reads, 3 fp32 writes, 1 bf16 write."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step on the slowest rank, by what they go to.
+    """Seconds of an optimizer step on the slowest rank, by part.
 
     Attributes:
-        compute: the products and the memory traffic of the slowest stage over all rows.
-        tensor: communication of tensor, context and expert parallelism, within that.
-        bubble: waiting for the other stages of the pipeline.
-        data: gradients and weights over the data-parallel ranks, as far as nothing hides them.
-        optimizer: the update.
-        reference: a forward pass without the adapters, where no cache holds it.
+        compute: matrix products and memory transfers of the slowest stage over all rows.
+        tensor: communication of tensor, context and expert parallelism.
+        bubble: waiting for other pipeline stages.
+        data: communication of gradients and weights between data-parallel ranks that computation does not hide.
+        optimizer: the optimizer update.
+        reference: a forward pass without adapters, if there is no reference cache.
     """
 
     compute: float
@@ -42,8 +42,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class RowCost:
-    """Seconds of one row: of one layer, its arithmetic and its exchange; of the head; of one hand-over in the
-    pipeline."""
+    """Seconds of one row: computation and communication of one layer, log-prob head, and transfer to the next pipeline
+    stage."""
 
     layer: float
     exchange: float
@@ -52,15 +52,15 @@ class RowCost:
 
 
 def link(gpu: Gpu, span: int) -> float:
-    """Bytes per second between GPUs, the group of which lies within so many consecutive ones."""
+    """Returns the bandwidth in bytes per second between GPUs of a group that spans this many consecutive GPUs."""
     return (gpu.nvlink if span <= gpu.per_node else gpu.network) * ACHIEVED_BANDWIDTH
 
 
 def step_time(setting: Setting, gpu: Gpu, batch: Batch) -> StepTime:
-    """Of one global batch."""
-    # with a separate SFT set one pass is over the pairs and the other over that set: each row takes part in one
+    """Returns the time of a step with one global batch."""
+    # with a separate SFT set, one pass is over the pairs and the other over the SFT rows
     passes = 1 if setting.config.spo.sft_data else setting.config.spo.spec.passes
-    # every rank waits for the slowest one
+    # every rank waits for the slowest rank
     compute, exchange, bubble = max((_pipeline(setting, gpu, rows, backward=True) for rows in batch), key=sum)
     reference = 0.0
     if setting.config.runs_reference:
@@ -70,12 +70,12 @@ def step_time(setting: Setting, gpu: Gpu, batch: Batch) -> StepTime:
 
 
 def reference_time(setting: Setting, gpu: Gpu, batch: Batch) -> float:
-    """Seconds of a forward pass over one global batch."""
+    """Returns the seconds of a forward pass over one global batch."""
     return max(sum(_pipeline(setting, gpu, rows, backward=False)) for rows in batch)
 
 
 def _pipeline(setting: Setting, gpu: Gpu, rows: list[RowSize], *, backward: bool) -> tuple[float, float, float]:
-    """Seconds of computing, of exchange, and of waiting, of one data-parallel rank's rows."""
+    """Returns the seconds of computation, communication and waiting for the rows of one data-parallel rank."""
     pipeline = setting.topology.pipeline
     costs = [row_cost(setting, gpu, row, backward=backward) for row in rows]
     layer, exchange, head, neighbour = (
@@ -92,7 +92,7 @@ def _pipeline(setting: Setting, gpu: Gpu, rows: list[RowSize], *, backward: bool
 
 
 def row_cost(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> RowCost:
-    """Of the forward pass, and with `backward` of the backward pass as well."""
+    """Returns the time of the forward pass, and with `backward` also of the backward pass."""
     config = setting.config
     forward = forward_flops(setting.shape, row, context=setting.topology.context)
     flops = step_flops(config, forward) if backward else forward
@@ -109,7 +109,8 @@ def row_cost(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> Row
 
 
 def _products(setting: Setting, gpu: Gpu, flops: Flops) -> float:
-    """Attention and head compute in bf16 under fp8 as well; fp32 products run in half of bf16's rate (TF32)."""
+    """Returns the seconds of matrix products. With fp8, attention and head use bf16. fp32 has half the rate of bf16
+    (TF32)."""
     config, ranks = setting.config, setting.topology.tensor * setting.topology.context
     plain = gpu.bf16 * gpu.efficiency * (0.5 if config.precision.dtype == "fp32" else 1.0)
     linear = plain if config.precision.fp8 is None or gpu.fp8 is None else gpu.fp8 * gpu.efficiency
@@ -117,7 +118,7 @@ def _products(setting: Setting, gpu: Gpu, flops: Flops) -> float:
 
 
 def _layer_exchange(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> float:
-    """Seconds of the collectives around a layer's blocks; the backward pass has as many as the forward pass."""
+    """Returns the seconds of the collectives of a layer. The backward pass has as many as the forward pass."""
     topology, shape = setting.topology, setting.shape
     tensor, context = topology.tensor, topology.context
     tokens = row.tokens / context
@@ -125,7 +126,7 @@ def _layer_exchange(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool)
     seconds = 4 * tokens * shape.hidden * setting.item * (tensor - 1) / tensor / link(gpu, tensor)
     both = 2 * shape.kv_heads * shape.head_dim / tensor * setting.item  # keys and values of a token
     seconds += row.tokens * both * (context - 1) / context / link(gpu, tensor * context)
-    if topology.expert > 1 and shape.experts is not None:  # each token to its experts and back
+    if topology.expert > 1 and shape.experts is not None:  # dispatch of tokens to experts and back
         routed = tokens / setting.split * shape.experts.per_token * shape.hidden * setting.item
         span = topology.expert * topology.expert_tensor
         seconds += 2 * routed * (topology.expert - 1) / topology.expert / link(gpu, span)
@@ -135,7 +136,7 @@ def _layer_exchange(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool)
 
 
 def _to_neighbour(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -> float:
-    """Seconds to hand a row on to the next stage, and its gradient back, for each chunk of layers."""
+    """Returns the seconds to send a row to the next stage, and its gradient back, for all chunks of layers."""
     topology = setting.topology
     if topology.pipeline == 1:
         return 0.0
@@ -144,7 +145,7 @@ def _to_neighbour(setting: Setting, gpu: Gpu, row: RowSize, *, backward: bool) -
 
 
 def _update(setting: Setting, gpu: Gpu, *, hidden: float) -> tuple[float, float]:
-    """Seconds to reduce gradients and gather weights, less what `hidden` seconds of computing hide, and of AdamW."""
+    """Returns the seconds to reduce gradients and gather weights, minus `hidden` seconds, and those of AdamW."""
     topology = setting.topology
     ranks = topology.data * topology.context
     trained = max(stage_parameters(setting.config, setting.shape, s).trained for s in range(topology.pipeline))

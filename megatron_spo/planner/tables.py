@@ -1,4 +1,4 @@
-"""What the planner found, as text and as plain data."""
+"""Formats the results of the planner as text and as plain data."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from megatron_spo.planner.layouts import Plan, PlannedRun
 
 SHOWN_FAILURES = 5
 TIGHT = 0.95
-"""Share of a GPU's memory above which a plan may fail on what is only assumed."""
+"""Fraction of the GPU memory above which a plan may fail because of the assumed reserved memory."""
 
 
 def describe(parallel: ParallelConfig) -> str:
-    """A layout in a few characters, such as TP8 SP PP2."""
+    """Returns a short name of a layout, such as TP8 SP PP2."""
     axes = {
         "PP": parallel.pipeline,
         "VPP": parallel.virtual_pipeline or 1,
@@ -29,7 +29,7 @@ def describe(parallel: ParallelConfig) -> str:
 
 
 def as_overrides(parallel: ParallelConfig) -> str:
-    """The layout as overrides of a command."""
+    """Returns the layout as command-line overrides."""
     return " ".join(
         f"parallel.{key}={'true' if value is True else value}"
         for key, value in parallel.model_dump().items()
@@ -38,7 +38,7 @@ def as_overrides(parallel: ParallelConfig) -> str:
 
 
 def steps_of(job: PlannedRun) -> int:
-    """Optimizer steps of the run."""
+    """Returns the number of optimizer steps of the run."""
     training = job.config.training
     if training.steps is not None:
         return training.steps
@@ -54,7 +54,7 @@ def as_text(
     notes: Sequence[str],
     price: float | None,
 ) -> str:
-    """The table for the screen."""
+    """Returns the table for the terminal."""
     blocks = [_heading(job, notes), _table(job, own, fitting, price)]
     detailed = own if own.memory else fitting[0] if fitting else None
     if detailed is not None:
@@ -64,7 +64,7 @@ def as_text(
     if others:
         lines = [f"  {describe(plan.parallel)}: {plan.problems[0]}" for plan in others[:SHOWN_FAILURES]]
         more = f"\n  and {len(others) - SHOWN_FAILURES} more" if len(others) > SHOWN_FAILURES else ""
-        blocks.append("do not fit, with full recomputation either:\n" + "\n".join(lines) + more)
+        blocks.append("do not fit even with full recomputation:\n" + "\n".join(lines) + more)
     if fitting:
         blocks.append(f"the fastest: {as_overrides(fitting[0].parallel)}")
     return "\n\n".join(blocks)
@@ -78,8 +78,8 @@ def _heading(job: PlannedRun, notes: Sequence[str]) -> str:
         f"{job.gpus} x {gpu.name}, {gpu.memory / GIB:.1f} GiB each; {job.shape.family} of {job.shape.layers} layers, "
         f"{job.config.precision.fp8 or job.config.precision.dtype}",
         f"{len(lengths)} pairs, lengths {'; '.join(notes)}",
-        f"packed tokens of a pair: {spread} (median, 95th percentile, longest); rows of {job.config.data.longest_row}",
-        f"computed, not measured; calibrated: products get {gpu.efficiency:.1%} of the peak, from {gpu.source}",
+        f"packed tokens of a pair: {spread} (median, 95th percentile, maximum); rows of {job.config.data.longest_row}",
+        f"computed, not measured; calibration: products reach {gpu.efficiency:.1%} of the peak, from {gpu.source}",
     ]
     return "\n".join(lines)
 
@@ -91,7 +91,10 @@ def _table(job: PlannedRun, own: Plan, fitting: Sequence[Plan], price: float | N
         rows.append(_row(job, own, "configured: ", price))
     rows += [_row(job, plan, "", price) for plan in fitting]
     if not fitting:
-        return "no layout of these GPUs fits: take more GPUs or ones with more memory, shorter rows or lora.rank"
+        return (
+            "no layout fits on these GPUs; use more GPUs or GPUs with more memory, or set a shorter data.row_length "
+            "or lora.rank"
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -99,7 +102,11 @@ def _table(job: PlannedRun, own: Plan, fitting: Sequence[Plan], price: float | N
         return "  ".join(cell.ljust(n) if i < 2 else cell.rjust(n) for i, (cell, n) in enumerate(cells))
 
     tight = any(is_tight(job, plan) for plan in [own, *fitting])
-    legend = [f"~ more than {TIGHT:.0%} of the memory: what is assumed (reserved) decides"] if tight else []
+    legend = (
+        [f"~ more than {TIGHT:.0%} of the memory: may not fit, because the reserved memory is an assumption"]
+        if tight
+        else []
+    )
     return "\n".join([*(line(row) for row in rows), *legend])
 
 
@@ -123,13 +130,12 @@ def _row(job: PlannedRun, plan: Plan, prefix: str, price: float | None) -> list[
 
 
 def is_tight(job: PlannedRun, plan: Plan) -> bool:
-    """Whether a plan that fits leaves little room."""
+    """Returns whether a plan fits but uses almost all memory."""
     return plan.fits and plan.memory is not None and plan.memory.total > TIGHT * job.gpu.memory
 
 
 def run_hours(job: PlannedRun, plan: Plan) -> float:
-    """Of training and, where there is a cache, the reference pass that fills it; without evaluations, loading and
-    saving."""
+    """Returns the hours of training and, with a cache, of the reference pass, without evaluation, loading, saving."""
     assert plan.speed
     seconds = steps_of(job) * plan.speed.step.total
     if job.config.reference.cache is not None:
@@ -161,7 +167,7 @@ def as_json(
     notes: Sequence[str],
     price: float | None,
 ) -> dict[str, Any]:
-    """Everything, with bytes and seconds."""
+    """Returns all results as plain data, in bytes and seconds."""
     tokens = job.lengths.tokens
     return {
         "gpu": vars(job.gpu),

@@ -1,4 +1,4 @@
-"""MFU of a step: the operations that it needs, over what its GPUs could do at their peak meanwhile."""
+"""Computes the model FLOPs utilisation (MFU) of a step: necessary operations divided by the peak of its GPUs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_spo.planner.gpus import GPUS
 from megatron_spo.planner.rows import Lengths, RowSize
 
 OTHER_KINDS = ("pcie", "nvl", "gb200")
-"""Slower or faster kinds of GPUs of the table's names."""
+"""Variants of the GPUs in the table with another speed."""
 
 
 def peak_of(device: str, *, fp8: bool) -> float | None:
-    """FLOP/s of the data sheet of a GPU by the name that its driver gives it; None if it is not in the table."""
+    """Returns the peak FLOP/s of a GPU by its driver name, or None if it is not in the table."""
     words = device.lower()
     if any(kind in words for kind in OTHER_KINDS):
         return None
@@ -27,18 +27,23 @@ def peak_of(device: str, *, fp8: bool) -> float | None:
 
 
 class Utilisation:
-    """Seconds that batches would take on all GPUs at their peak.
+    """Computes the seconds that batches would take on all GPUs at peak speed.
 
-    One forward and one backward pass over the real tokens are counted, nothing that is computed again, twice (lookahead
-    and barrier) or for the reference.
+    Counts one forward and one backward pass over the tokens without padding. Recomputation, the second pass of
+    lookahead and barrier, and the reference are not counted.
     """
 
     def __init__(self, config: Config, shape: ModelShape, sets: Mapping[str, Lengths], peak: float) -> None:
-        """`sets`: by name. `peak`: FLOP/s of all GPUs together."""
+        """Args:
+        config: the configuration.
+        shape: the model.
+        sets: lengths of the data sets by name.
+        peak: FLOP/s of all GPUs together.
+        """
         self._config, self._shape, self._sets, self._peak = config, shape, sets, peak
 
     def seconds(self, name: str, indices: NDArray[np.int64]) -> float:
-        """Of the pairs `indices` of the data set `name`."""
+        """Returns the seconds for the pairs `indices` of the data set `name`."""
         lengths = self._sets[name]
         tokens, entries, visible = (
             int(values[indices].sum()) for values in (lengths.tokens, lengths.entries, lengths.visible(self._shape))

@@ -1,4 +1,4 @@
-"""The commands as a user calls them: help, exit codes, messages."""
+"""The command line: help, exit codes and messages."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def test_help_lists_the_commands() -> None:
 
 
 def test_help_and_doctor_import_nothing_heavy() -> None:
-    """The help of every command, and `doctor` where there is no NVIDIA driver, in one process."""
+    """Returns the help of every command, and the output of `doctor` without an NVIDIA driver, from one process."""
     code = """
 import shutil, sys
 from megatron_spo.cli import main
@@ -109,7 +109,7 @@ def test_world_size_comes_from_the_launcher(
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["train", str(run_file), "parallel.tensor=2"]) == 2
     assert "3 processes are not a multiple of" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "1")  # the same message from every rank would be noise
+    monkeypatch.setenv("RANK", "1")  # only rank 0 prints the message
     assert cli.main(["train", str(run_file), "parallel.tensor=2"]) == 2
     assert capsys.readouterr().err == ""
 

@@ -1,10 +1,9 @@
-"""Damaged rows, templates, tokenizers and configurations: every command refuses them with one message that says where,
-and reads what only looks different as if it were not.
+"""Damaged rows, templates, tokenizers and configurations: every command rejects them with one message that says where
+the problem is, and accepts harmless changes.
 
-Each input is a good one with one change, drawn by hypothesis from the tables below (330 inputs); a change is either
-damage, so that exit code 2 and one error line are right, or none, so that the same answers are. The commands run in
-this process; nearly all inputs are refused before a model is loaded. A new way to break an input is one more line in a
-table.
+Hypothesis draws 330 inputs. Each is a valid input with one change from the tables below. If the change is damage, the
+command must end with exit code 2 and one error line; otherwise its results must be the same. The commands run in this
+process, and nearly all inputs are rejected before a model is loaded. To test another change, add a line to a table.
 """
 
 import json
@@ -30,7 +29,7 @@ DEEP = "[" * 5000 + "]" * 5000
 
 
 def cheap(inputs: int) -> settings:
-    """So many inputs, the same in each run; one that fails is shown as it is."""
+    """Returns hypothesis settings: a number of inputs, the same in each run, without shrinking."""
     return settings(
         deadline=None,
         derandomize=True,
@@ -49,7 +48,7 @@ def in_message(key: str, value: Any) -> Callable[[Row], Row]:
     return lambda row: {**row, "prompt": [{**chat("user: q")[0], key: value}]}
 
 
-PROMPT_DAMAGE: list[Callable[[Row], Row]] = [  # seen by whoever reads prompts
+PROMPT_DAMAGE: list[Callable[[Row], Row]] = [  # for commands that read prompts
     *(with_key("prompt", value) for value in (None, 3, True, {}, [], [None], ["q"], "\ud800", [[]], "", float("nan"))),
     *(in_message("role", value) for value in (None, 3, [], {"a": 1}, "\udfff", "assistant")),
     *(in_message("content", value) for value in (None, 3, ["q"], {"type": "text"}, "a\ud83d")),
@@ -59,7 +58,7 @@ PROMPT_DAMAGE: list[Callable[[Row], Row]] = [  # seen by whoever reads prompts
     *(with_key("chat_template_kwargs", value) for value in (3, "x", ["a"], {"unread": 1}, {"messages": 1})),
     lambda row: {key: value for key, value in row.items() if key == "id"},
 ]
-PAIR_DAMAGE: list[Callable[[Row], Row]] = [  # seen by whoever reads pairs
+PAIR_DAMAGE: list[Callable[[Row], Row]] = [  # for commands that read pairs
     *(
         with_key(side, value)
         for side in ("chosen", "rejected")
@@ -109,7 +108,7 @@ CONFIG_DAMAGE: list[tuple[Any, Any]] = [
         (key, value)
         for key in ("model", "data", "output", "loss", "optimizer")
         for value in (None, 3, [], "x\0y", "\ud800")
-        if value is not None or key in ("model", "data", "output")  # the others have their defaults
+        if value is not None or key in ("model", "data", "output")  # other sections have defaults
     ),
     *(
         (f"data.{key}", value)
@@ -194,7 +193,7 @@ def own_caches(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Capture:
-    """What a command prints, between the examples of one test."""
+    """Captures what a command prints, for each example of a test."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -229,7 +228,7 @@ def write_config(job: Path, config: Any) -> Path:
 
 
 def readers(job: Path, *, prompts: bool, template: Path | None = None) -> list[list[object]]:
-    """The commands that read rows.jsonl."""
+    """Returns the commands that read rows.jsonl."""
     more = {"chat_template": str(template)} if template else {}
     found: list[list[object]] = [["plan", write_config(job, config_of(job, data=more)), "--gpus", 1, "--gpu", "h100"]]
     if not template:
@@ -257,7 +256,7 @@ def test_damaged_rows(
     change, prompts = damage
     row = change({**base, "id": 1})
     if row.get("prompt") == "" or (base is MESSAGES and isinstance(row.get("prompt"), str) and prompts):
-        prompts = False  # alone it would be a prompt
+        prompts = False  # without other keys it would be a prompt
     if base is STRINGS and prompts and isinstance(row.get("prompt"), list) and "tools" not in row:
         row = {**row, **{side: MESSAGES[side] for side in ("chosen", "rejected")}}
     write_rows(job / "rows.jsonl", [*[base] * before, b"", row], mark=mark, ends=b"\r\n" if mark else b"\n")
@@ -331,7 +330,7 @@ def test_damaged_configurations(job: Path, capsys: pytest.CaptureFixture[str], n
             config[key] = value
         path.write_text(yaml.safe_dump(config))
         if section == "data" and name in ("train", "eval", "chat_template") and isinstance(value, str):
-            command = "train"  # plan assumes lengths if the data is not there, and does not look at data.eval
+            command = "train"  # plan assumes lengths without data, and does not read data.eval
     options = ["--gpus", 1, "--gpu", "h100"] if command == "plan" else []
     Capture(capsys).refused(command, path, *options)
 
@@ -359,7 +358,7 @@ def test_damaged_tokenizers(
 def test_bytes_put_into_a_file_of_rows(
     job: Path, capsys: pytest.CaptureFixture[str], place: int, new: bytes, cut: int
 ) -> None:
-    """Whatever the bytes: accepted only where every line is JSON with a prompt, otherwise one message."""
+    """Arbitrary bytes are accepted only if every line is JSON with a prompt; otherwise there is one message."""
     good = b"\n".join(json.dumps(row).encode() for row in (STRINGS, MESSAGES))
     at = place % len(good)
     (job / "rows.jsonl").write_bytes(good[:at] + new + good[at + cut :])

@@ -1,8 +1,8 @@
-"""Damaged model folders: every command that reads them refuses with one message that names the folder or the key.
+"""Damaged model folders: every command that reads them fails with one message that names the folder or the key.
 
-What a command accepts must be what transformers computes: the same shape from config.json, and the same weights.
-tests/config/test_model_folder.py asserts the messages of each damage; here hypothesis draws damage and command. The
-commands stop where they would begin to compute.
+If a command accepts a folder, transformers must read the same shape from config.json and the same weights. The messages
+for each damage are tested in tests/config/test_model_folder.py; here hypothesis draws damage and command. The commands
+are stopped before they start to compute.
 """
 
 import json
@@ -31,7 +31,7 @@ from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
 
 COMMANDS = ("train", "reference", "plan", "generate", "evaluate", "convert")
 TRANSFORMERS = ("generate", "evaluate")
-"""Commands that compute with transformers."""
+"""Commands that use transformers."""
 KEYS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act",
         "rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias",
@@ -43,7 +43,7 @@ ABSENT = object()
 
 
 class Accepted(UserError):
-    """A command has accepted the folder and would begin to compute."""
+    """Raised when a command has accepted the folder and would start to compute."""
 
 
 def with_value(key: str, value: Any) -> Change:
@@ -70,7 +70,7 @@ def norm(file: str, tensor: torch.Tensor | None) -> Change:
     return edit_file(file, model__norm__weight=tensor)
 
 
-DAMAGE: list[tuple[Change, tuple[str, ...]]] = [  # and the commands to which it is none
+DAMAGE: list[tuple[Change, tuple[str, ...]]] = [  # and the commands that accept it
     *((write(file, content), ()) for file in (CONFIG, GENERATION_CONFIG) for content in (b"", b"{", b"[]", b"\xff")),
     *((write(WEIGHTS, content), ()) for content in (b"", b"{}", b"\0" * 8, b"\xff" * 99)),
     *((cut(WEIGHTS, by), ()) for by in (1, 4000)),
@@ -130,7 +130,7 @@ def nothing_is_computed(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Folder:
-    """A copy of the good folder with a change."""
+    """Creates a copy of the valid folder with a change."""
 
     def __init__(self, job: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object]) -> None:
         self.model, self._capture = job / "model", Capture(capsys)
@@ -139,7 +139,7 @@ class Folder:
         change(self.model)
 
     def accepted(self, command: str, key: str = "") -> bool:
-        """Whether a command accepts it; otherwise it must say what is wrong, once."""
+        """Returns whether a command accepts the folder; otherwise checks that there is one message."""
         job = self.model.parent
         for made in ("out", "run", "cache"):
             shutil.rmtree(job / made, ignore_errors=True)
@@ -168,7 +168,7 @@ class Folder:
         return False
 
     def computes_as_transformers(self, command: str) -> None:
-        """The shape that the project reads is transformers', and transformers finds the stored weights, all of them."""
+        """Checks that shape and weights are the same in transformers, and that all weights are stored."""
         again = self.model.parent / "again"
         again.mkdir(exist_ok=True)
         AutoConfig.from_pretrained(self.model).to_json_file(again / CONFIG, use_diff=False)
@@ -209,7 +209,7 @@ def test_values_of_config_json(job: Path, capsys: pytest.CaptureFixture[str], in
 
 @INPUTS
 def test_bytes_put_into_files(job: Path, capsys: pytest.CaptureFixture[str], inputs: int) -> None:
-    """In the files of JSON, and in the header of the weights; other bytes of the weights are numbers, all of them."""
+    """Changes bytes of JSON files and of the header of the weights. Other bytes are always valid numbers."""
 
     @cheap(inputs)
     @given(

@@ -1,4 +1,4 @@
-"""The GPU check says so where there is no GPU, and its table counts what did not run as not passed."""
+"""The GPU check: it reports a missing GPU, and its table counts skipped tests as not passed."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ SKIPPED = CASE.format("two", "0", '<skipped message="needs two GPUs"/>')
 FAILED = CASE.format("three", "0", '<failure message="x"/>')
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
 def test_without_a_gpu() -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(

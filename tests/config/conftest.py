@@ -1,4 +1,4 @@
-"""A configuration on disk, to be spoilt by the tests."""
+"""Fixtures: a valid configuration on disk that the tests change."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ LLAMA = {
 
 @pytest.fixture
 def write_model(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a folder with a config.json; keywords replace keys of a tiny Llama, None removes one."""
+    """Returns a function that writes a model folder; keywords replace keys of config.json, None removes a key."""
 
     def write(**changes: object) -> Path:
         folder = tmp_path / "model"
@@ -53,7 +53,7 @@ output: {tmp_path / "run"}
 
 @pytest.fixture
 def load(config_file: Path) -> Callable[..., Config]:
-    """Loads the configuration with overrides."""
+    """Returns a function that loads the configuration with overrides."""
 
     def load(*overrides: str, world_size: int | None = None) -> Config:
         return load_config(config_file, overrides, world_size=world_size)

@@ -1,4 +1,4 @@
-"""What is documented is what the schema holds."""
+"""The documentation of the keys agrees with the schema."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def test_every_loss_parameter_has_a_key() -> None:
     for name, spec in LOSS_SPECS.items():
         assert [term.spec for term in LossConfig(name=name).terms()] == [spec]
         assert LossConfig(name=name).parameters() == dict(spec.parameters)
-        LossConfig.model_validate({"name": name, **spec.parameters})  # its defaults are in range
+        LossConfig.model_validate({"name": name, **spec.parameters})  # the defaults are in range
 
 
 def test_topology() -> None:
@@ -56,7 +56,7 @@ def test_topology() -> None:
     ("layers", "keys", "expected"),
     [
         (80, {"pipeline": 8}, (10,) * 8),
-        (80, {"pipeline": 6}, (13, 14, 14, 14, 13, 12)),  # the head of Llama-3-70B weighs as much as 1.23 layers
+        (80, {"pipeline": 6}, (13, 14, 14, 14, 13, 12)),  # the head of Llama-3-70B has the cost of 1.23 layers
         (32, {"pipeline": 3}, (11, 11, 10)),
         (10, {"pipeline": 2, "virtual_pipeline": 2}, (3, 3, 3, 1)),
         (6, {"pipeline": 2, "layers_per_stage": [5, 1]}, (5, 1)),

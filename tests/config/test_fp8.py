@@ -1,4 +1,4 @@
-"""Which GPU runs which fp8 recipe, as Transformer Engine 2.11 answers."""
+"""The fp8 recipes that each GPU supports, as in Transformer Engine 2.11."""
 
 import pytest
 

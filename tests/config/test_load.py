@@ -1,4 +1,4 @@
-"""Files, overrides, messages."""
+"""Configuration files, overrides and error messages."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Model folders as they are found: every command reads the weights that transformers would use, or refuses by name."""
+"""Model folders: every command reads the weights that transformers would use, or names what is wrong."""
 
 import json
 import shutil
@@ -32,31 +32,31 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole(original: Path, tmp_path: Path) -> Path:
-    """A folder with one file of weights."""
+    """Returns a folder with one weight file."""
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
 @pytest.fixture
 def sharded(whole: Path) -> Path:
-    """A folder with two files of weights and their index."""
+    """Returns a folder with two weight files and an index."""
     shard(whole)
     return whole
 
 
 def shard(folder: Path) -> None:
-    """Split the weights of a folder into two files with an index."""
+    """Splits the weights of a folder into two files with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     parts = {FIRST: names[::2], SECOND: names[1::2]}
-    for file, part in parts.items():  # without the header's metadata, as some programs write them
+    for file, part in parts.items():  # without metadata in the header, as some programs write them
         save_file({name: tensors[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
 def edit_json(name: str, **changes: Any) -> Change:
-    """Replaces entries of a JSON file; None removes one."""
+    """Returns a change: replace entries of a JSON file; None removes an entry."""
 
     def change(folder: Path) -> None:
         content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
@@ -76,7 +76,7 @@ def edit_map(**changes: Any) -> Change:
 
 
 def edit_file(file: str, **changes: torch.Tensor | None) -> Change:
-    """Replaces tensors of a file, whose names have __ in place of dots; None removes one."""
+    """Returns a change: replace tensors of a file (names with __ instead of dots); None removes a tensor."""
 
     def change(folder: Path) -> None:
         tensors = load_file(folder / file) if (folder / file).exists() else {}
@@ -171,7 +171,7 @@ def test_another_model_than_that_of_the_config(
 
 
 def test_shards_hold_what_the_whole_file_held(original: Path, sharded: Path) -> None:
-    """Also a tensor that the index forgets is read, as transformers does; entries of no use are harmless."""
+    """A tensor that the index does not list is read, as in transformers; unused entries are harmless."""
     edit_map(**{"model__layers__0__self_attn__rotary_emb__inv_freq": FIRST})(sharded)
     index = json.loads((sharded / INDEX).read_text())
     del index["weight_map"][NORM]
@@ -187,7 +187,7 @@ def test_shards_hold_what_the_whole_file_held(original: Path, sharded: Path) -> 
 
 
 def test_a_head_of_its_own_beside_tied_embeddings(whole: Path) -> None:
-    """transformers computes with the head, other programs with the embedding: refused; an equal one is left alone."""
+    """A head that differs is rejected, because not all programs use it; an equal head is accepted."""
     ids = torch.arange(20)[None]
     untied = AutoModelForCausalLM.from_pretrained(whole)(ids).logits
     edit_json("config.json", tie_word_embeddings=True)(whole)
@@ -216,7 +216,7 @@ def test_every_command_refuses(whole: Path, change: Change, message: str, capsys
 def assert_commands_refuse(
     model: Path, commands: list[str], capsys: pytest.CaptureFixture[str], message: str = ""
 ) -> None:
-    """Each of the commands ends with code 2 (an exception would come up to here) and names what is wrong."""
+    """Each command ends with exit code 2 and names what is wrong."""
     folder = model.parent
     pairs = write_jsonl(folder / "pairs.jsonl", arithmetic_pairs(2))
     config = folder / "config.yaml"

@@ -24,7 +24,7 @@ from megatron_spo.errors import UserError
 Write = Callable[..., Path]
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN_MIXTURE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-EXTRA: dict[type[PretrainedConfig], dict[str, Any]] = {  # what is asked for beyond a dense model's keys
+EXTRA: dict[type[PretrainedConfig], dict[str, Any]] = {  # keys in addition to those of a dense model
     **dict.fromkeys((LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config), {}),
     **dict.fromkeys((Gemma2Config, Gemma3TextConfig), {"hidden_act": None}),
     MixtralConfig: {key: value for key, value in MIXTURE.items() if key != "model_type"},
@@ -102,7 +102,7 @@ def test_families(write_model: Write) -> None:
 
 
 def test_sliding_layers(write_model: Write) -> None:
-    """Where no list of layer types is given, as transformers lays them."""
+    """Without a list of layer types, the layers are those of transformers."""
     window = {"sliding_window": 64, "num_hidden_layers": 12}
     every = set(range(12))
     expected = {
@@ -120,7 +120,7 @@ def test_sliding_layers(write_model: Write) -> None:
 
 
 def test_gemma3_of_both_generations(write_model: Write) -> None:
-    """As on the hub, and as transformers 5 writes it."""
+    """config.json as on the hub, and as transformers 5 writes it."""
     linear = {"rope_type": "linear", "factor": 8.0}
     shared = {"model_type": "gemma3_text", "hidden_act": None}
     older = write_model(**shared, rope_theta=2e6, rope_local_base_freq=2e4, rope_scaling=linear)

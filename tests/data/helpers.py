@@ -21,8 +21,8 @@ QWEN_TEMPLATE = (
 def byte_tokenizer(
     special: Sequence[str] = (), *, bos: str | None = None, add_eos: bool = False, template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Byte-level, with the merges "ab" and ":x" and the special tokens <pad>, <eos> and `special`; `bos` and, with
-    `add_eos`, <eos> are put around every text by the tokenizer itself."""
+    """Returns a byte-level tokenizer with the merges "ab" and ":x" and the special tokens <pad>, <eos> and `special`.
+    The tokenizer adds `bos` before and, with `add_eos`, <eos> after every text."""
     names = ["<pad>", "<eos>", *([bos] if bos else []), *special]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*names, *alphabet, "ab", ":x"])}
@@ -42,7 +42,7 @@ def byte_tokenizer(
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """Like sentencepiece: a text that begins without a space gets one."""
+    """Returns a tokenizer that adds a space before a text, like sentencepiece."""
     letters = [*"▁abcdefgh0123456789:=.\n|", "=1"]
     vocab = {token: i for i, token in enumerate(["<unk>", "<eos>", *letters])}
     raw = Tokenizer(models.BPE(vocab=vocab, merges=[("=", "1")], unk_token="<unk>"))
@@ -52,7 +52,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def lines(path: Path, rows: Sequence[object]) -> Path:
-    """JSON lines; a string is written as it is."""
+    """Writes JSON lines; strings are written unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
@@ -60,12 +60,12 @@ def lines(path: Path, rows: Sequence[object]) -> Path:
 
 
 def pair(prompt: Any = "1+1=", chosen: Any = "2", rejected: Any = "3") -> dict[str, Any]:
-    """A row, good or bad."""
+    """Returns a preference row."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
-    """Messages from "user: text" strings."""
+    """Returns messages from "user: text" strings."""
     parts = [turn.split(": ", 1) for turn in turns]
     return [{"role": role, "content": content} for role, content in parts]
 
@@ -77,7 +77,7 @@ def build(
     kind: str = "preference",
     **data: object,
 ) -> TokenizedSet:
-    """build_dataset with the cache beside the file."""
+    """Calls build_dataset with the cache next to the file."""
     if isinstance(sources, Path):
         sources = [DataSource(path=str(sources))]
     config = DataConfig.model_validate({"train": [source.path for source in sources], **data})

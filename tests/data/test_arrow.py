@@ -1,4 +1,4 @@
-"""Arrow arrays through their buffers are those that pyarrow itself makes."""
+"""Arrow arrays created from buffers equal those that pyarrow creates."""
 
 from typing import Any
 

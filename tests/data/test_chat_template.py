@@ -1,5 +1,5 @@
-"""A prompt has the same tokens in training, evaluation and generation, under every kind of template; a row's `tools`
-and `chat_template_kwargs` reach it as in TRL; it is told one fixed date; what it refuses is one message."""
+"""Chat templates: a prompt has the same tokens in training, evaluation and generation with every kind of template;
+`tools` and `chat_template_kwargs` are passed as in TRL; the date is fixed; a rejected row gives one message."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_a_prompt_has_the_tokens_of_the_training_row(
 
 
 def test_generate_feeds_the_prompts_of_the_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """String rows with a begin-of-sequence token, messages with tools, and rows whose prompt is implicit."""
+    """String rows with a begin-of-sequence token, messages with tools, and rows with an implicit prompt."""
     tokenizer = TOKENIZERS["tools"]
     tiny_model(tmp_path / "model", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path / "model")
@@ -142,7 +142,7 @@ def test_generate_feeds_the_prompts_of_the_training_rows(tmp_path: Path, monkeyp
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written[1]["prompt"] == "q: 1+1\nA:" and written[1]["chosen"] == " two"
     assert [row["prompt"] for row in written[2:]] == [talk] * 3 and written[3]["chosen"] == chat("assistant: b")
-    again = build(lines(tmp_path / "again.jsonl", written), tokenizer)  # a file of answers is one of pairs, too
+    again = build(lines(tmp_path / "again.jsonl", written), tokenizer)  # a file of answers is also a file of pairs
     assert again.fingerprint == trained.fingerprint
     assert main(["evaluate", str(tmp_path / "out.jsonl"), str(tmp_path / "out.jsonl")]) == 0
     sft = [{"messages": [*talk, *chat("assistant: b")]}, {"messages": talk}]
@@ -272,13 +272,13 @@ def test_truncation_keeps_what_the_tokenizer_puts_first() -> None:
     tokenizer = byte_tokenizer(bos="<s>", template=template)
     messages = {"prompt": chat("user: 0123456789"), "completion": chat("assistant: xyz")}
     assert tokenizer.decode(prompt_of(tokenize(messages, tokenizer, limits))) == "<s>789"
-    with pytest.raises(RowProblem, match="chosen: has 9 tokens"):  # at least one token of the prompt itself stays
+    with pytest.raises(RowProblem, match="chosen: has 9 tokens"):  # at least one token of the prompt is kept
         tokenize({"prompt": "01", "chosen": "123456", "rejected": "x"}, byte_tokenizer(bos="<s>"), limits)
     assert tokenizer.decode(prompt_of(tokenize({**row, "prompt": ""}, tokenizer, limits))) == "<s>"
 
 
 def test_the_cache_names_the_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows tokenised under one date are not taken for those of another."""
+    """Cached rows of one date are not used for another date."""
     row = {"prompt": chat("user: q"), "chosen": chat("assistant: a"), "rejected": chat("assistant: b")}
     file = lines(tmp_path / "pairs.jsonl", [row])
     first = build(file, TOKENIZERS["the day"])

@@ -1,4 +1,4 @@
-"""Sources, formats and bad rows: every problem names file, line and field; nothing is left out silently."""
+"""Sources, formats and unusable rows: every message names file, line and field; no row is dropped silently."""
 
 import json
 import multiprocessing
@@ -143,7 +143,7 @@ def test_neither_file_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the common binarised sets: a prompt string beside whole conversations, and columns of their own."""
+    """Like common binarised data sets: a prompt string, whole conversations, and other columns."""
     import datasets
 
     def load(path: str, *, split: str) -> datasets.Dataset:
@@ -189,7 +189,7 @@ def test_message_formats_agree(tmp_path: Path, row: dict) -> None:
 
 
 def test_a_null_in_parquet_is_an_absent_key(tmp_path: Path) -> None:
-    """Arrow gives all rows, messages and tools the union of their keys; null as the value of a key in JSON stays."""
+    """Arrow gives all rows, messages and tools the union of their keys; null values in JSON are kept."""
     tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
     tools += "{% for m in messages if m.name is defined %}{{ m.name }}{% endfor %}"
     tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>"], template=tools + QWEN_TEMPLATE)

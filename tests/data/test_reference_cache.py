@@ -1,4 +1,4 @@
-"""The reference cache: whole or refused, and every refusal says what differs and which command mends it."""
+"""The reference cache: incomplete or stale caches are rejected with what differs and the command that fixes it."""
 
 import json
 import multiprocessing
@@ -162,7 +162,7 @@ def test_parts_of_another_model_or_chunk_size_do_not_count(tmp_path: Path, data:
 
 
 def test_killed_before_the_index(tmp_path: Path, data: TokenizedSet) -> None:
-    """records.npy of a new model beside the index of the old one is damage, and parts are still there."""
+    """records.npy of a new model with the index of the old one is damage; the parts still exist."""
     folder = fill(tmp_path, data, weights="weights-old")
     index = (folder / "index.json").read_bytes()
     filling = writer(tmp_path, data)
@@ -199,7 +199,7 @@ def test_stale_names_the_part_that_differs(tmp_path: Path, data: TokenizedSet, p
     assert "is stale" in message
     assert f"{name}: the cache has 'older', this run has '{getattr(fingerprint(data), part)}'" in message
     assert message.count("the cache has") == 1
-    fill(tmp_path, data)  # the command that is named does mend it
+    fill(tmp_path, data)  # the command in the message fixes it
     opened(tmp_path, data)
 
 

@@ -1,4 +1,4 @@
-"""Packed rows score exactly what one sequence after another would."""
+"""Packed rows give the same scores as separate sequences."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def sequences(example: Example) -> list[np.ndarray]:
 
 
 def visible(row: PackedRow, at: int) -> list[int]:
-    """Row positions that the token at row position `at` may see, itself included, in order."""
+    """Returns the row positions that the token at position `at` attends to, itself included, in order."""
     start, shared, chosen, _ = next(s for s in row.segments[::-1] if s[0] <= at)
     first_rejected = start + shared + chosen
     own = range(start, min(at + 1, first_rejected))
@@ -45,7 +45,7 @@ def visible(row: PackedRow, at: int) -> list[int]:
 
 
 def log_prob(context: np.ndarray, target: int) -> float:
-    """A stand-in for a model: depends on the whole context and on the target."""
+    """Stands for a model: the result depends on the whole context and on the target."""
     return -(1.0 + (hash((tuple(context.tolist()), target)) % 1000) / 1000.0)
 
 
@@ -138,7 +138,7 @@ def test_plan_is_balanced_and_minimal() -> None:
 @pytest.mark.parametrize("medians", [(400, 40), (100, 200), (60, 120)])
 @pytest.mark.parametrize(("pairs", "ranks"), [(64, 2), (256, 1), (512, 16)])
 def test_ranks_and_rows_cost_alike(medians: tuple[int, int], pairs: int, ranks: int) -> None:
-    """Ranks of a step wait for the slowest, stages of a pipeline for the dearest row."""
+    """Ranks wait for the slowest rank, pipeline stages for the most expensive row."""
     generator = np.random.default_rng(0)
     prompt, response = medians
     parts = [(generator.lognormal(0, 0.5, pairs) * median).astype(int) + 1 for median in (prompt, response, response)]

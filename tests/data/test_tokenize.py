@@ -28,7 +28,7 @@ def tokenize(
 
 
 def texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) decoded."""
+    """Returns (prompt, chosen, rejected) as text."""
     cut = example.prompt_length
     parts = example.chosen_ids[:cut], example.chosen_ids[cut:], example.rejected_ids[cut:]
     prompt, chosen, rejected = (str(tokenizer.decode(part)) for part in parts)
@@ -36,7 +36,7 @@ def texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[str, st
 
 
 def check(example: Example, *, end: int) -> None:
-    """The invariants of every tokenised row."""
+    """Checks the invariants of every tokenised row."""
     prompt = example.prompt_length
     sides = [example.chosen_ids, *([example.rejected_ids] if len(example.rejected_ids) else [])]
     for side in sides:
@@ -177,7 +177,7 @@ def test_template_that_refuses_a_row_is_named() -> None:
     [
         ("Q: 1+1\nA: two", "Q: 1+1\nA: three", "Q: 1+1\nA:"),  # the space belongs to the answers
         ("Q unhappy", "Q unkind", "Q"),  # not inside a word
-        ("unhappy", "unkind", None),  # nothing but a piece of a word in common
+        ("unhappy", "unkind", None),  # only a part of a word in common
         ("q<|a|>x", "q<|b|>y", "q"),  # not inside a special token
         ("q:xa", "q:b", "q"),  # ":x" is one token
         ("q 😀", "q 😃", "q"),  # two characters that begin with the same bytes
@@ -255,7 +255,7 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     a, b, c = (load_tokenizer(str(tmp_path / name)) for name in "abc")
     assert tokenizer_fingerprint(a) == tokenizer_fingerprint(b) != tokenizer_fingerprint(c)
     before = tokenizer_fingerprint(a)
-    a("text", truncation=True, max_length=2)  # a passing setting, not content
+    a("text", truncation=True, max_length=2)  # a temporary setting, not content
     assert tokenizer_fingerprint(a) == before
     b.chat_template = "{{ messages }}"
     assert tokenizer_fingerprint(b) != before

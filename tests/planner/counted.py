@@ -1,4 +1,4 @@
-"""What a real model holds: parameters, buffers and what autograd keeps, counted while it trains."""
+"""Counts the memory of a real model during training: parameters, buffers and tensors kept by autograd."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,13 +29,13 @@ SHAPE = {
 
 
 def packed_row() -> PackedRow:
-    """Two pairs of unequal lengths, 290 tokens."""
+    """Returns a row with two pairs of different lengths, 290 tokens."""
     first = example(range(3, 43), range(50, 100), range(101, 141))
     return row_of([first, example(range(3, 63), range(50, 80), range(101, 171))], multiple=2)
 
 
 def as_planned(row: PackedRow) -> RowSize:
-    """The same row as the planner sees it."""
+    """Returns the planner's sizes of the same row."""
     _, shared, chosen, rejected = row.segments.T
     segments = segments_of(shared, chosen, rejected, len(row.tokens) - row.real_tokens)
     return RowSize(len(row.tokens), row.real_tokens, len(row.targets), 0, segments)
@@ -43,7 +43,7 @@ def as_planned(row: PackedRow) -> RowSize:
 
 @dataclass
 class Kept:
-    """Bytes that autograd keeps, storage by storage, and the most at any moment; `apart` are not counted."""
+    """Counts the bytes of the storages that autograd keeps, and their maximum; storages in `apart` are not counted."""
 
     apart: set[int]
     now: int = 0
@@ -67,7 +67,7 @@ class Kept:
 
 
 class _Handle:
-    """Stands for a tensor that autograd keeps, until autograd lets go of it."""
+    """Stands for a tensor that autograd keeps, until autograd frees it."""
 
     def __init__(self, kept: Kept, tensor: Tensor) -> None:
         self._kept, self.tensor = kept, tensor
@@ -78,7 +78,7 @@ class _Handle:
 
 
 def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
-    """Train one step on `rows` rows in the configured layout; bytes of this rank."""
+    """Trains one step on `rows` rows in the configured layout and returns the bytes of this rank by part."""
     topology = make_topology(config.parallel, env.world_size())
     runtime = processes.start(topology, seed=0, threads=1)
     from megatron.core import parallel_state
@@ -119,7 +119,7 @@ def counted(config: Config, shape: ModelShape, rows: int) -> dict[str, float]:
 
 
 def _tensors(inner: Any) -> list[Tensor]:
-    """What an optimizer keeps per parameter: the moments, and main parameters where the weights are not fp32."""
+    """Returns the bytes of the optimizer: moments, and main parameters if the weights are not fp32."""
     moments = [state[name] for state in inner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     return moments + [p for group in inner.shard_fp32_from_float16_groups for p in group if p is not None]
 

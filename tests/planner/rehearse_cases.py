@@ -1,4 +1,4 @@
-"""Rehearses the cases of test_rehearsal.py, and spoils the last one's findings in several ways.
+"""Rehearses the cases of test_rehearsal.py, and introduces faults into the result of the last one.
 
 rehearse_cases.py OUT '{"name": [model, ranks, {parallel}, layers or null], ...}'
 """

@@ -1,7 +1,7 @@
-"""Speed: what is planned against what was published, with the one calibrated number of each GPU type.
+"""Planned speed compared with published speed, with the calibration number of each GPU type.
 
-Runs on one sequence per row with causal attention, and others' frameworks on the same shapes: within 15%. Not compared:
-DPO of OLMo-2-7B at 22.5% of the peak (open-instruct), which measures that implementation.
+The published runs have one sequence per row with causal attention and use other frameworks; they must agree within 15%.
+DPO of OLMo-2-7B at 22.5% of the peak (open-instruct) is not compared, because it measures that implementation.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from tests.planner.counted import CONFIG
 
 
 class Sequence(RowSize):
-    """A row of one sequence, of which a causal kernel computes half the square."""
+    """A row with one sequence, for which a causal kernel computes half of the score matrix."""
 
     def computed(self, context: int) -> int:
         return self.visible // context
@@ -32,7 +32,7 @@ class Sequence(RowSize):
 
 @dataclass(frozen=True)
 class Run:
-    """A published run: model, GPUs, sequences of a step, their tokens, layout, fp8."""
+    """A published run: model, GPUs, sequences per step, tokens per sequence, layout, fp8."""
 
     model: str
     gpu: str
@@ -65,7 +65,7 @@ class Run:
         return step_time(Setting(config, self.shape, topology, "engine"), GPUS[self.gpu], rows)
 
     def tokens_per_second(self) -> float:
-        """Per GPU."""
+        """Returns the tokens per second and GPU."""
         return self.batch * self.tokens / self.step().total / self.gpus
 
     def flops_per_token(self) -> float:
@@ -108,8 +108,8 @@ def test_tokens_per_second_of_runs_that_nothing_was_calibrated_by(run: Run, publ
 
 
 def test_the_seconds_of_the_a100_are_those_of_its_published_utilisation() -> None:
-    """Megatron-LM's README gives 51.4% model FLOPs utilisation for the paper's 175B; counted as the paper does, 13.75 s
-    per step of 64 sequences on 64 GPUs are just that."""
+    """Megatron-LM's README gives 51.4% MFU for the 175B model of the paper. Counted as in the paper, this is 13.75 s
+    per step with 64 sequences on 64 GPUs."""
     batch, sequence, layers, hidden, vocab = 64, 2048, 96, 12288, 51200
     extra = sequence / (6 * hidden) + vocab / (12 * layers * hidden)
     flops = 72 * batch * sequence * layers * hidden**2 * (1 + extra)
@@ -117,20 +117,20 @@ def test_the_seconds_of_the_a100_are_those_of_its_published_utilisation() -> Non
 
 
 def test_flops_per_second_of_a_70b_in_fp8() -> None:
-    """710 TFLOP/s per GPU are published beside the tokens per second."""
+    """The source gives 710 TFLOP/s per GPU and the tokens per second."""
     assert SFT_70B.tokens_per_second() * SFT_70B.flops_per_token() == pytest.approx(710e12, rel=0.02)
 
 
 def test_a_70b_in_bf16() -> None:
-    """506.6 TFLOP/s on 128 H100 by MaxText, which shares out the weights and hides that exchange: compared is the time
-    of computing."""
+    """MaxText: 506.6 TFLOP/s on 128 H100. It shards the weights and overlaps their communication, so only the
+    computation time is compared."""
     run = Run("Llama-3.3-70B", "h100", 128, 512, 4096, {}, False)
     computing = run.batch * run.tokens / run.step().compute / run.gpus
     assert computing * run.flops_per_token() == pytest.approx(506.6e12, rel=0.15)
 
 
 def test_dpo_of_an_8b_is_faster_than_the_limit_of_a_test_elsewhere() -> None:
-    """NeMo-RL's test asks for 0.70 pairs/s per GPU at TP4 on 32 H100, 256 pairs a step."""
+    """NeMo-RL's test requires 0.70 pairs/s per GPU at TP4 on 32 H100 with 256 pairs per step."""
     sections = {
         "data": {"train": "pairs.jsonl", "max_length": 2048},
         "loss": {"name": "simpo"},

@@ -1,4 +1,4 @@
-"""`megatron-spo plan` as a user calls it, and what `train` says about memory."""
+"""The command `megatron-spo plan`, and the memory estimate of `train`."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A configuration whose model and data are here."""
+    """Returns a configuration with local model and data."""
     return tiny_run(tmp_path, shape={"hidden_size": 64}, pairs=40, training={"steps": 2})
 
 
@@ -37,7 +37,7 @@ def test_the_70b_on_32_h100(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     code, text, _ = plan(capsys, EXAMPLE, "--gpus", 32, "--price", 2, "--json", out)
     assert code == 0
     assert "configured: TP8 SP PP2" in text and "assumed: lognormal" in text
-    assert "calibrated: products get 58.5% of the peak, from 1638 tokens/s/GPU" in text
+    assert "calibration: products reach 58.5% of the peak, from 1638 tokens/s/GPU" in text
     found = json.loads(out.read_text())
     assert found["configured"]["fits"] and 56 < found["configured"]["memory"]["total"] / GIB < 66 * 1.15
     times = [one["step_seconds"]["total"] for one in found["fitting"]]
@@ -66,7 +66,7 @@ def test_lora_and_fp8_are_planned_for(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_one_node_does_not_hold_a_70b(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = plan(capsys, EXAMPLE, "--gpus", 8)
     assert code == 0
-    assert "no layout of these GPUs fits" in text and "the configured layout cannot run" in text
+    assert "no layout fits on these GPUs" in text and "the configured layout cannot run" in text
     code, text, _ = plan(capsys, EXAMPLE, "lora.rank=16", "parallel.pipeline=1", "--gpus", 8)
     assert "configured: TP8 SP PP1" in text and "cannot run" not in text
 
@@ -74,7 +74,7 @@ def test_one_node_does_not_hold_a_70b(capsys: pytest.CaptureFixture[str]) -> Non
 def test_experts_get_layouts_of_experts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     code, text, _ = plan(capsys, EXAMPLE, "--model", "Mixtral-8x7B", "--gpus", 32, "--gpu", "h200", "--json", out)
-    assert code == 0 and "take the seconds for a lower bound" in text
+    assert code == 0 and "the seconds are a lower bound" in text
     assert {one["parallel"]["expert"] for one in json.loads(out.read_text())["fitting"]} >= {1, 2, 4, 8}
 
 
@@ -116,11 +116,11 @@ def test_lengths_are_measured_where_the_data_is(tiny: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--gpus", "8", "--gpu", "v100"], "--gpu v100: known are h100, h200, b200, a100"),
-        (["precision.fp8=tensorwise", "--gpus", "8", "--gpu", "a100"], "no fp8 rate"),
-        (["--gpus", "8", "--prompt-tokens", "10"], "belong together"),
+        (["--gpus", "8", "--gpu", "v100"], "--gpu v100 is not one of h100, h200, b200, a100"),
+        (["precision.fp8=tensorwise", "--gpus", "8", "--gpu", "a100"], "whose fp8 rate is not known"),
+        (["--gpus", "8", "--prompt-tokens", "10"], "must be given together"),
         (["--gpus", "8", "--prompt-tokens", "10", "--response-tokens", "9999"], "exceed data.max_length"),
-        (["model.path=nobody/model", "--gpus", "8"], "name a model of the same shape with --model"),
+        (["model.path=nobody/model", "--gpus", "8"], "give a model of the same shape with --model"),
         (["--gpus", "8", "--json", "/dev/null/plan.json"], "/dev/null/plan.json cannot be written"),
         (["data.max_length=200000", "--gpus", "8"], "exceeds the model's context"),
     ],
@@ -147,7 +147,7 @@ def test_planning_loads_no_torch() -> None:
 
 
 def test_the_configured_layout_is_judged_elsewhere_too() -> None:
-    """A configuration for GPUs loads on a machine without Transformer Engine, for planning alone."""
+    """A configuration for GPUs loads for planning on a machine without Transformer Engine."""
     assert load_config(EXAMPLE, ["precision.fp8=tensorwise"], elsewhere=True).precision.fp8 == "tensorwise"
 
 
@@ -157,9 +157,13 @@ def memory(total: float) -> Memory:
 
 def test_the_line_at_the_start_warns_of_what_cannot_fit() -> None:
     assert shortage(memory(3 * GIB), processes=2, available=6 * GIB) is None
-    assert "needs 8.00 GiB, 2.00 more" in str(shortage(memory(4 * GIB), processes=2, available=6 * GIB))
+    assert "memory of 8.00 GiB exceeds the available memory by 2.00 GiB" in str(
+        shortage(memory(4 * GIB), processes=2, available=6 * GIB)
+    )
     line = memory_line(memory(3 * GIB), processes=2, available=6 * GIB)
-    assert line == "memory as planned: 2 processes of 3.00 GiB (weights 2.00, reserved 1.00), of 6.00 GiB"
+    assert (
+        line == "estimated memory: 2 processes with 3.00 GiB each (weights 2.00, reserved 1.00), of 6.00 GiB available"
+    )
 
 
 def test_train_says_what_it_needs(
@@ -170,7 +174,7 @@ def test_train_says_what_it_needs(
     capsys.readouterr()
     assert main(["train", str(tiny)]) == 0
     said = capsys.readouterr().err
-    assert said.count("memory as planned: ") == 1 and "warning" not in said
+    assert said.count("estimated memory: ") == 1 and "warning" not in said
     monkeypatch.setattr("megatron_spo.train.memory.memory_of", lambda device: GIB // 4)
     assert main(["train", str(tiny), "training.steps=3"]) == 0
-    assert "warning: the plan needs" in capsys.readouterr().err
+    assert "warning: estimated memory of" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Operations: what is planned against torch's own counter."""
+"""Planned floating-point operations compared with torch's counter."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_model
 
 
 def _as_products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, enable_gqa: bool, scale: float) -> Tensor:
-    """Attention in the two products of which torch's counter knows nothing in its fused kernel for CPUs."""
+    """Attention as two matrix products, because torch's counter does not count its fused CPU kernel."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     return (scale * q @ k.transpose(-1, -2) + attn_mask).softmax(-1) @ v
@@ -42,7 +42,7 @@ def test_against_torchs_counter(family: str, recompute: str, tmp_path: Path, mon
             shape.layers * (forward.linear + forward.attention) + forward.head + router + entropy, rel=1e-6
         )
         sums.sum().backward()
-    # two products fewer than a fused kernel, which computes the scores again
+    # two products fewer than a fused kernel, which recomputes the scores
     attention = whole.attention + (2 - BACKWARD_OF_ATTENTION) * forward.attention
     routers = router * {"none": 2, "selective": 2, "full": 3}[recompute]
     expected = shape.layers * (whole.linear + attention) + whole.head + routers
@@ -50,7 +50,7 @@ def test_against_torchs_counter(family: str, recompute: str, tmp_path: Path, mon
 
 
 def test_what_is_necessary_is_less() -> None:
-    """Padding, blocks and what is computed twice are not counted, and a frozen weight's gradient is not needed."""
+    """Padding, partly masked blocks, recomputation and gradients of frozen weights are not counted."""
     from megatron_spo.planner.presets import shape_of
     from megatron_spo.planner.rows import RowSize
 

@@ -1,4 +1,4 @@
-"""Bytes: what is planned against what real models hold."""
+"""Planned memory compared with real models."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def model_of(name: str) -> str:
-    """The model that a layout is tried with."""
+    """Returns the model for a layout."""
     return "mixtral" if name.startswith("experts") else "qwen3"
 
 
@@ -51,7 +51,7 @@ def config_of(**sections: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of each family; of tied embeddings as well."""
+    """Creates a tiny model of each family, and one with tied embeddings."""
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
         tiny_model(folder / family, family, **SHAPE)
@@ -60,8 +60,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def waiting(planned_in: Setting, row: RowSize, stage: int) -> float:
-    """Bytes of rows in flight that wait to be computed again: the recomputation holds tokens, places and mask through
-    an argument that is no tensor, so that autograd's count sees those of one row only."""
+    """Returns the bytes of rows in flight with recomputation that the count misses: recomputation keeps tokens, segment
+    indices and mask through an argument that is not a tensor, so autograd sees those of only one row."""
     if planned_in.config.parallel.recompute != "full":
         return 0
     rows = planned_in.topology.pipeline - 1 - stage
@@ -69,7 +69,7 @@ def waiting(planned_in: Setting, row: RowSize, stage: int) -> float:
 
 
 def compare(name: str, found: dict[str, float], config: Config, shape: ModelShape, world: int, rows: int) -> None:
-    """Parameters exactly; what Megatron pads or torch counts by other means within 5%."""
+    """Parameters must match exactly; parts with Megatron's padding or other counting within 5%."""
     planned_in = setting(config, shape, world)
     row, stage = as_planned(packed_row()), int(found["stage"])
     planned = stage_memory(planned_in, stage, row, rows)
@@ -98,7 +98,7 @@ def test_one_process(folders: dict[str, Path], family: str, recompute: str, dtyp
 
 @pytest.fixture(scope="module")
 def two_ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
-    """What each of two ranks found in each layout, in one launch."""
+    """Returns the counts of each of two ranks in each layout, from one launch."""
     out = tmp_path_factory.mktemp("counted")
     jobs = {}
     for name, sections in LAYOUTS.items():
@@ -118,13 +118,15 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, float]]], folders: di
     config = config_of(**LAYOUTS[name])
     even = sum(found["activations"] for found in two_ranks[name]) / 2
     for found in two_ranks[name]:
-        if config.parallel.expert > 1:  # the planner takes an even load of the experts, a random router gives another
+        if (
+            config.parallel.expert > 1
+        ):  # the planner assumes an even load of the experts, but a random router gives another one
             found = {**found, "activations": even}
         compare(name, found, config, shape, 2, ROWS)
 
 
 def full_row(tokens: int, pair: int) -> RowSize:
-    """A row full of pairs of this length, two thirds of which is scored."""
+    """Returns a full row of pairs of this length, two thirds of which are scored."""
     pairs = tokens // pair
     third = np.full(pairs, pair // 3)
     segments = segments_of(third, third, third, tokens - 3 * int(third.sum()))
@@ -146,7 +148,7 @@ def of_70b(world: int, *, optimizer_of: str = "dpo", **parallel: Any) -> Setting
     ],
 )
 def test_smallest_clusters_of_a_70b(world: int, parallel: dict[str, Any], low: float, high: float) -> None:
-    """GiB that were worked out by hand for rows of 4096 tokens, within 15%."""
+    """Agrees within 15% with GiB computed by hand for rows of 4096 tokens."""
     _, memory = worst_memory(of_70b(world, **parallel), full_row(4096, 512), rows=16)
     assert 0.85 * low <= memory.total / GIB <= 1.15 * high
 

@@ -1,4 +1,4 @@
-"""The rehearsal of layouts without their processes, and that it finds what is wrong."""
+"""Rehearsal of layouts without their processes, and the faults that it finds."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_found(rehearsed: dict[str, Any], spoilt: str, told: st
     assert any(told in fault for fault in rehearsed["spoilt"][spoilt]), rehearsed["spoilt"][spoilt]
 
 
-BILLIONS = {  # parameters as published on the model cards, of Gemma 3 those of the text part
+BILLIONS = {  # parameters from the model cards; for Gemma 3 of the text model
     "Gemma-2-27B": 27.2,
     "Gemma-2-9B": 9.24,
     "Gemma-3-12B": 11.8,

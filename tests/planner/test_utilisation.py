@@ -1,4 +1,4 @@
-"""MFU is reckoned by what a step needs."""
+"""MFU counts only the necessary operations of a step."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def test_peaks_go_by_the_names_of_drivers() -> None:
 
 
 def test_seconds_at_peak() -> None:
-    """Six operations per weight and token, but no weight of the embedding, and little for attention; batches add up."""
+    """Six operations per weight (without embedding) and token, and few for attention; batches are additive."""
     shape, lengths = shape_of("Llama-3.1-8B"), assumed_lengths(60, 120, 1000, 2048)
     ideal = Utilisation(Config.model_validate(CONFIG), shape, {"train": lengths}, peak=1e15)
     first, rest = np.arange(300), np.arange(300, 1000)
@@ -34,7 +34,7 @@ def test_seconds_at_peak() -> None:
 
 
 def test_a_window_hides_keys() -> None:
-    """Counted one query after another, in a model of which every other layer has a window."""
+    """Compared with a count query by query, in a model where every other layer has a sliding window."""
     gemma = replace(shape_of("Llama-3.1-8B"), layers=4, sliding_window=6, sliding_layers=(0, 2))
     lengths = Lengths(np.array([3, 2]), np.array([4, 2]), np.array([5, 1]), np.array([0, 9]), source="")
     for i, visible in enumerate(lengths.visible(gemma)):

@@ -1,4 +1,4 @@
-"""Counts what this rank of a launch holds in several layouts, one after another.
+"""Counts the memory of this rank in several layouts, one after another.
 
 torchrun --nproc-per-node N worker.py ROWS OUT '{"name": {config}, ...}'
 """
