@@ -219,7 +219,7 @@ QUERY, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
         (
             {QUERY: torch.ones(32, 32).to(torch.float8_e4m3fn)},
             {},
-            "q_proj.weight is in F8_E4M3, which is not supported",
+            "q_proj.weight has data type F8_E4M3, which is not supported",
         ),
         ({}, {"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
         ({}, {"model_type": "gpt2"}, "'gpt2' is not supported"),
@@ -294,5 +294,5 @@ def test_megatron_loads_it(tmp_path: Path) -> None:
 
 def test_training_names_the_remedy(tmp_path: Path, model: Path) -> None:
     convert(model, tmp_path / "megatron", "megatron")
-    with pytest.raises(UserError, match="is a Megatron model folder; .* --to hf"):
+    with pytest.raises(UserError, match="is a Megatron model folder, .* --to hf"):
         shard_files(tmp_path / "megatron")
