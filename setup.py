@@ -40,6 +40,7 @@ setup(
         "math-verify>=0.8,<1",
         "matplotlib>=3.8",
         "scipy>=1.11",
+        "tabulate>=0.9",
         "tqdm>=4.66",
     ],
     extras_require={

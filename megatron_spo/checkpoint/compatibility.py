@@ -13,6 +13,9 @@ FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.
 is constant; monitor, data.eval and training.eval_every: unless an alarm raises lambda), or alter it only where it would
 have ended (training.on_anomaly, training.spike_factor) or only by rounding (precision.layers)."""
 
+REMOVED = {"data.last_batch": "keep", "data.drop_ches": 0.0, "model.freeze_router": True, "spo.gap_ema": 0.9}
+"""Keys of earlier versions, with the value that is now the only one."""
+
 
 def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
     """Returns one line for each allowed difference from the checkpoint's run.
@@ -25,7 +28,7 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
     Raises:
         UserError: a difference alters the training and is not listed in checkpoint.allow_changed.
     """
-    old, new = dict(_flat(found.record["config"])), dict(_flat(config))
+    old, new = _without_removed(dict(_flat(found.record["config"]))), dict(_flat(config))
     bound = set() if new["optimizer.decay"] == "constant" else {"training.steps"}
     if "raise_lambda" in (old.get("monitor.on_alarm"), new["monitor.on_alarm"]):
         bound |= {"monitor", "data.eval", "training.eval_every"}
@@ -44,6 +47,13 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
             "choose another output folder, or list them in checkpoint.allow_changed"
         )
     return [text for key, text in differ.items() if not _covers(("checkpoint.allow_changed", "output"), key)]
+
+
+def _without_removed(old: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a checkpoint's configuration in terms of today's keys, as far as they mean the same."""
+    if old.get("model.freeze_router") is True:
+        old["model.router_aux_loss"] = None
+    return {key: value for key, value in old.items() if key not in REMOVED or value != REMOVED[key]}
 
 
 def _covers(names: Sequence[str], key: str) -> bool:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tabulate import tabulate
+
 from megatron_spo.config.fp8 import RECIPES, obstacle
 from megatron_spo.config.rules import installed
 
@@ -60,12 +62,7 @@ def report() -> str:
         _package("trl", "trl", "tests that compare with TRL are skipped; run pip install -e '.[dev]'"),
         _slurm(),
     ]
-    widths = [max(len(finding[column]) for finding in findings) for column in range(3)]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(finding, [*widths, 0], strict=True)).rstrip()
-        for finding in findings
-    ]
-    return "\n".join([*lines, "", _verdict(findings)])
+    return f"{tabulate(findings, tablefmt='plain', disable_numparse=True)}\n\n{_verdict(findings)}"
 
 
 def _python() -> Finding:

@@ -35,7 +35,7 @@ def unused(config: "Config") -> dict[str, str]:
         found["both_down"] = "reference.cache: null"
         if config.spo.v is None:
             found["chosen_fall"] = "reference.cache: null and spo.v: null"
-    return {f"monitor.{key}": f"monitor.{key} has no effect with {beside}" for key, beside in found.items()}
+    return {f"monitor.{key}": f"monitor.{key} has no effect with {state}" for key, state in found.items()}
 
 
 def _cannot_raise(config: "Config") -> bool:

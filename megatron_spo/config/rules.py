@@ -97,8 +97,8 @@ def unused_keys(config: Config) -> dict[str, str]:
     return unused
 
 
-def _no_effect(key: str, beside: str, users: Iterable[str]) -> str:
-    return f"{key} has no effect with {beside}; it is used by {', '.join(users)}"
+def _no_effect(key: str, state: str, users: Iterable[str]) -> str:
+    return f"{key} has no effect with {state}; it is used by {', '.join(users)}"
 
 
 def _is_set(config: Config, key: str) -> bool:

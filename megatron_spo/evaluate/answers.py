@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from megatron_spo.data.json_lines import read_rows
 from megatron_spo.data.prompts import check_prompt
 from megatron_spo.errors import UserError
@@ -140,5 +142,4 @@ def show(found: Estimate | None, value: float | None, *, sign: str = "") -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Returns rows of cells as aligned columns of text; a row may be shorter than the first."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from megatron_spo.config.schema import ParallelConfig
 from megatron_spo.planner.gpus import GIB
@@ -95,19 +96,15 @@ def _table(job: PlannedRun, own: Plan, fitting: Sequence[Plan], price: float | N
             "no layout fits on these GPUs; use more GPUs or GPUs with more memory, or set a shorter data.row_length "
             "or lora.rank"
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(cell.ljust(n) if i < 2 else cell.rjust(n) for i, (cell, n) in enumerate(cells))
-
+    sides = ["left", "left", *["right"] * (len(rows[0]) - 2)]
+    table = tabulate(rows, tablefmt="plain", colalign=sides, disable_numparse=True)
     tight = any(is_tight(job, plan) for plan in [own, *fitting])
     legend = (
         [f"~ more than {TIGHT:.0%} of the memory: may not fit, because the reserved memory is an assumption"]
         if tight
         else []
     )
-    return "\n".join([*(line(row) for row in rows), *legend])
+    return "\n".join([table, *legend])
 
 
 def _row(job: PlannedRun, plan: Plan, prefix: str, price: float | None) -> list[str]:

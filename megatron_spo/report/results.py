@@ -5,14 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from scipy.special import stdtrit
+
 from megatron_spo.report.runs import Run, is_number
 
-T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-)  # fmt: skip
-"""Student's t, two-sided 95%, for 2 to 30 runs (degrees of freedom 1 to 29)."""
-NORMAL_95 = 1.96
 PARTS = ("data", "forward_backward", "communication", "optimizer", "other")
 """Parts of a step's time, `seconds/PART` in metrics.jsonl."""
 
@@ -61,7 +57,7 @@ def summary(values: Sequence[float]) -> str:
         return ""
     if len(values) == 1:
         return f"{values[0]:.4g}"
-    factor = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else NORMAL_95
+    factor = float(stdtrit(len(values) - 1, 0.975))  # Student's t, two-sided 95%
     return f"{mean(values):.4g} ± {factor * stdev(values) / len(values) ** 0.5:.2g}"
 
 

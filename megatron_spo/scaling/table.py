@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as arrow
 import pyarrow.csv as arrow_csv
 import pyarrow.parquet as parquet
+from tabulate import tabulate
 
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
@@ -55,12 +56,9 @@ def shown(study: Study, rows: Sequence[Row]) -> str:
     names = ["run", *study.runs[0].choices, "state", *after, *SHOWN]
     names = [name for name in dict.fromkeys(names) if any(name in one for one in rows)]
     cells = [names, *([_cell(one.get(name)) for name in names] for one in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     reasons = ["", *(f"  <- {one['reason']}" if one["reason"] else "" for one in rows)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + why
-        for line, why in zip(cells, reasons, strict=True)
-    )
+    table = tabulate(cells, tablefmt="plain", colalign=["right"] * len(names), disable_numparse=True)
+    return "\n".join(line + why for line, why in zip(table.splitlines(), reasons, strict=True))
 
 
 def _state(study: Study, run: StudyRun) -> Row:

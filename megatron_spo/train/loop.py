@@ -74,7 +74,7 @@ def run(job: Training, state: TrainState) -> TrainState:
     with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
         if state.step == 0:
             state = _answer(job, state)
-        if state.evaluation_owed:
+        if state.evaluation_pending:
             state = _measure(job, state)
             if state.step == job.steps:  # no later step would save the best evaluation
                 _save(job, state, surely=True, due=False)
@@ -90,7 +90,7 @@ def run(job: Training, state: TrainState) -> TrainState:
             bar.update()
             due = any(_due(job, state.step))
             stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
-            state = replace(state, evaluation_owed=due)
+            state = replace(state, evaluation_pending=due)
             if due and not stop:
                 state = _measure(job, state)
             alarms = [text for name, text in state.monitor.raised.items() if name not in known]
@@ -105,7 +105,7 @@ def run(job: Training, state: TrainState) -> TrainState:
                     "same command resumes past the alarm. To avoid the alarm, start again in another output folder "
                     "with a higher spo.lambda or a lower optimizer.lr"
                 )
-            if stop and (state.evaluation_owed or not last):
+            if stop and (state.evaluation_pending or not last):
                 job.stop.end(stop, state.step)
     return state
 
@@ -125,7 +125,7 @@ def _measure(job: Training, state: TrainState) -> TrainState:
             state = evaluate(job, state)
         if answers:
             state = _answer(job, state)
-    return replace(state, evaluation_owed=False)
+    return replace(state, evaluation_pending=False)
 
 
 def _answer(job: Training, state: TrainState) -> TrainState:

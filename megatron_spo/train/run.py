@@ -121,8 +121,8 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     )
     state = _start(config, trainable, found, changed, runtime)
     _open_sinks(config, directory, state.step)
-    owed = [held_out.name for held_out in job.evals] if state.evaluation_owed else []
-    directory.open_metrics(after_step=state.step, owed=owed)
+    pending = [held_out.name for held_out in job.evals] if state.evaluation_pending else []
+    directory.open_metrics(after_step=state.step, pending=pending)
     directory.status("running", state.step, steps=job.steps)
     signals.after_step()
     state = loop.run(job, state)

@@ -79,10 +79,10 @@ class RunDirectory:
         """Returns the name of the newest checkpoint according to status.json."""
         return self._status.get("checkpoint")
 
-    def open_metrics(self, *, after_step: int, owed: Sequence[str] = ()) -> None:
+    def open_metrics(self, *, after_step: int, pending: Sequence[str] = ()) -> None:
         """Opens metrics.jsonl and samples.jsonl for appending. Removes incomplete lines and all lines that the run will
         write again: those after `after_step` (all of them for 0), and those of the evaluation after that step on the
-        held-out sets `owed`, which is still pending."""
+        held-out sets `pending`."""
         if not self.is_main:
             return
         for name in ("metrics.jsonl", SAMPLES):
@@ -91,9 +91,9 @@ class RunDirectory:
             for text in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
                 try:
                     line = json.loads(text)
-                    measured = line.get("kind") in MEASURED_AFTER or line.get("data") in owed
+                    measured = line.get("kind") in MEASURED_AFTER or line.get("data") in pending
                     again = after_step == 0 or line["step"] > after_step
-                    again = again or (owed and measured and line["step"] == after_step)
+                    again = again or (pending and measured and line["step"] == after_step)
                 except (ValueError, KeyError, TypeError):  # incomplete because the process was killed
                     continue
                 if not again:

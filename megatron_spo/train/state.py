@@ -26,7 +26,7 @@ class TrainState:
     schedule: ScheduleState
     statistics: LossStatistics
     norms: GradientNorms = GradientNorms()
-    evaluation_owed: bool = False
+    evaluation_pending: bool = False
     """Whether the evaluation after this step is still pending, because the run was stopped before it."""
     best: Best | None = None
     router_load: Load | None = None
@@ -45,7 +45,7 @@ class TrainState:
             "schedule": self.schedule.to_dict(),
             "statistics": self.statistics.to_dict(),
             "norms": asdict(self.norms),
-            "evaluation_owed": self.evaluation_owed,
+            "evaluation_pending": self.evaluation_pending,
             "best": self.best and asdict(self.best),
             "router_load": self.router_load,
             "monitor": asdict(self.monitor),
@@ -59,7 +59,7 @@ class TrainState:
             ScheduleState.from_dict(state["schedule"]),
             LossStatistics.from_dict(state["statistics"]),
             GradientNorms(**state["norms"]),
-            state["evaluation_owed"],
+            state.get("evaluation_pending", state.get("evaluation_owed", False)),  # the older name
             state["best"] and Best(**state["best"]),
             state["router_load"],
             MonitorState.from_dict(state.get("monitor")),

@@ -31,6 +31,6 @@ def test_lines_of_what_is_done_again_are_cut_off(tmp_path: Path) -> None:
         directory = RunDirectory(tmp_path, is_main=True)
         (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*kept, *owed, *later]))
         (tmp_path / "samples.jsonl").write_text('{"step": 4, "data": "test"}\n')
-        directory.open_metrics(after_step=4, owed=sets)
+        directory.open_metrics(after_step=4, pending=sets)
         assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == left
         assert bool((tmp_path / "samples.jsonl").read_text()) == (not sets)
