@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.checkpoint.compatibility import check_base
 from megatron_spo.checkpoint.folder import Checkpoint
 from megatron_spo.checkpoint.lazy import Lazy, empty

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.loader import Loader, row_multiples

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import Topology, make_topology, stages_of

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.checkpoint.compatibility import changes, check_base
 from megatron_spo.checkpoint.folder import LATEST, Checkpoint
 from megatron_spo.checkpoint.load import find, load
