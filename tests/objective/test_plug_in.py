@@ -109,7 +109,7 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_wrong_pairs() -> None:
     without = make_pairs([-4.0], [-9.0], ([2], [3]))
-    with pytest.raises(ValueError, match="reference's log-probs are needed"):
+    with pytest.raises(ValueError, match="needs the reference's log-probs"):
         preference_loss("dpo", without)
     with pytest.raises(ValueError, match="one shape .*'chosen': .1,., 'rejected': .2,."):
         preference_loss("simpo", make_pairs([-4.0], [-9.0, -1.0], ([2], [3])))

@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         pairs=22,
         held_out=7,
         optimizer={"warmup_steps": 2, "weight_decay": 0.01},
-        training={"steps": 5, "eval_every": 3},
+        training={"steps": 4, "eval_every": 3},
     )
 
     def train(name: str, objective: str, overrides: list[str]) -> Job:

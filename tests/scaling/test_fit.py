@@ -132,6 +132,7 @@ def test_units_do_not_matter() -> None:
     assert other["A"] * np.log(2) * 1e6 ** plain["alpha"] == pytest.approx(plain["A"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     covered = 0
     for seed in range(20):

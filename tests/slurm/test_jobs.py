@@ -62,7 +62,7 @@ def variables(folder: Path, out: str, **more: str) -> dict[str, str]:
     }
 
 
-def finish(cluster: Cluster, job: str, seconds: float = 240) -> int:
+def finish(cluster: Cluster, job: str, seconds: float = 600) -> int:
     """Waits for the end of a job; returns its exit code."""
     cluster.wait_for(lambda: cluster.state(job) == "", seconds)
     return cluster.exit_code(job)

@@ -303,7 +303,9 @@ def test_damaged_checkpoints_are_named(job, capsys):
 
 def test_export_refuses_what_is_not_a_run(job, capsys):
     assert "neither a run directory" in error_of(capsys, main(["convert", str(job), str(job / "x"), "--to", "hf"]))
-    assert "'hf' already" in error_of(capsys, main(["convert", str(job / "model"), str(job / "x"), "--to", "hf"]))
+    assert "already in the format 'hf'" in error_of(
+        capsys, main(["convert", str(job / "model"), str(job / "x"), "--to", "hf"])
+    )
     command(job, "train", "loss.name=simpo", "reference.cache=null")
     message = error_of(capsys, main(["convert", str(job / "run"), str(job / "model"), "--to", "hf"]))
     assert "not an empty folder" in message

@@ -119,7 +119,7 @@ def test_a_full_disk_does_not_end_the_training(folder: Path, tmp_path: Path, way
             return "".join(read)
 
         def make_room() -> None:
-            while not ended.is_set() and "trying again" not in said_so_far():
+            while not ended.is_set() and "Retrying every" not in said_so_far():
                 time.sleep(0.05)
             subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
 

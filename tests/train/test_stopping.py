@@ -114,8 +114,10 @@ def test_the_time_limit_saves_before_it(folder: Path) -> None:
     assert found["step"] == steps_done(folder / "limit") > 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("layout", "victim"),
+    [("tp2", 0), ("dp2", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tp2", 1), ("dp2", 0)))],
+)
 def test_a_killed_rank_is_named_and_ends_the_others(folder: Path, layout: str, victim: int) -> None:
     run = f"killed-{layout}-{victim}"
     with ranks(folder, run, *LAYOUTS[layout]) as job:
@@ -193,6 +195,7 @@ def test_reference_stops_at_once_and_goes_on(folder: Path) -> None:
     assert not list(parts.glob("train-*/parts"))
 
 
+@pytest.mark.slow
 def test_torchrun_hands_on_its_signals(folder: Path) -> None:
     import subprocess
 
