@@ -146,8 +146,6 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     check_types(path, raw)
     hidden, heads = _count(path, raw, "hidden_size"), _count(path, raw, "num_attention_heads")
     kv_heads = _count(path, raw, "num_key_value_heads", heads)
-    if family in ("llama", *GEMMA) and hidden % heads:  # transformers refuses it, whatever head_dim is
-        raise UserError(f"{path}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     theta, scaling, local_theta = _rope(path, raw, family)
@@ -257,13 +255,13 @@ def _mapping(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _head_dim(path: Path, raw: Mapping[str, Any], hidden: int, heads: int, family: str) -> int:
-    if raw.get("head_dim") is not None:
-        return _count(path, raw, "head_dim")
-    if family in (default := {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}):  # independent of the hidden size
-        return default[family]
-    if hidden % heads:
+    default = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}.get(family)  # independent of the hidden size
+    given = raw.get("head_dim") is not None
+    divided = not given and default is None
+    # transformers refuses the size of these families even if head_dim is given
+    if hidden % heads and (divided or family in ("llama", *GEMMA)):
         raise UserError(f"{path}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
-    return hidden // heads
+    return hidden // heads if divided else _count(path, raw, "head_dim", default)
 
 
 def _gemma(path: Path, raw: Mapping[str, Any], family: str, local_theta: float | None) -> Gemma | None:
