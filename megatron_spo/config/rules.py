@@ -9,7 +9,7 @@ from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.model_shape import PROJECTIONS, ModelShape
 from megatron_spo.config.monitoring import MONITORING
 from megatron_spo.config.monitoring import unused as unused_monitoring
-from megatron_spo.config.schema import Config, LossConfig, keys_of, section_class
+from megatron_spo.config.schema import Config, LossConfig, ParallelConfig, PrecisionConfig, keys_of, section_class
 from megatron_spo.config.spo import SpoConfig, schedules_with
 from megatron_spo.config.topology import expert_tensor, make_topology
 from megatron_spo.errors import UserError
@@ -147,8 +147,8 @@ def _not_in_blocks(size: Callable[[ModelShape, int], int], text: str) -> Rule:
     )
 
 
-def _names_engine(config: Config) -> bool:
-    return config.precision.layers == "transformer_engine" or config.precision.fp8 is not None
+def _names_engine(precision: PrecisionConfig) -> bool:
+    return precision.layers == "transformer_engine" or precision.fp8 is not None
 
 
 def _thinner_than_rank(projection: str) -> Rule:
@@ -168,8 +168,8 @@ def _thinner_than_rank(projection: str) -> Rule:
     )
 
 
-def _stages(config: Config) -> int:
-    return config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
+def _stages(parallel: ParallelConfig) -> int:
+    return parallel.pipeline * (parallel.virtual_pipeline or 1)
 
 
 def _experts(shape: ModelShape | None, unknown: int) -> int:
@@ -208,12 +208,14 @@ RULES: tuple[Rule, ...] = (
         "parallel.virtual_pipeline=null",
     ),
     Rule(
-        lambda c, shape: shape is not None and _stages(c) > shape.layers,
+        lambda c, shape: shape is not None and _stages(c.parallel) > shape.layers,
         "parallel.pipeline * parallel.virtual_pipeline is more stages than the model's {shape.layers} layers; set a "
         "smaller parallel.pipeline or parallel.virtual_pipeline",
     ),
     Rule(
-        lambda c, shape: c.parallel.layers_per_stage is not None and len(c.parallel.layers_per_stage) != _stages(c),
+        lambda c, shape: (
+            c.parallel.layers_per_stage is not None and len(c.parallel.layers_per_stage) != _stages(c.parallel)
+        ),
         "parallel.layers_per_stage = {c.parallel.layers_per_stage} must have one number for each of the "
         "parallel.pipeline * parallel.virtual_pipeline stages",
     ),
@@ -259,7 +261,7 @@ RULES: tuple[Rule, ...] = (
         "instead, and adapters on experts are not supported; set lora.targets=[q_proj,k_proj,v_proj,o_proj]",
     ),
     Rule(
-        lambda c, shape: _experts(shape, 0) > 0 and _names_engine(c),
+        lambda c, shape: _experts(shape, 0) > 0 and _names_engine(c.precision),
         "{c.precision.reason} is not supported for the experts of {shape.family} models; set precision.fp8=null and "
         "precision.layers=auto",
     ),
@@ -272,13 +274,13 @@ RULES: tuple[Rule, ...] = (
     ),
     # precision
     Rule(
-        lambda c, shape: _names_engine(c) and not installed("transformer_engine"),
+        lambda c, shape: _names_engine(c.precision) and not installed("transformer_engine"),
         "{c.precision.reason} requires an NVIDIA GPU and Transformer Engine, which is not installed; run pip install "
         "--no-build-isolation -e '.[gpu]' on a GPU machine, or set precision.fp8=null precision.layers=auto",
         of_machine=True,
     ),
     Rule(
-        lambda c, shape: _names_engine(c) and c.precision.dtype == "fp32",
+        lambda c, shape: _names_engine(c.precision) and c.precision.dtype == "fp32",
         "{c.precision.reason} requires precision.dtype: bf16, because Transformer Engine computes fp32 products in "
         "TF32; set precision.dtype=bf16",
     ),

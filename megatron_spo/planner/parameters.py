@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_spo.config.model_shape import ModelShape
-from megatron_spo.config.schema import Config
+from megatron_spo.config.schema import Config, LoraConfig, ParallelConfig
 from megatron_spo.config.topology import expert_tensor, padded_vocabulary, stages_of
 
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -40,39 +40,38 @@ def stage_parameters(config: Config, shape: ModelShape, stage: int) -> Parameter
         ends += table
     if last:
         ends += shape.hidden + (0 if shape.tied and first else table)
-    parts = _layer(config, shape)
+    parts = _layer(config.parallel, shape)
     dense, experts = layers * (parts["attention"] + parts["mlp"] + parts["router"]) + ends, layers * parts["experts"]
     if config.lora.rank:
-        adapters = layers * _adapters(config, shape)
+        adapters = layers * _adapters(config.lora, tensor, shape)
         return Parameters(dense + adapters, experts, adapters, 0)
     frozen = layers * parts["router"] if config.model.router_aux_loss is None else 0
     return Parameters(dense, experts, dense - frozen, experts)
 
 
-def _layer(config: Config, shape: ModelShape) -> Mapping[str, int]:
+def _layer(parallel: ParallelConfig, shape: ModelShape) -> Mapping[str, int]:
     """Returns the parameters of a layer on one rank by part. Norms belong to the part that follows them."""
-    tensor, experts = config.parallel.tensor, shape.experts
+    tensor, experts = parallel.tensor, shape.experts
     norms = shape.norm_weights - shape.hidden  # one norm belongs to the feed-forward network
     attention = shape.attention_weights // tensor + shape.qkv_biases // tensor + norms
     if experts is None:
         mlp = 3 * shape.hidden * shape.ffn // tensor + shape.hidden
         return {"attention": attention, "mlp": mlp, "router": 0, "experts": 0}
-    expert = 3 * shape.hidden * experts.ffn // expert_tensor(config.parallel)
+    expert = 3 * shape.hidden * experts.ffn // expert_tensor(parallel)
     return {
         "attention": attention,
         "mlp": shape.hidden,
         "router": experts.count * shape.hidden,
-        "experts": experts.count // config.parallel.expert * expert,
+        "experts": experts.count // parallel.expert * expert,
     }
 
 
-def _adapters(config: Config, shape: ModelShape) -> int:
+def _adapters(lora: LoraConfig, tensor: int, shape: ModelShape) -> int:
     """Returns the adapter parameters of a layer on one tensor-parallel rank. One of A [rank, in] and B [out, rank] is
     split."""
-    rank, tensor = config.lora.rank, config.parallel.tensor
     total = 0
-    for projection in config.lora.targets:
+    for projection in lora.targets:
         columns, rows = shape.projections[projection]
         cut, whole = (columns, rows) if projection in ROW_PARALLEL else (rows, columns)
-        total += rank * (cut // tensor + whole)
+        total += lora.rank * (cut // tensor + whole)
     return total

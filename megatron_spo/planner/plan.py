@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_spo.config.load import load_config
 from megatron_spo.config.rules import Facts, broken_rules
-from megatron_spo.config.schema import Config
+from megatron_spo.config.schema import Config, ModelConfig
 from megatron_spo.errors import UserError
 from megatron_spo.files import write_output
 from megatron_spo.planner.gpus import find_gpu
@@ -63,16 +63,17 @@ def _any_layout(config: Config) -> Config:
     return config.model_copy(update={"parallel": type(config.parallel)()})
 
 
-def _folder(options: Options, config: Config) -> str:
-    """Returns the folder of the tokenizer if model.tokenizer is null."""
-    return options.model if options.model and Path(options.model).is_dir() else config.model.path
+def _tokenizer(options: Options, model: ModelConfig) -> str:
+    """Returns the folder or hub id of the tokenizer."""
+    given = options.model if options.model and Path(options.model).is_dir() else None
+    return model.tokenizer or given or model.path
 
 
 def _sft_lengths(options: Options, config: Config) -> Lengths:
     """Returns the lengths of the separate SFT set: like those of the pairs, without rejected responses."""
-    folder = _folder(options, config)
-    if options.prompt_tokens is None and is_at_hand(config, config.spo.sft_data, folder):
-        return measured_lengths(config, config.spo.sft_data, folder, "sft")
+    tokenizer = _tokenizer(options, config.model)
+    if options.prompt_tokens is None and is_at_hand(config.spo.sft_data, tokenizer):
+        return measured_lengths(config.data, config.spo.sft_data, tokenizer, "sft")
     prompt, response = options.prompt_tokens or CHAT[0], options.response_tokens or CHAT[1]
     return assumed_lengths(prompt, response, options.pairs or PAIRS, config.data.max_length).without_rejected()
 
@@ -81,10 +82,10 @@ def _lengths(options: Options, config: Config) -> Lengths:
     given = [options.prompt_tokens, options.response_tokens]
     if any(given) and not all(given):
         raise UserError("--prompt-tokens and --response-tokens must be given together; give both or neither")
-    folder = _folder(options, config)
-    if not any(given) and is_at_hand(config, config.data.train, folder):
+    tokenizer = _tokenizer(options, config.model)
+    if not any(given) and is_at_hand(config.data.train, tokenizer):
         kind = "preference" if config.spo.spec.preference else "any"
-        return measured_lengths(config, config.data.train, folder, kind)
+        return measured_lengths(config.data, config.data.train, tokenizer, kind)
     prompt, response = (options.prompt_tokens, options.response_tokens) if all(given) else CHAT
     longest = config.data.max_length
     assert prompt and response

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape
-from megatron_spo.config.schema import Config
+from megatron_spo.config.schema import Config, DataConfig
 from megatron_spo.data.loader import row_multiples
 from megatron_spo.data.packing import plan_rows
 
@@ -160,12 +160,12 @@ def assumed_lengths(prompt: int, response: int, pairs: int, max_length: int) -> 
     return Lengths(prompts, prompts, draw(response, max_length - prompts), draw(response, max_length - prompts), source)
 
 
-def is_at_hand(config: Config, sources: Sequence[DataSource], folder: str) -> bool:
+def is_at_hand(sources: Sequence[DataSource], tokenizer: str) -> bool:
     """Returns whether data and tokenizer are available locally."""
-    return Path(config.model.tokenizer or folder).is_dir() and all(Path(one.path).exists() for one in sources)
+    return Path(tokenizer).is_dir() and all(Path(one.path).exists() for one in sources)
 
 
-def measured_lengths(config: Config, sources: Sequence[DataSource], folder: str, kind: str) -> Lengths:
+def measured_lengths(data: DataConfig, sources: Sequence[DataSource], tokenizer: str, kind: str) -> Lengths:
     """Tokenises the sources, or reads them from the cache, and returns their lengths.
 
     Raises:
@@ -174,8 +174,7 @@ def measured_lengths(config: Config, sources: Sequence[DataSource], folder: str,
     from megatron_spo.data.dataset import build_dataset
     from megatron_spo.data.tokenize import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
-    dataset = build_dataset(sources, config.data, tokenizer, kind=kind)
+    dataset = build_dataset(sources, data, load_tokenizer(tokenizer, data.chat_template), kind=kind)
     return lengths_of(dataset, f"measured on {', '.join(source.path for source in sources)}")
 
 

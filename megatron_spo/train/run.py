@@ -14,7 +14,7 @@ from megatron_spo.checkpoint.folder import LATEST, Checkpoint
 from megatron_spo.checkpoint.load import find, load
 from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.load import dump_config, plain
-from megatron_spo.config.schema import Config
+from megatron_spo.config.schema import Config, TrainingConfig
 from megatron_spo.data import packing
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.end_of_turn import end_tokens
@@ -114,7 +114,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         answer=HeldOutAnswers(config, inputs, trainable, record, directory=directory, runtime=runtime)
         if config.monitor.generate_every
         else None,
-        steps=_steps(config, loaders[TRAIN]),
+        steps=_steps(config.training, loaders[TRAIN]),
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
         clock=runtime.clock,
@@ -172,10 +172,10 @@ def _loaders(config: Config, inputs: Inputs, runtime: Runtime) -> dict[str, Load
     }
 
 
-def _steps(config: Config, loader: Loader) -> int:
-    if config.training.steps is not None:
-        return config.training.steps
-    return max(1, math.ceil((config.training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
+def _steps(training: TrainingConfig, loader: Loader) -> int:
+    if training.steps is not None:
+        return training.steps
+    return max(1, math.ceil((training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
 
 
 def _at_peak(config: Config, inputs: Inputs, runtime: Runtime) -> loop.AtPeak | None:

@@ -73,7 +73,7 @@ def test_it_trains_in_the_memory_that_was_planned(name: str, tmp_path: Path) -> 
     assert len(losses) == STEPS and all(0 < loss < 100 for loss in losses)
 
     config, shape = load_config(path), read_model_shape(tmp_path / "random")
-    lengths = measured_lengths(config, config.data.train, config.model.path, "preference")
+    lengths = measured_lengths(config.data, config.data.train, config.model.path, "preference")
     setting = Setting(config, shape, make_topology(config.parallel, dimension.processes), "cpu")
     planned = memory_at_start(setting, [(lengths, config.training.global_batch_size)]).total
     most = max(json.loads((tmp_path / f"{rank}.json").read_text())["most"] for rank in range(dimension.processes))
