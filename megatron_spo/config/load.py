@@ -12,7 +12,7 @@ from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules, unused_keys
 from megatron_spo.config.schema import Config, keys_of, section_class
-from megatron_spo.config.section import FORMS
+from megatron_spo.config.section import FORMATS
 from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError
 
@@ -137,7 +137,7 @@ def _resolve(config: Config, given: frozenset[str], shape: ModelShape | None) ->
 
 def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str:
     """Formats one validation error: file or command line, key, value, and the allowed values."""
-    location = tuple(part for part in details["loc"] if part not in FORMS)
+    location = tuple(part for part in details["loc"] if part not in FORMATS)
     key = _key_text(location)
     origin = "command line" if any(key == name or key.startswith(f"{name}[") for name in overridden) else path
     described = _description(location)

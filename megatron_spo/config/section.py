@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 T = TypeVar("T")
-FORMS = ("one", "each", "word")
+FORMATS = ("one", "each", "word")
 """Tags of the alternative types of a key. They appear in pydantic's error locations and are not part of key names."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_spo.checkpoint.folder import Damaged, locate, open_checkpoint
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert.formats.table import FORMS
+from megatron_spo.convert.formats.table import FORMATS
 from megatron_spo.convert.source import Model, check_sums, open_model, same, sides_of
 from megatron_spo.convert.work import Conversion, write_shards
 from megatron_spo.errors import UserError
@@ -48,7 +48,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = F
         raise UserError(f"{source} is already in the format {to!r}; choose another --to, or copy the folder")
     job = Conversion(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
     records = write_shards(job, model, workers)
-    notes = FORMS[to].finish(job.model, model, records)
+    notes = FORMATS[to].finish(job.model, model, records)
     if verify:
         _verify(model, job.model)
         notes.append("verified: every tensor equals the source bit for bit")

@@ -33,7 +33,7 @@ _MEGATRON = ("common.pt", "metadata.json", SEAL, "*.distcp")
 
 
 @dataclass(frozen=True)
-class Sides:
+class SideFiles:
     """The side files of a model, and what training adds to them.
 
     Attributes:

@@ -22,7 +22,7 @@ from megatron_spo.config.schema import LoraConfig
 from megatron_spo.convert import nemo_names
 from megatron_spo.convert.card import model_card
 from megatron_spo.convert.safetensors_files import lazy
-from megatron_spo.convert.sides import Sides
+from megatron_spo.convert.sides import SideFiles
 from megatron_spo.errors import UserError
 from megatron_spo.model.families import full_shape, mappings
 from megatron_spo.model.hf_files import locate_model, model_tensors
@@ -46,7 +46,7 @@ class Model:
     shape: ModelShape
     tensors: Mapping[str, Lazy]
     config: str
-    sides: Sides
+    sides: SideFiles
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
@@ -86,7 +86,7 @@ def _open_hf(folder: Path) -> Model:
     read_generation_config(folder)
     notes = tuple(f"dropped {name}, which the model computes from other tensors" for name in needless)
     text, files = (folder / CONFIG).read_text(encoding="utf-8"), tuple(shard_files(folder))
-    return Model("hf", shape, lazy(tensors), text, Sides((folder,)), files, notes)
+    return Model("hf", shape, lazy(tensors), text, SideFiles((folder,)), files, notes)
 
 
 def check_sums(folder: Path) -> None:
@@ -141,7 +141,7 @@ def _open_megatron(checkpoint: Checkpoint) -> Model:
     shape = read_model_shape(folder)
     tensors, notes = _stored_tensors(StoredTensors(folder), shape)
     text = (folder / CONFIG).read_text(encoding="utf-8")
-    return Model("megatron", shape, tensors, text, Sides((folder,)), tuple(sorted(folder.glob("*.distcp"))), notes)
+    return Model("megatron", shape, tensors, text, SideFiles((folder,)), tuple(sorted(folder.glob("*.distcp"))), notes)
 
 
 def _open_nemo(folder: Path) -> Model:
@@ -155,10 +155,10 @@ def _open_nemo(folder: Path) -> Model:
     shape = nemo_names.shape_of(text)
     tensors, notes = _stored_tensors(stored, shape)
     files = tuple(sorted((folder / "weights").glob("*.distcp")))
-    return Model("nemo", shape, tensors, text, Sides(nemo_names.side_folders(folder)), files, notes)
+    return Model("nemo", shape, tensors, text, SideFiles(nemo_names.side_folders(folder)), files, notes)
 
 
-def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) -> Sides:
+def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) -> SideFiles:
     """Returns the side files of a trained model.
 
     These are the files of the model that the run started from, the chat template and end tokens of its data, and a
@@ -181,7 +181,7 @@ def sides_of(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) ->
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{checkpoint.path} was trained with data.chat_template = {file}, which cannot be read "
                             f"({error}); restore the file") from None  # fmt: skip
-    return Sides(
+    return SideFiles(
         (origin,),
         tokenizer=locate_model(tokenizer) if tokenizer else None,
         chat_template=template,

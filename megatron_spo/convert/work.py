@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_spo.convert.formats.base import Record, Shard
-from megatron_spo.convert.formats.table import FORMS
+from megatron_spo.convert.formats.table import FORMATS
 from megatron_spo.convert.source import Model, open_model
 from megatron_spo.errors import UserError
 from megatron_spo.files import put_in_place, write_whole
@@ -53,7 +53,7 @@ def write_shards(job: Conversion, model: Model, workers: int) -> dict[str, Recor
     Raises:
         UserError: If a tensor cannot be read, or the disk is full.
     """
-    shards = FORMS[job.to].shards(model, job.shard_bytes)
+    shards = FORMATS[job.to].shards(model, job.shard_bytes)
     _prepare(job, model, shards)
     todo = [i for i, shard in enumerate(shards) if not job.record(shard.name).exists()]
     if missing := sum(shards[i].nbytes for i in todo):
@@ -89,7 +89,7 @@ def _write_some(job: Conversion, shards: Sequence[Shard], todo: Sequence[int]) -
             return
         partial = job.folder / "unfinished" / f"{Path(shard.name).name}.{os.getpid()}"
         try:
-            record = FORMS[job.to].write(partial, shard.items)
+            record = FORMATS[job.to].write(partial, shard.items)
             put_in_place(partial, job.model / shard.name)
             write_whole(job.record(shard.name), json.dumps(record))
         except OSError as error:
@@ -136,7 +136,7 @@ def _worker(job: Conversion, todo: Sequence[int], pipe: Connection) -> None:
     outcome: Exception | None = None
     try:
         torch.set_num_threads(1)
-        _write_some(job, FORMS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo)
+        _write_some(job, FORMATS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo)
     except Exception as error:
         outcome = error
     with contextlib.suppress(BrokenPipeError):  # the parent process was killed

@@ -14,7 +14,7 @@ _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])  # so that only the first answers of a run wait for the imports
 
 
-def answer_apart(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Response]]:
+def answer_in_subprocess(folder: Path, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Response]]:
     """Calls `generate_by` for prompts (token ids) in a separate process.
 
     Raises:

@@ -78,7 +78,7 @@ class HeldOutAnswers:
 
     def _answer_all(self, step: int) -> dict[str, float]:
         from megatron_spo.evaluate.generate import Sampling
-        from megatron_spo.evaluate.subprocess import answer_apart  # imports the models of transformers
+        from megatron_spo.evaluate.subprocess import answer_in_subprocess  # imports the models of transformers
 
         sets, prompts, monitor = self._sources.evals, [], self._config.monitor
         counts = {name: min(monitor.generate_prompts, len(dataset)) for name, dataset in sets.items()}
@@ -90,7 +90,7 @@ class HeldOutAnswers:
                 longest = max(longest, int(dataset.chosen_tokens[i]))
         room = self._sources.shape.max_positions - max(map(len, prompts))
         sampling = Sampling(max_new_tokens=min(ROOM * longest, room))
-        responses = iter(answer_apart(self._folder / "hf", prompts, sampling))
+        responses = iter(answer_in_subprocess(self._folder / "hf", prompts, sampling))
         right: dict[str, float] = {}
         for source, (name, dataset) in zip(self._config.data.eval, sets.items(), strict=True):
             rows = self._rows(source, dataset, counts[name])

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_spo.checkpoint.lazy import Lazy
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.convert.formats.hugging_face import HuggingFace
-from megatron_spo.convert.sides import Sides
+from megatron_spo.convert.sides import SideFiles
 from megatron_spo.convert.source import Model
 from megatron_spo.model.families import full_shape, mappings
 from tests.support.processes import launch
@@ -82,7 +82,7 @@ def test_memory_does_not_follow_the_number_of_tensors(tmp_path: Path) -> None:
         for row in mappings(shape)
         for name, size in zip(row.sources, row.transform.shapes(full_shape(row, shape, shape.vocab)), strict=True)
     }
-    model = Model("hf", shape, tensors, config, Sides(()), ())
+    model = Model("hf", shape, tensors, config, SideFiles(()), ())
     (shard,) = form.shards(model, 2**40)
     form.finish(folder, model, {shard.name: form.write(folder / shard.name, shard.items)})
     for source, to in (("model", "megatron"), ("megatron", "hf")):

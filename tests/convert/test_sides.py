@@ -15,7 +15,7 @@ from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.schema import DataConfig
 from megatron_spo.convert.card import base_name, licence_of
 from megatron_spo.convert.export import convert
-from megatron_spo.convert.sides import Sides, write_chat_template
+from megatron_spo.convert.sides import SideFiles, write_chat_template
 from megatron_spo.data.dataset import build_dataset
 from megatron_spo.data.end_of_turn import end_tokens
 from tests.support.tiny import CHAT_TEMPLATE, arithmetic_pairs, tiny_model, tiny_tokenizer, write_jsonl
@@ -90,7 +90,7 @@ def test_the_tokenizer_of_another_folder_takes_the_place_of_all_of_it(tmp_path: 
     tiny_tokenizer(tmp_path / "other")
     write_jsonl(tmp_path / "other/generation_config.json", [{"eos_token_id": 4}])
     (tmp_path / "out").mkdir()
-    Sides((model,), tokenizer=tmp_path / "other").write(tmp_path / "out")
+    SideFiles((model,), tokenizer=tmp_path / "other").write(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
     found = side_files(tmp_path / "out")
     assert found["generation_config.json"] == (model / "generation_config.json").read_bytes()
@@ -114,7 +114,7 @@ def test_the_trained_end_is_an_end_token(
     if generation is not None:
         (model / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "out").mkdir()
-    notes = Sides((model,), ends=ends).write(tmp_path / "out")
+    notes = SideFiles((model,), ends=ends).write(tmp_path / "out")
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     assert found.eos_token_id == expected
     assert found.top_k == (generation or {}).get("top_k")

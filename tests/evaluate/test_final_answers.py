@@ -79,7 +79,7 @@ def test_degenerate_answers_take_no_time(text: str) -> None:
     assert time.process_time() - start < 2
 
 
-FORMS = (
+FORMATS = (
     "{}", "{}.", "#### {}", "#### {} dollars", "#### **{}**", r"\boxed{{{}}}", r"$\boxed{{\${}}}$",
     r"\boxed{{{}\text{{ apples}}}}", "The answer is **{}**, I think.", "The answer is ${}.",
 )  # fmt: skip
@@ -100,7 +100,7 @@ def test_against_math_verify() -> None:
     for i, row in enumerate(rows):
         body, _, answer = row["chosen"].rpartition("A: ")
         other = row["rejected"].rpartition("A: ")[2]
-        text, wrong = (f"{body}\n{FORMS[i % len(FORMS)].format(result)}" for result in (answer, other))
+        text, wrong = (f"{body}\n{FORMATS[i % len(FORMATS)].format(result)}" for result in (answer, other))
         assert is_match(text, answer), (text, answer)
         assert number_of(other) in (None, number_of(answer)) or not is_match(wrong, answer), (wrong, answer)
         theirs += bool(verify(parse(answer), parse(text)))

@@ -31,7 +31,7 @@ from megatron_spo.checkpoint.lazy import Lazy
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.convert.export import convert
 from megatron_spo.convert.formats.hugging_face import HuggingFace
-from megatron_spo.convert.sides import Sides
+from megatron_spo.convert.sides import SideFiles
 from megatron_spo.convert.source import Model
 from megatron_spo.model import hf_files
 from megatron_spo.model.families import full_shape, mappings
@@ -102,7 +102,7 @@ def make_model(folder: Path, layers: int) -> int:
         for row in mappings(shape)
         for name, size in zip(row.sources, row.transform.shapes(full_shape(row, shape, shape.vocab)), strict=True)
     }
-    model = Model("hf", shape, tensors, (folder / "config.json").read_text(), Sides(()), ())
+    model = Model("hf", shape, tensors, (folder / "config.json").read_text(), SideFiles(()), ())
     shards = form.shards(model, 2**29)
     form.finish(folder, model, {shard.name: form.write(folder / shard.name, shard.items) for shard in shards})
     return sum(tensor.nbytes for tensor in tensors.values())

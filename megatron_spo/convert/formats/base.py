@@ -20,7 +20,7 @@ class Shard:
     nbytes: int
 
 
-class Form(Protocol):
+class Format(Protocol):
     """A format: files of weights that can be written independently, and then the files next to them."""
 
     def shards(self, model: Model, limit: int) -> list[Shard]:
