@@ -97,7 +97,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     for name, text in COMMANDS.items():
         form = argparse.RawDescriptionHelpFormatter
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False,
+                                  conflict_handler="resolve")  # fmt: skip  # SectionHelp replaces --help
         if name == command:
             module = import_module(f"megatron_spo.commands.{name}")
             module.add_options(sub)

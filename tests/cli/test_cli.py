@@ -53,19 +53,31 @@ print(heavy & set(sys.modules), file=sys.stderr)
     assert all(f"usage: megatron-spo {command} " in result.stdout for command in arguments)
 
 
-def test_train_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "parts", "absent"),
+    [
+        (["train", "--help"], ["optimizer  ", "--help SECTION"], "optimizer.lr"),
+        (["train", "--help", "optimizer"], ["optimizer.lr  [1.0e-06]", "peak learning rate"], "spo.lambda"),
+        (["plan", "--help", "spo"], ["spo.lambda  [1.0]", "nats per", "alternating "], "optimizer.lr"),
+        (["reference", "-h", "loss"], ["loss.beta", "alpha_dpo"], "spo.lambda"),
+        (["train", "--help", "all"], ["optimizer.lr", "spo.lambda", "output  [required]", "alpha_dpo"], "usage"),
+        (["train", "--help", "data.row_length"], ["maximum tokens of a packed row"], "data.max_length  ["),
+    ],
+)
+def test_help_shows_the_keys_of_a_section(
+    given: list[str], parts: list[str], absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--help"])
-    assert stop.value.code == 0
+        cli.main(given)
     text = capsys.readouterr().out
-    for part in (
-        "optimizer.lr  [1.0e-06]",
-        "spo.lambda  [1.0]",
-        "output  [required]",
-        "alpha_dpo",
-        "nats per",
-    ):
-        assert part in text
+    assert stop.value.code == 0 and all(part in text for part in parts) and absent not in text
+
+
+def test_help_of_an_unknown_section_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help", "optimizr"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "optimizr: not a section or a key" in text and "\n  optimizer " in text
 
 
 @pytest.mark.parametrize(
