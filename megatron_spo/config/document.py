@@ -16,7 +16,7 @@ from megatron_spo.config.rules import unused_keys
 from megatron_spo.config.schema import Config, keys_of, section_class
 from megatron_spo.config.section import Section
 from megatron_spo.config.spo import SCHEDULE_SPECS
-from megatron_spo.config.yaml_text import format_yaml
+from megatron_spo.config.yaml_text import inline
 
 # values in examples/reference.yaml for keys without a usable default
 PLACEHOLDERS: dict[str, Any] = {
@@ -75,7 +75,7 @@ def _names(section: str, width: int) -> list[str]:
     if section == "loss":
         lines = ["", "losses (loss.name) and their parameters:"]
         for spec in LOSS_SPECS.values():
-            parameters = ", ".join(f"{key}={_yaml(value)}" for key, value in spec.parameters.items())
+            parameters = ", ".join(f"{key}={inline(value)}" for key, value in spec.parameters.items())
             text = f"  {spec.name:<10} {spec.summary} [{parameters}]"
             lines.append(textwrap.fill(text, width, subsequent_indent=" " * 13))
         return lines
@@ -97,7 +97,7 @@ def reference_yaml() -> str:
         lines += ["", f"{section}:  # {text}"] if section else [""]
         for doc in docs:
             key = f"{section}.{doc.name}" if section else doc.name
-            value = _yaml(PLACEHOLDERS[key]) if key in PLACEHOLDERS else doc.default
+            value = inline(PLACEHOLDERS[key]) if key in PLACEHOLDERS else doc.default
             mark = "# " if key in unused else ""
             lines.append(f"{indent}{mark}{doc.name}: {value}  # {doc.text}")
     return "\n".join(lines) + "\n"
@@ -110,7 +110,7 @@ def _fields(section: type[Section]) -> list[tuple[str, FieldInfo]]:
 def _key_doc(name: str, field: FieldInfo) -> KeyDoc:
     choices = _choices(field.annotation)
     text = field.description or ""
-    default = "required" if field.default is PydanticUndefined else _yaml(field.default)
+    default = "required" if field.default is PydanticUndefined else inline(field.default)
     return KeyDoc(name, default, f"{text}; one of {', '.join(choices)}" if choices else text)
 
 
@@ -121,12 +121,6 @@ def _choices(annotation: Any) -> list[str]:
     if float in parts:  # a number or a word; the description names the words
         return []
     return list(dict.fromkeys(choice for inner in get_args(annotation) for choice in _choices(inner)))
-
-
-def _yaml(value: Any) -> str:
-    """Returns `value` as YAML on one line."""
-    plain = list(value) if isinstance(value, tuple) else value
-    return format_yaml([plain], flow=True).strip()[1:-1]
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

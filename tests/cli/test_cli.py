@@ -133,6 +133,17 @@ def test_train_gets_the_configuration(run_file: Path, monkeypatch: pytest.Monkey
     assert seen[0].training.seed == 5
 
 
+def test_overrides_may_follow_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    options = cli._parse(
+        ["plan", "a.yaml", "loss.beta=1", "--gpus", "8", "training.seed=5", "--top", "3", "spo.lambda=2"]
+    )
+    assert options.overrides == ["loss.beta=1", "training.seed=5", "spo.lambda=2"]
+    for words in (["plan", "a.yaml", "--gpus", "8", "b.yaml"], ["doctor", "a=1"], ["train", "a.yaml", "--lr=1"]):
+        with pytest.raises(SystemExit) as stop:
+            cli._parse(words)
+        assert stop.value.code == 2 and f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (KeyboardInterrupt(), 130)])
 def test_exit_codes(run_file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
     def fail(config: Config) -> None:
