@@ -21,6 +21,7 @@ from megatron_spo.runtime.watchdog import watch
 LOG = logging.getLogger(__name__)
 
 COMMANDS = {
+    "init": "print a configuration for a model and a file of pairs, with a layout that fits",
     "train": "train, or resume if `output` holds a checkpoint; writes the run directory",
     "reference": "compute the reference's log-probs of every data set into reference.cache; resumes if interrupted",
     "convert": "convert a checkpoint or a model to another format",
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status.json.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(next((word for word in given if word in COMMANDS), None)).parse_args(given)
+    options = _parse(given)
     quiet_third_parties()
     log_to_stderr()
     with signals.handled() if options.command in STOPPABLE else contextlib.nullcontext():
@@ -84,6 +85,18 @@ def _broke(error: BaseException) -> None:
     os._exit(1)  # exit handlers could wait for the others
 
 
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """Parses the arguments; overrides may also follow an option, which argparse does not support."""
+    parser = _parser(next((word for word in given if word in COMMANDS), None))
+    options, rest = parser.parse_known_args(given)
+    late = [word for word in rest if "=" in word and not word.startswith("-")] if hasattr(options, "overrides") else []
+    if late != rest:
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    if late:
+        options.overrides += late
+    return options
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """Returns the parser with the options of `command` only; the modules of other commands are not imported."""
     parser = argparse.ArgumentParser(
@@ -97,7 +110,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     for name, text in COMMANDS.items():
         form = argparse.RawDescriptionHelpFormatter
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False,
+                                  conflict_handler="resolve")  # fmt: skip  # SectionHelp replaces --help
         if name == command:
             module = import_module(f"megatron_spo.commands.{name}")
             module.add_options(sub)

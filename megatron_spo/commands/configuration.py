@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_spo.runtime.env import world_size
 
@@ -22,13 +22,38 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
 
+class SectionHelp(argparse.Action):
+    """`--help` shows the help of the command, `--help SECTION` the keys of a section of the configuration."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Prints the help and exits."""
+        from megatron_spo.config.document import help_about, help_text
+
+        if values is None:
+            parser.print_help()
+        elif text := help_about(values):
+            print(text)
+        else:
+            parser.error(f"{option} {values}: not a section or a key\n{help_text()}")
+        parser.exit()
+
+
 def add_configuration(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments CONFIG.yaml and section.key=value; the help lists all keys."""
+    """Adds the arguments CONFIG.yaml and section.key=value, and `--help SECTION`."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments section.key=value, and `--help SECTION`."""
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="value (YAML) that replaces a "
                         "key of the file")  # fmt: skip
+    parser.add_argument("-h", "--help", nargs="?", metavar="SECTION", action=SectionHelp, default=argparse.SUPPRESS,
+                        help="show this help, or the keys of a section of the configuration")  # fmt: skip
     if isinstance(parser, CommandParser):
-        parser.make_epilog = _keys
+        parser.make_epilog = _sections
 
 
 def read_configuration(options: argparse.Namespace) -> "Config":
@@ -42,7 +67,7 @@ def read_configuration(options: argparse.Namespace) -> "Config":
     return load_config(options.config, options.overrides, world_size=world_size())
 
 
-def _keys() -> str:
+def _sections() -> str:
     from megatron_spo.config.document import help_text
 
     return help_text()

@@ -16,7 +16,7 @@ from megatron_spo.config.rules import unused_keys
 from megatron_spo.config.schema import Config, keys_of, section_class
 from megatron_spo.config.section import Section
 from megatron_spo.config.spo import SCHEDULE_SPECS
-from megatron_spo.config.yaml_text import format_yaml
+from megatron_spo.config.yaml_text import inline
 
 # values in examples/reference.yaml for keys without a usable default
 PLACEHOLDERS: dict[str, Any] = {
@@ -46,22 +46,42 @@ def key_docs() -> Iterator[tuple[str, str, list[KeyDoc]]]:
             yield name, section.__doc__ or "", [_key_doc(*entry) for entry in _fields(section)]
 
 
-def help_text(width: int = 100) -> str:
-    """Returns the help text for the terminal: all keys with default and description, losses and schedules."""
-    lines = ["keys (section.key=value on the command line, nested in YAML):"]
+def help_text() -> str:
+    """Returns the end of the help for the terminal: the sections, and how to show their keys."""
+    lines = ["sections of CONFIG.yaml (section.key=value on the command line, nested in YAML):"]
     for section, text, docs in key_docs():
-        lines += ["", f"{section}: {text}"] if section else []
-        for doc in docs:
+        lines.append(f"  {section or docs[0].name:<11} {text or docs[0].text}")
+    return "\n".join([*lines, "", "--help SECTION shows the keys of a section, --help all those of all sections"])
+
+
+def help_about(topic: str, width: int = 100) -> str | None:
+    """Returns the documentation of a section, of one key such as `optimizer.lr`, or of `all`; None if unknown."""
+    lines: list[str] = []
+    for section, text, docs in key_docs():
+        chosen = [doc for doc in docs if topic in ("all", section, f"{section}.{doc.name}".lstrip("."))]
+        if not chosen:
+            continue
+        lines += ["", f"{section}: {text}"] if section and chosen == docs else []
+        for doc in chosen:
             head = f"  {section + '.' if section else ''}{doc.name}  [{doc.default}]"
             lines += [head, textwrap.fill(doc.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
-    lines += ["", "losses (loss.name) and their parameters:"]
-    for spec in LOSS_SPECS.values():
-        parameters = ", ".join(f"{key}={_yaml(value)}" for key, value in spec.parameters.items())
-        text = f"  {spec.name:<10} {spec.summary} [{parameters}]"
-        lines.append(textwrap.fill(text, width, subsequent_indent=" " * 13))
-    lines += ["", "schedules (spo.schedule):"]
-    lines += [f"  {spec.name:<11} {spec.summary}" for spec in SCHEDULE_SPECS.values()]
-    return "\n".join(lines)
+        if {"name", "schedule"} & {doc.name for doc in chosen}:
+            lines += _names(section, width)
+    return "\n".join(lines).lstrip("\n") or None
+
+
+def _names(section: str, width: int) -> list[str]:
+    """Returns the lines on the losses or schedules that belong to a section."""
+    if section == "loss":
+        lines = ["", "losses (loss.name) and their parameters:"]
+        for spec in LOSS_SPECS.values():
+            parameters = ", ".join(f"{key}={inline(value)}" for key, value in spec.parameters.items())
+            text = f"  {spec.name:<10} {spec.summary} [{parameters}]"
+            lines.append(textwrap.fill(text, width, subsequent_indent=" " * 13))
+        return lines
+    if section == "spo":
+        return ["", "schedules (spo.schedule):", *(f"  {s.name:<12}{s.summary}" for s in SCHEDULE_SPECS.values())]
+    return []
 
 
 def reference_yaml() -> str:
@@ -77,7 +97,7 @@ def reference_yaml() -> str:
         lines += ["", f"{section}:  # {text}"] if section else [""]
         for doc in docs:
             key = f"{section}.{doc.name}" if section else doc.name
-            value = _yaml(PLACEHOLDERS[key]) if key in PLACEHOLDERS else doc.default
+            value = inline(PLACEHOLDERS[key]) if key in PLACEHOLDERS else doc.default
             mark = "# " if key in unused else ""
             lines.append(f"{indent}{mark}{doc.name}: {value}  # {doc.text}")
     return "\n".join(lines) + "\n"
@@ -90,7 +110,7 @@ def _fields(section: type[Section]) -> list[tuple[str, FieldInfo]]:
 def _key_doc(name: str, field: FieldInfo) -> KeyDoc:
     choices = _choices(field.annotation)
     text = field.description or ""
-    default = "required" if field.default is PydanticUndefined else _yaml(field.default)
+    default = "required" if field.default is PydanticUndefined else inline(field.default)
     return KeyDoc(name, default, f"{text}; one of {', '.join(choices)}" if choices else text)
 
 
@@ -101,12 +121,6 @@ def _choices(annotation: Any) -> list[str]:
     if float in parts:  # a number or a word; the description names the words
         return []
     return list(dict.fromkeys(choice for inner in get_args(annotation) for choice in _choices(inner)))
-
-
-def _yaml(value: Any) -> str:
-    """Returns `value` as YAML on one line."""
-    plain = list(value) if isinstance(value, tuple) else value
-    return format_yaml([plain], flow=True).strip()[1:-1]
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_spo.config import foreign
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules, unused_keys
@@ -33,13 +34,30 @@ def load_config(
     Raises:
         UserError: with one line per mistake.
     """
-    values = _read(Path(path))
+    return load_values(_read(Path(path)), str(path), overrides, world_size=world_size, elsewhere=elsewhere)
+
+
+def load_values(
+    values: dict[str, Any],
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    elsewhere: bool = False,
+) -> Config:
+    """Checks and resolves the content of a configuration file, as `load_config`; `path` is its name in messages.
+
+    The overrides are written into `values`.
+
+    Raises:
+        UserError: with one line per mistake.
+    """
     overridden = [_apply_override(values, override) for override in overrides]
     given = frozenset(_flat_keys(values))
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(details, str(path), overridden) for details in error.errors(include_url=False)]
+        lines = [_explain(details, path, overridden) for details in error.errors(include_url=False)]
         raise UserError("\n".join(lines)) from None
     shape = _shape_of(config)
     config = _resolve(config, given, shape)
@@ -105,7 +123,10 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         values[key] = value
         return key
     if not _is_section(section):
-        raise UserError(f"override {override!r}: unknown section {section!r}{_nearest(section)}")
+        near = _nearest(section)
+        if "did you mean" not in near and (known := foreign.hint(key)):
+            near = f"; {known}"
+        raise UserError(f"override {override!r}: unknown section {section!r}{near}")
     if not isinstance(values.setdefault(section, {}), dict):
         raise UserError(f"override {override!r}: {section} must be a section in the file, but is {values[section]!r}")
     values[section][name] = value
@@ -150,6 +171,8 @@ def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str
         return f"{origin}: {key} = {details['input']!r}: must be a section with `key: value` lines"
     message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
     message = message.removeprefix("Value error, ")
+    if location[:2] == ("loss", "name") and isinstance(details["input"], str):
+        message = foreign.loss_hint(details["input"]) or message
     return f"{origin}: {key} = {details['input']!r}: {message}{allowed}"
 
 
@@ -174,7 +197,8 @@ def _description(location: Sequence[int | str]) -> str | None:
 
 
 def _nearest(key: str) -> str:
-    """Returns `; did you mean ...?` for an unknown key, preferring keys of the same section, or the allowed keys."""
+    """Returns the end of the message for an unknown key: what a key of another trainer is called here; or `did you mean
+    ...?`, preferring keys of the same section; or the allowed keys."""
     section, _, last = key.rpartition(".")
     if "[" in section:
         near = difflib.get_close_matches(last, keys_of(DataSource), 1)
@@ -183,6 +207,8 @@ def _nearest(key: str) -> str:
     every = [(name, entry) for name, members in sections.items() if members for entry in keys_of(members)]
     own = [entry for name, entry in every if name == section] if section else list(sections)
     same = [f"{name}.{entry}" for name, entry in every if entry == last]
+    if not same and (known := foreign.hint(key)):
+        return f"; {known}"
     near = same or [f"{section}.{entry}".lstrip(".") for entry in difflib.get_close_matches(last, own, 1)]
     near = near or [f"{name}.{entry}" for name, entry in every if difflib.get_close_matches(last, [entry], 1, 0.8)]
     return f"; did you mean {near[0]!r}?" if near else f"; allowed keys: {', '.join(own)}"

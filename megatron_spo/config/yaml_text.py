@@ -68,3 +68,9 @@ def parse_yaml(text: str) -> Any:
 def format_yaml(value: Any, *, flow: bool = False) -> str:
     """Returns `value` as YAML for `parse_yaml`, with keys in their order; on one line with `flow`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
+
+
+def inline(value: Any) -> str:
+    """Returns `value` as YAML on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return format_yaml([plain], flow=True).strip()[1:-1]

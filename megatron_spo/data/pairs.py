@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import xxhash
 
+from megatron_spo import hub
 from megatron_spo.data.arrow import number_array
 from megatron_spo.data.json_lines import BLOCK, RowProblem, check_text, find_lines, kind_of
 from megatron_spo.errors import UserError
@@ -142,12 +143,16 @@ def _digest(paths: Iterable[Path]) -> str:
 def _open_hub(source: DataSource) -> RawSource:
     import datasets
 
+    reason = hub.no_connection(source.path, "data", "dataset")
+    if reason is not None:
+        hub.go_offline()
     try:
         rows = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # hub, network and builder errors have no common base
+        why = f"it is not in the cache, and {reason}" if reason else _first_line(error)
         raise UserError(
             f"data: {source.path} is neither a local file nor a data set that can be loaded from the hub "
-            f"(split {source.split!r}): {_first_line(error)}"
+            f"(split {source.split!r}): {why}"
         ) from error
     label = f"{source.path} ({source.split})"
     return _refuse_empty(RawSource(label, "row", rows._fingerprint, rows, None))

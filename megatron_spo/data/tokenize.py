@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_spo import hub
 from megatron_spo.data.chat_template import ChatTemplate
 from megatron_spo.data.json_lines import RowProblem
 from megatron_spo.data.pairs import Message, Pair
@@ -53,8 +54,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         # transformers 5 would create an empty tokenizer of the model's family
         raise UserError(f"{path} contains no tokenizer ({', '.join(TOKENIZER_FILES)}); set model.tokenizer")
+    if not folder.is_dir():
+        folder = hub.download(path, "model.tokenizer", hub.SMALL_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # loaders can raise any exception
         first = str(error).strip().splitlines()[:1]
         raise UserError(f"cannot load a tokenizer from {path}: {''.join(first)}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_spo import hub
 from megatron_spo.config.model_folder import (
     FLOATS,
     StoredTensor,
@@ -25,8 +26,6 @@ from megatron_spo.model.transforms import LazyTensor
 
 SHARD_BYTES = 5 * 2**30
 DTYPES = dict(zip(FLOATS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
-"""Patterns of the files of a hub repository that a model folder needs."""
 
 
 def locate_model(path: str) -> Path:
@@ -38,16 +37,7 @@ def locate_model(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=_PATTERNS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.path = {path!r} is neither a folder nor a model that could be downloaded from the hub "
-            f"({type(error).__name__}); give the path of a Hugging Face model folder"
-        ) from error
+    return hub.download(path, "model.path")
 
 
 def model_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, StoredTensor], list[str]]:

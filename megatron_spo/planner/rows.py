@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
@@ -176,6 +177,14 @@ def measured_lengths(data: DataConfig, sources: Sequence[DataSource], tokenizer:
 
     dataset = build_dataset(sources, data, load_tokenizer(tokenizer, data.chat_template), kind=kind)
     return lengths_of(dataset, f"measured on {', '.join(source.path for source in sources)}")
+
+
+def steps_in(config: Config, pairs: int) -> int:
+    """Returns the number of optimizer steps of a run with this number of training pairs."""
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    return max(1, math.ceil((training.epochs or 1.0) * math.ceil(pairs / training.global_batch_size) - 1e-9))
 
 
 Batch = list[list[RowSize]]

@@ -1,6 +1,5 @@
 """Formats the results of the planner as text and as plain data."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ from tabulate import tabulate
 from megatron_spo.config.schema import ParallelConfig
 from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.layouts import Plan, PlannedRun
+from megatron_spo.planner.rows import steps_in
 
 SHOWN_FAILURES = 5
 TIGHT = 0.95
@@ -40,10 +40,7 @@ def as_overrides(parallel: ParallelConfig) -> str:
 
 def steps_of(job: PlannedRun) -> int:
     """Returns the number of optimizer steps of the run."""
-    training = job.config.training
-    if training.steps is not None:
-        return training.steps
-    return max(1, math.ceil((training.epochs or 1.0) * math.ceil(len(job.lengths) / training.global_batch_size) - 1e-9))
+    return steps_in(job.config, len(job.lengths))
 
 
 def as_text(

@@ -1,11 +1,12 @@
-"""Logs at the start of a run how much memory it needs."""
+"""Logs at the start of a run how much memory and disk space it needs."""
 
 import logging
 
 from megatron_spo.config.schema import Config
 from megatron_spo.planner.at_start import memory_at_start, memory_line, shortage
+from megatron_spo.planner.disk import disk_line
 from megatron_spo.planner.memory import Kernels, Setting
-from megatron_spo.planner.rows import lengths_of
+from megatron_spo.planner.rows import lengths_of, steps_in
 from megatron_spo.prepare import SFT, TRAIN, Inputs
 from megatron_spo.runtime import env
 from megatron_spo.runtime.device import memory_of, uses_transformer_engine
@@ -15,7 +16,7 @@ LOG = logging.getLogger(__name__)
 
 
 def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> None:
-    """Logs the planned memory of the run, and warns if it exceeds the available memory."""
+    """Logs the planned memory of the run and the size of its checkpoints; warns if the memory exceeds what there is."""
     if not runtime.is_main:
         return
     kernels: Kernels = "cpu"
@@ -32,3 +33,4 @@ def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> None:
     LOG.info(memory_line(memory, processes=sharing, available=available))
     if warning := shortage(memory, processes=sharing, available=available):
         LOG.warning(warning)
+    LOG.info(disk_line(config, inputs.shape, steps_in(config, len(inputs.train))))

@@ -54,19 +54,31 @@ print(heavy & set(sys.modules), file=sys.stderr)
     assert all(f"usage: megatron-spo {command} " in result.stdout for command in arguments)
 
 
-def test_train_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "parts", "absent"),
+    [
+        (["train", "--help"], ["optimizer  ", "--help SECTION"], "optimizer.lr"),
+        (["train", "--help", "optimizer"], ["optimizer.lr  [1.0e-06]", "peak learning rate"], "spo.lambda"),
+        (["plan", "--help", "spo"], ["spo.lambda  [1.0]", "nats per", "alternating "], "optimizer.lr"),
+        (["reference", "-h", "loss"], ["loss.beta", "alpha_dpo"], "spo.lambda"),
+        (["train", "--help", "all"], ["optimizer.lr", "spo.lambda", "output  [required]", "alpha_dpo"], "usage"),
+        (["train", "--help", "data.row_length"], ["maximum tokens of a packed row"], "data.max_length  ["),
+    ],
+)
+def test_help_shows_the_keys_of_a_section(
+    given: list[str], parts: list[str], absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--help"])
-    assert stop.value.code == 0
+        cli.main(given)
     text = capsys.readouterr().out
-    for part in (
-        "optimizer.lr  [1.0e-06]",
-        "spo.lambda  [1.0]",
-        "output  [required]",
-        "alpha_dpo",
-        "nats per",
-    ):
-        assert part in text
+    assert stop.value.code == 0 and all(part in text for part in parts) and absent not in text
+
+
+def test_help_of_an_unknown_section_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help", "optimizr"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "optimizr: not a section or a key" in text and "\n  optimizer " in text
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,17 @@ def test_train_gets_the_configuration(run_file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("megatron_spo.train.run.train", seen.append)
     assert cli.main(["train", str(run_file), "training.seed=5"]) == 0
     assert seen[0].training.seed == 5
+
+
+def test_overrides_may_follow_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    options = cli._parse(
+        ["plan", "a.yaml", "loss.beta=1", "--gpus", "8", "training.seed=5", "--top", "3", "spo.lambda=2"]
+    )
+    assert options.overrides == ["loss.beta=1", "training.seed=5", "spo.lambda=2"]
+    for words in (["plan", "a.yaml", "--gpus", "8", "b.yaml"], ["doctor", "a=1"], ["train", "a.yaml", "--lr=1"]):
+        with pytest.raises(SystemExit) as stop:
+            cli._parse(words)
+        assert stop.value.code == 2 and f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("no"), 2), (KeyboardInterrupt(), 130)])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_spo.config.document import help_text, key_docs, reference_yaml
+from megatron_spo.config.document import help_about, help_text, key_docs, reference_yaml
 from megatron_spo.config.load import load_config
 from megatron_spo.config.losses import LOSS_SPECS
 from megatron_spo.config.schema import LossConfig
@@ -19,7 +19,14 @@ def test_every_key_has_one_line() -> None:
         assert text or not section
         for doc in docs:
             assert doc.text and "\n" not in doc.text, f"{section}.{doc.name}"
-            assert f"{section + '.' if section else ''}{doc.name}  [{doc.default}]" in help_text()
+            line = f"{section + '.' if section else ''}{doc.name}  [{doc.default}]"
+            assert all(line in (help_about(topic) or "") for topic in (section or doc.name, "all"))
+    assert help_about("optimizr") is None
+
+
+def test_the_short_help_names_every_section() -> None:
+    names = [section or docs[0].name for section, _, docs in key_docs()]
+    assert [line.split()[0] for line in help_text().splitlines()[1:-2]] == names
 
 
 def test_reference_yaml_is_up_to_date() -> None:
