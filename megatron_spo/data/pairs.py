@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import xxhash
 
-from megatron_spo import hub
+from megatron_spo.data import hub
 from megatron_spo.data.arrow import number_array
 from megatron_spo.data.json_lines import BLOCK, RowProblem, check_text, find_lines, kind_of
 from megatron_spo.errors import UserError

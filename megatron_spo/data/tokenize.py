@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_spo import hub
+from megatron_spo.data import hub
 from megatron_spo.data.chat_template import ChatTemplate
 from megatron_spo.data.json_lines import RowProblem
 from megatron_spo.data.pairs import Message, Pair

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_spo import hub
 from megatron_spo.config.model_folder import (
     FLOATS,
     StoredTensor,
@@ -20,6 +19,7 @@ from megatron_spo.config.model_folder import (
     stored_tensors,
 )
 from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.data import hub
 from megatron_spo.errors import UserError
 from megatron_spo.model.families import full_shape, left_out, mappings
 from megatron_spo.model.transforms import LazyTensor

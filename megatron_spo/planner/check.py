@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_spo import hub
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.load import load_config
 from megatron_spo.config.model_folder import has_weights
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config
+from megatron_spo.data import hub
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_spo import hub
 from megatron_spo.config.load import load_values
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config, ParallelConfig, keys_of, section_class
 from megatron_spo.config.yaml_text import inline
+from megatron_spo.data import hub
 from megatron_spo.errors import UserError
 from megatron_spo.planner.disk import checkpoint_bytes, gigabytes
 from megatron_spo.planner.gpus import GIB, Gpu, find_gpu
@@ -72,13 +72,11 @@ def initial_configuration(request: Request) -> str:
 
 
 def _lengths(config: Config, shape: ModelShape, given: set[str], folder: str) -> Lengths:
-    if (
-        "data.max_length" not in given
-    ):  # find the longest pair; one that exceeds the context is an error, as in training
-        limits = {"max_length": shape.max_positions, "row_length": None}
-        config = config.model_copy(update={"data": config.data.model_copy(update=limits)})
+    data = config.data
+    if "data.max_length" not in given:  # find the longest pair; one beyond the context is an error, as in training
+        data = data.model_copy(update={"max_length": shape.max_positions, "row_length": None})
     kind = "preference" if config.spo.spec.preference else "any"
-    return measured_lengths(config, config.data.train, folder, kind)
+    return measured_lengths(data, data.train, config.model.tokenizer or folder, kind)
 
 
 def _with_lengths(values: dict[str, Any], lengths: Lengths, shape: ModelShape, given: set[str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`train --check`: what is right and wrong about a run is said without starting it."""
 
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_what_is_wrong(
     arguments: list[str],
     parts: list[str],
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(10**12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     write_jsonl(folder / "bad.jsonl", [*arithmetic_pairs(1), {"prompt": "a", "rejected": "b"}])
     code, text = check(folder, capsys, *(one.format(folder=folder) for one in arguments))
     assert code == 2 and "Traceback" not in text

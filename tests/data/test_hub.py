@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from megatron_spo import hub
 from megatron_spo.config.data_source import DataSource
+from megatron_spo.data import hub
 from megatron_spo.data.pairs import open_source
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
