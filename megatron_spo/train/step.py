@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_spo.config.losses import BF16_ROUNDING, ROUNDING
 from megatron_spo.config.schema import LossConfig
 from megatron_spo.config.spo import SpoConfig
 from megatron_spo.data.loader import Batch, Loader
@@ -82,6 +83,7 @@ class Engine:
     ) -> None:
         self._trainable, self._runtime, self._router_aux_loss = trainable, runtime, router_aux_loss
         self._losses, self._spo = loss.terms(), spo
+        self._rounding = BF16_ROUNDING if trainable.config.bf16 else ROUNDING
         self._needs_reference = bool(loss.needing_reference)
         self.keeps_statistics = any(name in TRACKED for name in loss.names)
         reduce_gradients = trainable.config.finalize_model_grads_func
@@ -230,7 +232,8 @@ class Engine:
             share = owners[id(row)]
             pairs = _pair_logprobs(row, sums[..., 0], share.data.reference)
             if per_pair is not None and self._runtime.holds_results:
-                per_pair[row.pairs] = torch.stack([pairs.chosen_ratio, pairs.rejected_ratio], 1).detach().double()
+                shifts = torch.stack([pairs.chosen_ratio, pairs.rejected_ratio], 1).detach().double()
+                per_pair.index_copy_(0, to_device(row.pairs, per_pair.device), shifts)
             value, _ = objective(
                 pairs,
                 pass_,
@@ -240,7 +243,8 @@ class Engine:
                 statistics=statistics,
                 role=share.role,
             )
-            return value, row_sums(value, self._values(pairs, sums[..., 1].detach(), share.data, statistics))
+            values = self._values(pairs, sums[..., 1].detach(), share.data, statistics)
+            return value, row_sums(value, values, self._rounding)
 
         rows = [row for share in shares for row in share.batch.rows]
         per_row = run_rows(self._trainable.wrapped, rows, row_objective, runtime=self._runtime, backward=backward)
@@ -275,7 +279,7 @@ class Engine:
     def _apply(self, lr: float, shares: Sequence[Share], largest_norm: float) -> float:
         """Clips the gradient and steps the optimizer; returns the gradient norm before clipping."""
         optimizer = self._trainable.optimizer
-        norm = float(optimizer.get_grad_norm())
+        norm = gradients.norm(self._trainable)
         if not norm <= largest_norm or math.isinf(norm):  # the same norm on all ranks; NaN compares false
             spike = f"the gradient's norm {norm:.4g} exceeds {largest_norm:.4g} (training.spike_factor)"
             reason = spike if math.isfinite(norm) else "the gradient is not a finite number"
