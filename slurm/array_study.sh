@@ -48,7 +48,7 @@ wants_reference() {
 
 [[ -r ${SPO_STUDY:-} ]] || die 2 "SPO_STUDY=${SPO_STUDY:-} must name a file with one line of overrides for each run"
 mapfile -t lines < <(grep -Ev '^[[:space:]]*(#|$)' "$SPO_STUDY")
-: "${SPO_LAYOUT=parallel.tensor=4 parallel.sequence=true}"
+: "${SPO_LAYOUT=parallel.tensor=2 parallel.sequence=true}"
 study=${SPO_OUT:-}
 case ${SPO_STUDY_PART:-submit} in
     submit) submit "$@" ;;

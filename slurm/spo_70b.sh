@@ -19,6 +19,6 @@ home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/lib.sh
 source "$home/slurm/lib.sh" || { echo "error: submit from the root of the repository, or set SPO_HOME to it" >&2 && exit 2; }
 
-: "${SPO_LAYOUT=parallel.tensor=8 parallel.pipeline=2 parallel.sequence=true}" # and data parallel 2
-begin 3000 # GB for two checkpoints with optimizer state, one of them being written, and the export
+: "${SPO_LAYOUT=parallel.tensor=4 parallel.pipeline=8 parallel.virtual_pipeline=5 parallel.sequence=true}" # on 32 GPUs one replica
+begin 3000 "$@" # GB for two checkpoints with optimizer state, one of them being written, and the export
 run_steps

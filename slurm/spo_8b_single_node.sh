@@ -18,6 +18,6 @@ home=${SPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/lib.sh
 source "$home/slurm/lib.sh" || { echo "error: submit from the root of the repository, or set SPO_HOME to it" >&2 && exit 2; }
 
-: "${SPO_LAYOUT=parallel.tensor=4 parallel.sequence=true}" # and data parallel 2
-begin 400
+: "${SPO_LAYOUT=parallel.tensor=2 parallel.sequence=true}" # and data parallel 4
+begin 400 "$@"
 run_steps

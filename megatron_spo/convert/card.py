@@ -11,6 +11,10 @@ import yaml
 from megatron_spo.checkpoint.folder import Checkpoint
 
 _SECTIONS = ("loss", "spo", "optimizer", "lora", "precision")
+_METRICS = ("loss", "loss/preference", "loss/sft", "spo/gap", "spo/both_down", "rewards/accuracies", "rewards/margins",
+            "logps/chosen", "logps/rejected", "policy/entropy")  # fmt: skip
+"""The metrics that a card shows, at most ten."""
+_PAPER = "https://arxiv.org/abs/2507.07723"
 _LICENCE = ("license", "license_name", "license_link")
 _MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,9 +51,13 @@ def model_card(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) 
     settings = {f"{name}.{key}": value for name in sections for key, value in config[name].items()}
     facts = {"base model": base, "optimizer steps": checkpoint.step}
     facts |= {f"data, {name}": fingerprint for name, fingerprint in checkpoint.record["data"].items()}
-    header = {
-        "base_model": base,
+    hub_id = hub_id_of(config["model"]["path"], origin)
+    data = [source["path"] for source in config["data"]["train"] if _is_hub_id(source["path"])]
+    header: dict[str, Any] = {
+        **({} if hub_id is None else {"base_model": hub_id}),
+        **({} if hub_id is None else {"base_model_relation": "adapter" if adapters else "finetune"}),
         **licence_of(origin),
+        **({"datasets": data} if data else {}),
         "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["preference-optimization", "spo", "megatron_spo"],
@@ -61,6 +69,8 @@ def model_card(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) 
         "---",
         f"# {what} trained by Stable Preference Optimization",
         "",
+        f"Trained with megatron_spo by [SPO]({_PAPER}): {', '.join(_names(config))}.",
+        "",
         "## Usage",
         "",
         "```python",
@@ -68,13 +78,35 @@ def model_card(checkpoint: Checkpoint, origin: Path, *, adapters: bool = False) 
         "```",
         "",
         "## Training",
-        *_table("fact", "value", facts),
+        *_table(["fact", "value"], [[key, json.dumps(value)] for key, value in facts.items()]),
         "## Settings",
-        *_table("key", "value", settings),
+        *_table(["key", "value"], [[key, json.dumps(value)] for key, value in settings.items() if value is not None]),
+        *_metrics(checkpoint),
     ]
-    for title, metrics in _last_metrics(checkpoint).items():
-        lines += [f"## {title}", *_table("metric", "value", metrics)]
     return "\n".join(lines) + "\n"
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    losses = config["loss"]["name"]
+    return [*(losses if isinstance(losses, list) else [losses]), f"spo.schedule: {config['spo']['schedule']}"]
+
+
+def hub_id_of(path: str, origin: Path) -> str | None:
+    """Returns the hub id of the model at `path`, or None: the hub rejects a card with another `base_model`.
+
+    For a folder, it is the name in the path of the hub's cache, or the one that config.json of `origin` records.
+    """
+    if _is_hub_id(name := base_name(path)):
+        return name
+    try:
+        recorded = json.loads((origin / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return recorded if isinstance(recorded, str) and _is_hub_id(recorded) else None
+
+
+def _is_hub_id(text: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not Path(text).exists() and text[0] not in "./"
 
 
 def base_name(path: str) -> str:
@@ -98,13 +130,17 @@ def licence_of(origin: Path) -> dict[str, str]:
     return {key: known[key] for key in _LICENCE if isinstance(known.get(key), str)}
 
 
-def _table(left: str, right: str, entries: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in entries.items() if value is not None]
-    return ["", f"| {left} | {right} |", "|---|---|", *rows, ""]
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return [
+        *lines,
+        *(f"| {row[0]} | {' | '.join(f'`{cell}`' if cell else '' for cell in row[1:])} |" for row in rows),
+        "",
+    ]
 
 
-def _last_metrics(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Returns the last metrics up to the checkpoint, by section title.
+def _metrics(checkpoint: Checkpoint) -> list[str]:
+    """Returns the last metrics up to the checkpoint, of training and of each held-out set, as a section.
 
     Empty if the checkpoint was moved out of its run directory.
     """
@@ -112,7 +148,15 @@ def _last_metrics(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
-        if line["step"] <= checkpoint.step:
-            title = " ".join(filter(None, ("Metrics:", line.pop("kind"), line.pop("name", ""))))
-            last[title] = line
-    return last
+        if line["step"] <= checkpoint.step and line["kind"] in ("train", "eval"):
+            last[line.get("name", "training")] = line
+    names = [name for name in _METRICS if any(name in line for line in last.values())]
+    if not names:
+        return []
+    rows = [[name, *(_digits(line.get(name)) for line in last.values())] for name in names]
+    return ["## Metrics", *_table(["metric", *last], rows)]
+
+
+def _digits(value: Any) -> str:
+    """Returns a number with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, int | float) else ""

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,20 +69,11 @@ def no_connection(repo: str, key: str, kind: Literal["model", "dataset"]) -> str
     from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    outcome: list[BaseException | None] = []
-
     def ask() -> None:
-        try:
-            validate_repo_id(repo)
-            HfApi(endpoint=constants.ENDPOINT).auth_check(repo, repo_type=kind)
-            outcome.append(None)
-        except BaseException as error:  # passed on to the caller's thread
-            outcome.append(error)
+        validate_repo_id(repo)
+        HfApi(endpoint=constants.ENDPOINT).auth_check(repo, repo_type=kind)
 
-    thread = threading.Thread(target=ask, name="hub", daemon=True)  # looking up a name has no timeout of its own
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    error = outcome[0] if outcome else TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s")
+    error = _answer(ask)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     if error is None:
         return None
@@ -100,6 +91,58 @@ def no_connection(repo: str, key: str, kind: Literal["model", "dataset"]) -> str
     if not isinstance(error, Exception):
         raise error
     return f"the hub ({constants.ENDPOINT}) cannot be reached ({_short(error)})"
+
+
+def _answer(ask: Callable[[], object]) -> BaseException | None:
+    """Calls `ask` and returns its exception, or None; a TimeoutError if it takes more than ANSWER_SECONDS."""
+    outcome: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            ask()
+            outcome.append(None)
+        except BaseException as error:  # passed on to the caller's thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="hub", daemon=True)  # looking up a name has no timeout of its own
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return outcome[0] if outcome else TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s")
+
+
+def check_login(repo: str) -> None:
+    """Checks that this user can upload to the hub, before hours of work.
+
+    Raises:
+        UserError: the name is not `owner/name`, the hub cannot be reached, or nobody is logged in.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if repo.count("/") != 1:
+        raise UserError(f"--push {repo}: must be the name of a repository, such as me/my-model")
+    error = _answer(HfApi(endpoint=constants.ENDPOINT).whoami)
+    if error is not None:
+        login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+        raise UserError(f"--push {repo}: the hub ({constants.ENDPOINT}) does not answer or accept the login "
+                        f"({_short(error)}); {login}") from error  # fmt: skip
+
+
+def push(repo: str, folder: Path) -> str:
+    """Uploads a folder to a repository, which is created as a private one if it does not exist; returns its address.
+
+    Raises:
+        UserError: the upload failed.
+    """
+    from huggingface_hub import HfApi, constants
+
+    api = HfApi(endpoint=constants.ENDPOINT)
+    try:
+        address = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by megatron-spo convert")
+    except Exception as error:  # of the network, the hub and its storage; they have no common class
+        raise UserError(f"--push {repo}: the upload failed ({_short(error)}); the model is in {folder}. Run `hf upload "
+                        f"{repo} {folder}` to try again") from error  # fmt: skip
+    return str(address)
 
 
 def go_offline() -> None:

@@ -25,7 +25,7 @@ def plan(options: Options) -> str:
     Raises:
         UserError: options, configuration, model or data are invalid.
     """
-    job, notes = _job(options)
+    job, notes = planned_run(options)
     own = plan_layout(job, job.config.parallel)
     fitting, others = ranked(job)
     if options.json is not None:
@@ -34,7 +34,12 @@ def plan(options: Options) -> str:
     return as_text(job, own, fitting[: options.top], others, notes=notes, price=options.price)
 
 
-def _job(options: Options) -> tuple[PlannedRun, list[str]]:
+def planned_run(options: Options) -> tuple[PlannedRun, list[str]]:
+    """Returns what the options describe, and notes on it.
+
+    Raises:
+        UserError: options, configuration, model or data are invalid.
+    """
     config = load_config(options.config, options.overrides, elsewhere=True)
     shape = shape_of(options.model or config.model.path)
     if broken := broken_rules(Facts(_any_layout(config), frozenset(), shape, None, elsewhere=True)):

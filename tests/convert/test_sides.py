@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_spo.cli import main
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.schema import DataConfig
-from megatron_spo.convert.card import base_name, licence_of
+from megatron_spo.convert.card import base_name, hub_id_of, licence_of
 from megatron_spo.convert.export import convert
 from megatron_spo.convert.sides import SideFiles, write_chat_template
 from megatron_spo.data.dataset import build_dataset
@@ -169,8 +170,15 @@ def test_an_export_of_a_run(
     assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
     assert GenerationConfig.from_pretrained(out).eos_token_id == [EOS, END]
     card = (out / "README.md").read_text()
-    assert 'base_model: "base"\nlicense: "apache-2.0"\n' in card and str(run) not in card
-    assert f'library_name: "{"peft" if to == "peft" else "transformers"}"' in card
+    assert str(run) not in card
+    data = ModelCard(card).data.to_dict()
+    assert "base_model" not in data and data["license"] == "apache-2.0"  # the hub rejects a name that is no hub id
+    assert data["library_name"] == ("peft" if to == "peft" else "transformers")
+    metrics = [line.split(" | ") for line in card.partition("## Metrics")[2].splitlines() if line.endswith("` |")]
+    assert 1 < len(metrics) <= 10 and metrics[0][0] == "| loss"
+    assert all(len(cell.strip("`- |").replace(".", "").lstrip("0")) <= 4 for row in metrics for cell in row[1:]), (
+        metrics
+    )
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(out)
     exec(snippet.replace("max_new_tokens=64", "max_new_tokens=3"), {})
@@ -182,6 +190,18 @@ def test_a_run_to_megatron_and_on_keeps_what_the_export_has(run: Path, tmp_path:
     convert(run / "all", tmp_path / "megatron", "megatron")
     convert(tmp_path / "megatron", tmp_path / "again", "hf")
     assert side_files(tmp_path / "again") == side_files(tmp_path / "hf")
+
+
+def test_the_base_model_is_a_hub_id_or_absent(tmp_path: Path) -> None:
+    assert hub_id_of("meta-llama/Llama-3.1-8B", tmp_path) == "meta-llama/Llama-3.1-8B"
+    assert hub_id_of("gpt2", tmp_path) is None
+    (tmp_path / "own").mkdir()
+    for name, expected in (("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("/home/me/model", None), (3, None), ("./a/b", None)):
+        (tmp_path / "own/config.json").write_text(json.dumps({"_name_or_path": name}))
+        assert hub_id_of(str(tmp_path / "own"), tmp_path / "own") == expected
+    cached = tmp_path / "models--Qwen--Qwen2.5-7B/snapshots/0123abc"
+    cached.mkdir(parents=True)
+    assert hub_id_of(str(cached), cached) == "Qwen/Qwen2.5-7B"
 
 
 def test_names_and_licences(tmp_path: Path) -> None:

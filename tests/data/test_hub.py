@@ -1,36 +1,70 @@
 """The hub without a network, gated, private or misspelt: one message within seconds; a cached copy is used."""
 
+import base64
 import http.server
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
+from megatron_spo import cli
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.data import hub
 from megatron_spo.data.pairs import open_source
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.model.hf_files import locate_model
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 CODES = {"gated": (403, "GatedRepo"), "absent": (401, "RepoNotFound")}
+
+
+UPLOADED: dict[str, bytes] = {}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as the hub does when it is asked about a repository."""
 
     def do_GET(self) -> None:
-        name = next(name for name in CODES if name in self.path)
+        if self.path == "/api/whoami-v2" and self.headers.get("Authorization") == "Bearer hf_good":
+            return self._answer({"name": "me", "type": "user"})
+        name = next((name for name in CODES if name in self.path), "absent")
         code, error = CODES[name]
         self.send_response(code)
         self.send_header("X-Error-Code", error)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def do_POST(self) -> None:
+        """Accepts uploads: the calls of create_repo and upload_folder."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer: dict[str, Any] = {}
+        if self.path == "/api/repos/create":
+            assert b"private" in body
+            answer = {"url": f"{constants.ENDPOINT}/me/model"}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    UPLOADED[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{constants.ENDPOINT}/me/model/commit/1", "commitOid": "1"}
+        self._answer(answer)
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -116,3 +150,30 @@ def test_a_cached_copy_is_used_without_a_network(own_cache: Path, monkeypatch: p
     (repository / "refs/main").write_text("abc")
     assert locate_model("some/model") == repository / "snapshots/abc"
     assert load_tokenizer("some/model").vocab_size == 262
+
+
+def test_push(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    tiny_model(tmp_path / "model", num_hidden_layers=1)
+    assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "megatron"), "--to", "megatron"]) == 0
+    target = tmp_path / "hf"
+    command = ["convert", str(tmp_path / "megatron"), str(target), "--to", "hf", "--push", "me/model"]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    assert "uploaded to http://" in capsys.readouterr().out
+    assert UPLOADED == {file.name: file.read_bytes() for file in target.iterdir()} != {}
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "part"),
+    [
+        ("me/model", "hf", "does not answer or accept the login"),
+        ("model", "hf", "must be the name of a repository, such as me/my-model"),
+        ("me/model", "nemo", "is not a format of the hub"),
+    ],
+)
+def test_push_is_checked_before_the_work(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, to: str, part: str
+) -> None:
+    assert cli.main(["convert", "/no/source", str(tmp_path / "out"), "--to", to, "--push", name]) == 2
+    assert part in capsys.readouterr().err
