@@ -12,12 +12,14 @@
 #   PIP_TORCH_ARGS="..."     further arguments of pip install for PyTorch, such as --index-url
 #   JOBS=2                   number of test processes
 #   MEGATRON="0.17.1 0.18.2" versions for make test-megatron; the installed one is skipped
+#   MODEL=folder             make bench: also compare a real model in Hugging Face format with TRL
 
 PYTHON ?=
 TORCH ?=
 PIP_TORCH_ARGS ?=
 JOBS ?= 2
 MEGATRON ?= 0.16.1 0.19.2
+MODEL ?=
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
@@ -56,7 +58,7 @@ lint: venv
 	@if command -v shellcheck >/dev/null; then echo "== shellcheck"; shellcheck -x slurm/*.sh tools/*.sh tools/bench/*.sh .ci/run; fi
 
 bench: venv
-	@$(BIN)/python tools/bench/run.py
+	@$(BIN)/python tools/bench/run.py $(if $(MODEL),--model $(MODEL))
 
 # pdoc takes the public names for all there is of the package; the modules behind them have to be named.
 MODULES := $(patsubst megatron_spo/%.py,megatron_spo.%,$(filter-out megatron_spo/__%,$(wildcard megatron_spo/*.py)))
