@@ -75,7 +75,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial.rename(target)
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Writes a file that the user requested, and creates its folder. Unpaired surrogates become question marks.
 
     Raises:
@@ -83,6 +83,6 @@ def write_output(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode("utf-8", errors="replace"))
+        write_whole(path, content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error

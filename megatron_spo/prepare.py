@@ -95,7 +95,10 @@ def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     sft = build(config.spo.sft_data, "sft") if config.spo.sft_data else None
     names = _eval_names(config.data.eval, reserved=(TRAIN,) if sft is None else (TRAIN, SFT))
     evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
-    inputs = Inputs(folder, shape, tokenizer, build(config.data.train), sft, evals)
+    train = build(config.data.train)
+    if config.data.rows is not None:
+        train = train.drawn(config.data.rows, config.training.seed)
+    inputs = Inputs(folder, shape, tokenizer, train, sft, evals)
     if len(tokenizer) > shape.vocab:  # common, and harmless unless the data contains the extra tokens
         for dataset in inputs.named_sets().values():
             ModelLimits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)

@@ -140,9 +140,12 @@ FROM_NOTHING = ("README.md", "docs/train.md")
 """Pages that make the run and the model which the others find."""
 CODES = {
     "megatron-spo evaluate --model my-model --tasks arc_easy my_task.yaml --out benchmarks.json": None,
+    "megatron-spo scaling study examples/studies/sizes_data.yaml --scale tiny --workers 2": None,
+    "megatron-spo scaling report examples/studies/sizes_data.yaml --scale tiny": None,
     "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --column loss=eval/loss --out fit.json": 2,
+    "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --by method --out fit.json --plot fit.pdf": 2,
 }
-"""What is not run, as it fetches data from the hub (None), and what is refused for four points."""
+"""What is not run, as it fetches data from the hub or takes minutes (None), and what is refused for four points."""
 CONFIG = """
 output: runs/mine
 model: {path: model}

@@ -2,7 +2,8 @@
 
 RUN is exported to a folder `hf` next to it, and answers PROBLEMS. OUT.json then holds the task's scores at each
 temperature, such as t0.5_win, and kl: the mean log-prob ratio in nats per answer of the answers at temperature 1, under
-the run's model and REFERENCE (a Hugging Face folder). All problems are answered in one batch.
+the run's model and REFERENCE (a Hugging Face folder). If sft_scores.json, the scores of REFERENCE, is next to PROBLEMS,
+it also holds gain: t1_win minus that of REFERENCE. All problems are answered in one batch.
 """
 
 import json
@@ -41,6 +42,9 @@ def write_scores(model_folder: Path, reference: Path, problems: Path, out: Path,
     tokens = [answer_tokens(tokenizer, answer) for answer in answers]  # of the last temperature, 1
     policy, before = (log_probs(each, prompts, tokens) for each in (model, load_model(reference)))
     scores["kl"] = float((policy - before).mean())
+    known = problems.with_name("sft_scores.json")
+    if known.is_file() and out != known:
+        scores |= {"gain": scores["t1_win"] - json.loads(known.read_text())["t1_win"]} if "t1_win" in scores else {}
     write_text(out, json.dumps(scores))
 
 

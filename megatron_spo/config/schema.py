@@ -40,6 +40,8 @@ class DataConfig(Section):
     """training data: path, hub id, {path, weight, split}, or a list of these"""
     eval: Sources = []
     """held-out data, each data set is evaluated separately; same format as data.train"""
+    rows: int | None = Field(None, ge=1)
+    """number of rows of data.train to use, drawn by training.seed, smaller sets from larger ones; null: all; >= 1"""
     max_length: int = Field(2048, ge=2)
     """maximum length of prompt + response in tokens; if not given, at most the model's context length; >= 2"""
     truncation: Literal["error", "drop", "left", "right"] = "error"

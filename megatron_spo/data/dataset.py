@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from megatron_spo.config.schema import DataConfig
 
 
+Int64 = NDArray[np.int64]
+
+SUBSET = 7
+"""Makes the draw of a subset independent of the order of the rows, which uses the same seed."""
+
+
 @dataclass(frozen=True)
 class Dropped:
     """A row that is dropped: where it is and why. `line` counts from 1."""
@@ -56,9 +62,11 @@ class TokenizedSet:
         dropped: the rows that are left out.
     """
 
-    def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float]) -> None:
+    def __init__(
+        self, sources: Sequence[TokenizedSource], weights: Sequence[float], rows: Sequence[Int64] | None = None
+    ) -> None:
         self._sources = list(sources)
-        self._rows = [np.flatnonzero(source.usable) for source in sources]
+        self._rows = [np.flatnonzero(source.usable) for source in sources] if rows is None else list(rows)
         self.weights = tuple(weights)
         self.source_sizes = tuple(len(rows) for rows in self._rows)
         self._starts = np.cumsum([0, *self.source_sizes])
@@ -78,6 +86,21 @@ class TokenizedSet:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def drawn(self, count: int, seed: int) -> TokenizedSet:
+        """Returns a set of `count` of the rows, in their order. For one seed, a smaller set is part of a larger one.
+
+        Raises:
+            UserError: there are fewer rows.
+        """
+        if count > len(self):
+            files = ", ".join(source.label for source in self._sources)
+            raise UserError(f"data.rows = {count}, but {files} has {len(self)} usable rows; set data.rows to at most "
+                            "that, or null for all")  # fmt: skip
+        kept = np.sort(np.random.Generator(np.random.PCG64([SUBSET, seed])).permutation(len(self))[:count])
+        parts = np.split(kept, np.searchsorted(kept, self._starts[1:-1]))
+        rows = [rows[part - start] for rows, part, start in zip(self._rows, parts, self._starts, strict=False)]
+        return TokenizedSet(self._sources, self.weights, rows)
 
     def get(self, index: int) -> Example:
         """Returns the token ids of row `index`."""

@@ -31,6 +31,7 @@ class Speed:
         utilisation: necessary operations as a fraction of the bf16 peak of the GPUs.
         fill: tokens as a fraction of the maximum length of the rows.
         reference: seconds of a forward pass over the pairs of one step.
+        flops: necessary operations of a step.
     """
 
     step: StepTime
@@ -39,6 +40,7 @@ class Speed:
     utilisation: float
     fill: float
     reference: float
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _speed(job: PlannedRun, setting: Setting, batches: list[Batch]) -> Speed:
         utilisation=needed / mean.total / job.gpus / job.gpu.bf16,
         fill=real * len(batches) / (len(rows) * job.config.data.longest_row),
         reference=sum(reference_time(setting, job.gpu, batch) for batch in batches) / len(batches),
+        flops=needed,
     )
 
 

@@ -90,11 +90,11 @@ def _lengths(options: Options, config: Config) -> Lengths:
     tokenizer = _tokenizer(options, config.model)
     if not any(given) and is_at_hand(config.data.train, tokenizer):
         kind = "preference" if config.spo.spec.preference else "any"
-        return measured_lengths(config.data, config.data.train, tokenizer, kind)
+        return measured_lengths(config.data, config.data.train, tokenizer, kind, seed=config.training.seed)
     prompt, response = (options.prompt_tokens, options.response_tokens) if all(given) else CHAT
     longest = config.data.max_length
     assert prompt and response
     if prompt + response > longest:
         raise UserError(f"--prompt-tokens {prompt} and --response-tokens {response} exceed data.max_length = {longest}"
                         "; give smaller values, or set data.max_length")  # fmt: skip
-    return assumed_lengths(prompt, response, options.pairs or PAIRS, longest)
+    return assumed_lengths(prompt, response, options.pairs or config.data.rows or PAIRS, longest)

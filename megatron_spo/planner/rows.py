@@ -166,8 +166,14 @@ def is_at_hand(sources: Sequence[DataSource], tokenizer: str) -> bool:
     return Path(tokenizer).is_dir() and all(Path(one.path).exists() for one in sources)
 
 
-def measured_lengths(data: DataConfig, sources: Sequence[DataSource], tokenizer: str, kind: str) -> Lengths:
+def measured_lengths(
+    data: DataConfig, sources: Sequence[DataSource], tokenizer: str, kind: str, *, seed: int | None = None
+) -> Lengths:
     """Tokenises the sources, or reads them from the cache, and returns their lengths.
+
+    Args:
+        data, sources, tokenizer, kind: as for `build_dataset`.
+        seed: seed that draws `data.rows` of the rows; None: the lengths of all rows.
 
     Raises:
         UserError: data or tokenizer cannot be read.
@@ -176,6 +182,8 @@ def measured_lengths(data: DataConfig, sources: Sequence[DataSource], tokenizer:
     from megatron_spo.data.tokenize import load_tokenizer
 
     dataset = build_dataset(sources, data, load_tokenizer(tokenizer, data.chat_template), kind=kind)
+    if seed is not None and data.rows is not None:
+        dataset = dataset.drawn(data.rows, seed)
     return lengths_of(dataset, f"measured on {', '.join(source.path for source in sources)}")
 
 

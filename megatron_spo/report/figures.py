@@ -171,6 +171,20 @@ def file_svg(figure: Figure) -> str:
     return _svg(figure, transparent=False).replace(TEXT, "#222222")
 
 
+IMAGES = (".svg", ".png", ".pdf")
+"""Extensions of the files that `file_image` can write."""
+
+
+def file_image(figure: Figure, extension: str) -> bytes:
+    """Returns the content of a separate file in the format of its extension, one of IMAGES: dark text on white."""
+    if extension == ".svg":
+        return file_svg(figure).encode()
+    buffer = io.BytesIO()
+    stable = {"CreationDate": None} if extension == ".pdf" else {"Software": None}
+    figure.savefig(buffer, format=extension[1:], dpi=200, metadata=stable)
+    return buffer.getvalue()
+
+
 def _svg(figure: Figure, *, transparent: bool) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})

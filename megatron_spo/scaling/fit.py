@@ -1,19 +1,23 @@
 """Fits a law to points: parameters, bootstrap intervals, extrapolation error and conclusions; or says why it cannot."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_spo.errors import UserError
-from megatron_spo.scaling.additive import CHINCHILLA, POWER
+from megatron_spo.scaling.additive import CHINCHILLA, POWER, PURE_POWER
 from megatron_spo.scaling.law import LEVEL, Ask, Law, Unidentified, Values, interval
 from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
 from megatron_spo.scaling.points import Columns, Points
+from megatron_spo.scaling.repeats import REPEATS, REPEATS_EXCESS
 from megatron_spo.scaling.stability import STABILITY
 
-LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, POWER, OVEROPTIMIZATION, STABILITY)}
+LAWS: dict[str, Law] = {
+    law.name: law for law in (CHINCHILLA, POWER, PURE_POWER, REPEATS, REPEATS_EXCESS, OVEROPTIMIZATION, STABILITY)
+}
 BOOTSTRAP = 1000
 """Default number of bootstrap refits."""
 HELD_OUT = 0.2
@@ -24,16 +28,42 @@ TRIES = 20
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law; `report` is the content of FIT.json, the rest is for plots."""
+    """A fitted law, or one that the points do not determine; `report` is the content of FIT.json.
+
+    Attributes:
+        values: Parameters; None if they could not be estimated.
+        draws: Parameters of the bootstrap draws, by the number of the draw.
+        refusal: Why the points do not determine the law; None if they do.
+    """
 
     law: Law
     points: Columns
-    values: Values
     report: dict[str, Any]
+    values: Values | None = None
+    draws: Mapping[int, Values] = field(default_factory=dict)
+    refusal: Unidentified | None = None
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """Which points are held out to test extrapolation; none for a refused fit."""
+        large = largest(self.law, self.points) if self.refusal is None else None
+        return np.zeros(count(self.points), dtype=bool) if large is None else large
 
 
 def fit(law: Law, points: Points, ask: Ask, *, bootstrap: int = BOOTSTRAP, seed: int = 0) -> Fit:
-    """Fits a law.
+    """Fits a law, as `attempt` does.
+
+    Raises:
+        UserError: If the points are invalid, or do not determine the law (Unidentified); the message says why.
+    """
+    found = attempt(law, points, ask, bootstrap=bootstrap, seed=seed)
+    if found.refusal is not None:
+        raise found.refusal
+    return found
+
+
+def attempt(law: Law, points: Points, ask: Ask, *, bootstrap: int = BOOTSTRAP, seed: int = 0) -> Fit:
+    """Fits a law; if the points do not determine it, the result has `refusal` and what was found until then.
 
     Args:
         law: Law to fit.
@@ -43,37 +73,47 @@ def fit(law: Law, points: Points, ask: Ask, *, bootstrap: int = BOOTSTRAP, seed:
         seed: Seed of the bootstrap.
 
     Raises:
-        UserError: If the points are invalid, or do not determine the law (Unidentified); the message says why.
+        UserError: If the points are invalid.
     """
     columns = points.columns
-    law.check(columns)
-    values = law.estimate(columns)
-    held_out = extrapolate(law, columns)
-    draws = resample(law, columns, values, bootstrap, seed)
-    intervals = {name: interval([draw[name] for draw in draws]) for name in values}
-    law.judge(values, intervals, columns)
-    report = {
+    report: dict[str, Any] = {
         "law": law.name,
-        "parameters": values,
-        "intervals": intervals,
-        "interval_of": {"level": LEVEL, "bootstrap": bootstrap, "seed": seed},
-        "points": len(_any(columns)),
+        "columns": dict(points.names),
+        "points": count(columns),
         "left_out": points.left_out,
-        "residuals": summary(law, law.residuals(values, columns)),
-        "held_out": held_out,
-        **law.conclude(values, draws, columns, ask),
     }
-    return Fit(law, columns, values, report)
+    values, draws = None, {}
+    try:
+        law.check(columns)
+        values = law.estimate(columns)
+        report |= {"parameters": values, "residuals": summary(law, law.residuals(values, columns))}
+        report["held_out"] = extrapolate(law, columns)
+        draws = resample(law, columns, values, bootstrap, seed)
+        intervals = {name: interval([draw[name] for draw in draws.values()]) for name in values}
+        report |= {
+            "intervals": intervals,
+            "interval_of": {"level": LEVEL, "bootstrap": bootstrap, "seed": seed},
+        }
+        law.judge(values, intervals, columns)
+        report |= law.conclude(values, list(draws.values()), columns, ask)
+    except Unidentified as error:
+        return Fit(law, columns, {**report, "refused": str(error)}, values, draws, error)
+    return Fit(law, columns, report, values, draws)
+
+
+def largest(law: Law, points: Columns) -> np.ndarray:
+    """Returns which points are the largest HELD_OUT of all."""
+    size = law.size(points)
+    large: np.ndarray = size >= np.sort(size)[-max(1, round(HELD_OUT * len(size)))]
+    return large
 
 
 def extrapolate(law: Law, points: Columns) -> dict[str, Any]:
     """Returns the errors on the largest points of a fit to the others."""
-    size = law.size(points)
-    bound = np.sort(size)[-max(1, round(HELD_OUT * len(size)))]
-    large = size >= bound
+    large = largest(law, points)
     rest = {name: column[~large] for name, column in points.items()}
     try:
-        if not len(_any(rest)):
+        if not count(rest):
             raise Unidentified("all points have the same size")
         law.check(rest)
     except Unidentified as error:
@@ -84,16 +124,19 @@ def extrapolate(law: Law, points: Columns) -> dict[str, Any]:
     return {"points": int(large.sum()), **summary(law, errors)}
 
 
-def resample(law: Law, points: Columns, values: Values, count: int, seed: int) -> list[Values]:
-    """Returns the parameters of `count` bootstrap draws; a draw that does not determine them is repeated."""
-    draws: list[Values] = []
-    number = len(_any(points))
-    generator = np.random.default_rng(seed)
-    with tqdm(total=count, desc="bootstrap", unit="fit", disable=None) as progress:
-        for _ in range(TRIES * count):
-            if len(draws) == count:
+def resample(law: Law, points: Columns, values: Values, wanted: int, seed: int) -> dict[int, Values]:
+    """Returns the parameters of bootstrap draws by their number, without the draws that do not determine them.
+
+    Draw k has the same rows in all sets with as many points, so that fits of the same settings can be compared draw by
+    draw.
+    """
+    draws: dict[int, Values] = {}
+    number = count(points)
+    with tqdm(total=wanted, desc="bootstrap", unit="fit", disable=None) as progress:
+        for draw in range(TRIES * wanted):
+            if len(draws) == wanted:
                 break
-            rows = generator.integers(0, number, number)
+            rows = np.random.default_rng([seed, draw]).integers(0, number, number)
             drawn = {name: column[rows] for name, column in points.items()}
             try:
                 law.check(drawn)
@@ -101,11 +144,11 @@ def resample(law: Law, points: Columns, values: Values, count: int, seed: int) -
             except UserError:
                 continue
             if found.keys() == values.keys():  # a draw in which a cause does not vary has no coefficient for it
-                draws.append(found)
+                draws[draw] = found
                 progress.update()
-    if len(draws) < count:
+    if len(draws) < wanted:
         raise Unidentified(
-            f"only {len(draws)} of {TRIES * count} bootstrap draws determine the law: it depends on too few points; "
+            f"only {len(draws)} of {TRIES * wanted} bootstrap draws determine the law: it depends on too few points; "
             "add runs"
         )
     return draws
@@ -123,5 +166,6 @@ def summary(law: Law, residuals: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _any(points: Columns) -> np.ndarray:
-    return next(iter(points.values()))
+def count(points: Columns) -> int:
+    """Returns the number of points."""
+    return len(next(iter(points.values())))

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
 from megatron_spo.files import new_folder
-from megatron_spo.scaling.study import ModelsSpec, Study
+from megatron_spo.scaling.spec import ModelsSpec
+from megatron_spo.scaling.study import Study
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -19,15 +20,19 @@ def write_models(study: Study) -> None:
     Raises:
         UserError: If config.json lacks a key, a shape is not supported, or a folder has a model of another shape.
     """
-    if study.models is None:
-        return
-    read_model_shape(study.models.like)
-    base = json.loads((Path(study.models.like) / "config.json").read_text())
-    for name, changes in study.models.sizes.items():
+    if study.spec.models is not None:
+        for name, config in sized_configs(study.path, study.spec.models).items():
+            _write(study.spec.models, study.out / "models" / name, config)
+
+
+def sized_configs(path: Path, models: ModelsSpec) -> dict[str, dict[str, Any]]:
+    """Returns the content of config.json of each model of a study by name; `path` is that of the study."""
+    read_model_shape(models.like)
+    base = json.loads((Path(models.like) / "config.json").read_text())
+    for name, changes in models.sizes.items():
         if unknown := [key for key in changes if key not in base]:
-            raise UserError(f"{study.path}: models.sizes.{name}: {study.models.like}/config.json has no {unknown[0]}; "
-                            "use its keys")  # fmt: skip
-        _write(study.models, study.out / "models" / name, {**base, **changes})
+            raise UserError(f"{path}: models.sizes.{name}: {models.like}/config.json has no {unknown[0]}; use its keys")
+    return {name: {**base, **changes} for name, changes in models.sizes.items()}
 
 
 def _write(models: ModelsSpec, folder: Path, config: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def submit(study: Study, *, really: bool) -> None:
     _check_before(study)
     caches = [_cache(run) for run in study.runs]
     shared = len(set(caches)) == 1
-    if not shared and len(set(caches)) < len(caches):
+    if not shared and len(set(caches)) < len(caches) and not _filled(study):
         raise UserError(
             f"{study.path}: only some runs share a reference.cache, and two tasks would fill it at the same time; use "
             "one cache for all runs, one for each run, or fill them first with megatron-spo reference"
@@ -54,6 +54,13 @@ def _check_before(study: Study) -> None:
                     f"{study.path}: step {step.name} of `before` is not done, and the job array does not run it; run "
                     f"{shlex.join(step.words)} first, and remove the step from the study"
                 )
+
+
+def _filled(study: Study) -> bool:
+    """Returns whether every run has a reference pass in `before` that is done."""
+    passes = [[is_done(run, step, place) for step, place in steps_of(study, run) if step.shared and
+               "reference" in step.words] for run in study.runs]  # fmt: skip
+    return all(done and all(done) for done in passes)
 
 
 def _cache(run: StudyRun) -> str | None:

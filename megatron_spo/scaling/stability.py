@@ -2,9 +2,9 @@
 
     log steps = c + sum over x of c_x * t_x + sigma * normal noise
 
-t is the log of lr, beta and N, and log(1 + lambda), since lambda may be 0. A run that ended before it crossed the bound
-is right-censored: it would have taken longer. Omitting it, or treating its end as a crossing, would make stable
-settings look worse.
+t is the log of lr, beta, N and rows (of the data), and log(1 + lambda), since lambda may be 0. A run that ended before
+it crossed the bound is right-censored: it would have taken longer. Omitting it, or treating its end as a crossing,
+would make stable settings look worse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from megatron_spo.scaling.law import (
 )
 from megatron_spo.scaling.points import Columns
 
-CAUSES = ("lr", "beta", "lambda", "N")
+CAUSES = ("lr", "beta", "lambda", "N", "rows")
 STABLE = 0.9
 """Probability that a run with the predicted lambda stays within the bound."""
 WIDEST = 20.0
@@ -48,7 +48,7 @@ class Stability:
         crossed = points["crossed"]
         if not np.isin(crossed, (0, 1)).all():
             raise UserError("crossed must be 1 (or true) or 0 (or false) in every row")
-        require_positive(points, [name for name in ("steps", "lr", "beta", "N") if name in points])
+        require_positive(points, [name for name in ("steps", "lr", "beta", "N", "rows") if name in points])
         if "lambda" in points and (points["lambda"] < 0).any():
             raise UserError("lambda must not be negative")
         causes = varied(points)

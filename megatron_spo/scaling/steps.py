@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import subprocess
 import threading
 import time
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spo.files import write_whole
-from megatron_spo.scaling.study import PROGRAMS, Step, Study, StudyRun
+from megatron_spo.scaling.study import PROGRAMS, Step, Study, StudyRun, run_name, varied_names
+
+LOG = logging.getLogger(__name__)
 
 STOPPED = 75
 """Exit code of `train` if it was stopped and the same command resumes it."""
@@ -91,15 +94,19 @@ class Runner:
     def run(self, study: Study, run: StudyRun) -> None:
         """Runs all steps of a run that are not done; a failure is recorded and ends only this run."""
         record = run.folder / "failure.json"
+        name = f"run {run.number} of {len(study.runs)} ({run_name(run, varied_names(study.runs))})"
+        begin = time.monotonic()
         for step, place in steps_of(study, run):
-            failure = self._step(run, step, place)
+            failure = self._step(run, step, place, name)
             if self.stopping.is_set():
                 return
             if failure is not None:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(record, json.dumps(failure.__dict__))
+                LOG.warning(f"{name}: {failure.step} failed: {failure.reason}")
                 return
         record.unlink(missing_ok=True)
+        LOG.info(f"{name}: done, {time.monotonic() - begin:.0f} s")
 
     def stop(self) -> None:
         """Terminates all commands once; `train` then saves and can be resumed."""
@@ -107,13 +114,14 @@ class Runner:
         for process in list(self._processes):
             process.terminate()
 
-    def _step(self, run: StudyRun, step: Step, place: Place) -> Failure | None:
+    def _step(self, run: StudyRun, step: Step, place: Place, name: str) -> Failure | None:
         place.mark.parent.mkdir(parents=True, exist_ok=True)
         with self._held(place.lock) as lock:
             if self.stopping.is_set() or is_done(run, step, place):
                 return None
             if place.mark in self._failed:  # a shared step that failed in this call is not tried again
                 return self._failed[place.mark]
+            LOG.info(f"{name}: {step.name}; log in {place.log}")
             code = self._call(self._words(step), place.log, lock)
             if code == 0:
                 write_whole(place.mark, place.key)

@@ -1,81 +1,22 @@
-"""Reads a study file: a base configuration, what varies, and the steps before and after each run.
-
-    base: my.yaml                            # a configuration of `train`
-    out: runs/study                          # everything is written here
-    set: {training.steps: 100}               # overrides of every run
-    vary:                                    # a grid: every combination is a run
-      optimizer.lr: [1e-4, 2e-4]             # a key with its values
-      method:                                # or a name of your own, with choices that set several keys
-        dpo: {loss.name: dpo, spo.schedule: none}
-        dpo+spo: {loss.name: dpo, spo.schedule: penalty}
-
-`runs`, a list of mappings from keys to values, replaces `vary` if the runs are not a grid. In all strings, `{out}`,
-`{run}` (the run directory), `{folder}` (its parent) and `{NAME}` of every key that varies or is set are replaced.
-"""
+"""Reads a study file: a base configuration, what varies, and the steps before and after each run."""
 
 import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from megatron_spo.config.load import load_config
-from megatron_spo.config.yaml_text import format_yaml, parse_yaml
+from megatron_spo.config.yaml_text import format_yaml
 from megatron_spo.errors import UserError
+from megatron_spo.scaling.spec import FULL, StepSpec, StudySpec, read_spec
 
 PROGRAMS = {"megatron-spo": [sys.executable, "-m", "megatron_spo"], "python": [sys.executable]}
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w./]*)\}")
 NAME = re.compile(r"[\w.+=-]+")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StepSpec(_Strict):
-    """A command of `before` or `after`, split as in a shell; `megatron-spo` and `python` use this installation."""
-
-    name: str
-    run: str
-    columns: str | None = None
-    """JSON file, written by the command, with an object of numbers that become columns of the table"""
-
-
-class ModelsSpec(_Strict):
-    """Models with random weights that the study writes to OUT/models/NAME; the axis `model` has their names."""
-
-    like: str
-    """folder whose config.json and tokenizer the models use"""
-    sizes: dict[str, dict[str, Any]] = Field(min_length=1)
-    """keys of config.json that differ, by the name of the model"""
-    seed: int = 0
-
-
-class CrossingSpec(_Strict):
-    """When a run counts as unstable; adds the columns `crossed` and `steps`, which the law `stability` reads."""
-
-    metric: str = "spo/chosen_shift"
-    below: float
-    """bound of the metric on the first held-out set, or on training batches without one"""
-
-
-class StudySpec(_Strict):
-    """The content of a study file."""
-
-    base: str
-    out: str
-    set: dict[str, Any] = {}
-    vary: dict[str, list[Any] | dict[str, dict[str, Any]]] = {}
-    runs: list[dict[str, Any]] = []
-    models: ModelsSpec | None = None
-    before: list[StepSpec] = []
-    after: list[StepSpec] = []
-    crossing: CrossingSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -119,39 +60,64 @@ class Study:
     """A study whose file has been checked."""
 
     path: Path
-    base: Path
-    out: Path
+    spec: StudySpec
     runs: tuple[StudyRun, ...]
-    models: ModelsSpec | None
-    crossing: CrossingSpec | None
+
+    @property
+    def base(self) -> Path:
+        """The configuration of `train`."""
+        return Path(self.spec.base)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the study."""
+        return Path(self.spec.out)
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, scale: str | None = None) -> Study:
     """Reads and checks a study file; `check_configurations` checks the configurations of its runs.
 
     Raises:
         UserError: If the file is invalid; the message has one line per error.
     """
-    try:
-        spec = StudySpec.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a study ({error})") from None
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
-        raise UserError("\n".join(lines)) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    spec = read_spec(path, scale)
     if bool(spec.vary or spec.models) == bool(spec.runs):
         raise UserError(f"{path}: give either `vary` (a grid, with or without `models`) or `runs` (a list)")
     if not Path(spec.base).is_file():
         raise UserError(f"{path}: base: {spec.base} does not exist; paths are relative to the working directory")
-    out = Path(spec.out)
-    runs = tuple(_run(path, spec, out, number, *chosen) for number, chosen in enumerate(_choices(spec), 1))
+    _check_own_names(path, spec)
+    fixed = {"out": Path(spec.out), "scale": scale or FULL}
+    runs = tuple(_run(path, spec, fixed, number, *chosen) for number, chosen in enumerate(_choices(spec), 1))
     if not runs:
         raise UserError(f"{path}: vary: an entry has no values, so there are no runs; give it at least one")
-    study = Study(path, Path(spec.base), out, runs, spec.models, spec.crossing)
+    study = Study(path, spec, runs)
     _check_names(study)
     return study
+
+
+def run_name(run: StudyRun, varied: Sequence[str]) -> str:
+    """Returns what distinguishes a run from the others, such as "model=w64, method=dpo"."""
+    return ", ".join(f"{name.rpartition('.')[2]}={run.choices[name]}" for name in varied)
+
+
+def varied_names(runs: Sequence[StudyRun]) -> list[str]:
+    """Returns the names of the choices in which the runs differ."""
+    values: dict[str, set[Any]] = {}
+    for run in runs:
+        for name, value in run.choices.items():
+            values.setdefault(name, set()).add(str(value))
+    return [name for name, seen in values.items() if len(seen) > 1] or list(values)
+
+
+def interleaved(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """Returns the runs in the order in which to start them, so that different shared commands can run at once."""
+    places: dict[tuple[str, ...], int] = {}
+    ranked = []
+    for run in runs:
+        shared = tuple(step.name for step in run.before)
+        places[shared] = places.get(shared, -1) + 1
+        ranked.append((places[shared], run))
+    return [run for _, run in sorted(ranked, key=lambda one: one[0])]
 
 
 def check_configurations(study: Study) -> None:
@@ -181,7 +147,7 @@ def _choices(spec: StudySpec) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
         if isinstance(values, dict):
             axes[axis] = list(values.items())
         else:
-            axes[axis] = [(value, {axis: value}) for value in values]
+            axes[axis] = [(value, {axis: value} if _is_key(axis) else {}) for value in values]
     for combination in itertools.product(*axes.values()):
         columns = {axis: value for axis, (value, _) in zip(axes, combination, strict=True)}
         keys: dict[str, Any] = {}
@@ -190,28 +156,46 @@ def _choices(spec: StudySpec) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
         yield columns, keys
 
 
+def _is_key(axis: str) -> bool:
+    """Returns whether an axis is a key of the configuration, which all have a section, and not a name of its own."""
+    return "." in axis or axis == "output"
+
+
+def _check_own_names(path: Path, spec: StudySpec) -> None:
+    """Raises UserError for a name with plain values that no placeholder uses, such as a key without its section."""
+    text = str(spec.model_dump(exclude={"vary"})) + str([one for one in spec.vary.values() if isinstance(one, dict)])
+    for axis, values in spec.vary.items():
+        if isinstance(values, list) and not _is_key(axis) and f"{{{axis}}}" not in text:
+            raise UserError(f"{path}: vary: {axis} is not a key of the configuration (keys have a section, such as "
+                            f"optimizer.lr), and no string uses {{{axis}}}; correct the name")  # fmt: skip
+
+
 def _run(
-    path: Path, spec: StudySpec, out: Path, number: int, columns: dict[str, Any], keys: dict[str, Any]
+    path: Path, spec: StudySpec, fixed: Mapping[str, Any], number: int, columns: dict[str, Any], keys: dict[str, Any]
 ) -> StudyRun:
-    folder = out / str(number)
+    folder = Path(spec.out) / str(number)
     raw = {**spec.set, **keys}
     plain = {key: value for key, value in raw.items() if not PLACEHOLDER.search(str(value))}
-    known: dict[str, Any] = {**plain, "out": out, "folder": folder, "run": folder / "run", **columns}
+    known: dict[str, Any] = {**plain, **fixed, "folder": folder, "run": folder / "run", **columns}
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: filled(entry) for key, entry in value.items()}
         if isinstance(value, list):
             return [filled(entry) for entry in value]
-        return PLACEHOLDER.sub(name_of, value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        single = PLACEHOLDER.fullmatch(value)  # keeps its type, such as that of a number
+        return value_of(single) if single else PLACEHOLDER.sub(lambda match: str(value_of(match)), value)
 
-    def name_of(match: re.Match[str]) -> str:
+    def value_of(match: re.Match[str]) -> Any:
         if match[1] not in known:
             raise UserError(f"{path}: {{{match[1]}}} is unknown; use one of {', '.join(known)}")
-        return str(known[match[1]])
+        found = known[match[1]]
+        return str(found) if isinstance(found, Path) else found
 
     def step(given: StepSpec, *, shared: bool) -> Step:
-        name = filled(given.name)
+        name = str(filled(given.name))
         if not NAME.fullmatch(name) or name == "train":
             raise UserError(f"{path}: {name!r} is not allowed as the name of a step; use only letters, digits and "
                             "._+=-, and not train")  # fmt: skip
@@ -219,7 +203,7 @@ def _run(
             program, *rest = shlex.split(given.run)
         except ValueError as error:
             raise UserError(f"{path}: step {name}: {given.run!r} cannot be split into words ({error})") from None
-        words = (*PROGRAMS.get(program, [program]), *map(filled, rest))
+        words = (*PROGRAMS.get(program, [program]), *(str(filled(word)) for word in rest))
         return Step(name, words, shared, None if given.columns is None else Path(filled(given.columns)))
 
     settings = {key: filled(value) for key, value in raw.items()}

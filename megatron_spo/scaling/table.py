@@ -13,8 +13,9 @@ from tabulate import tabulate
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
 from megatron_spo.report.runs import Run, read_run
+from megatron_spo.scaling.spec import CrossingSpec
 from megatron_spo.scaling.steps import STOPPED, is_done, status, steps_of
-from megatron_spo.scaling.study import CrossingSpec, Study, StudyRun
+from megatron_spo.scaling.study import Study, StudyRun
 
 Row = dict[str, Any]
 SHOWN = ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/spo/chosen_shift")
@@ -41,8 +42,8 @@ def row(study: Study, run: StudyRun) -> Row:
     if (run.directory / "metrics.jsonl").is_file():
         known = read_run(run.directory)
         found |= _cost(known) | _metrics(known)
-        if study.crossing is not None and known.lines:
-            found |= _crossing(known, study.crossing)
+        if study.spec.crossing is not None and known.lines:
+            found |= _crossing(known, study.spec.crossing)
     for step in run.after:
         if step.columns is not None and step.columns.is_file():
             found |= {f"{step.name}/{name}": value for name, value in _object(step.columns).items()}
@@ -76,17 +77,19 @@ def _state(study: Study, run: StudyRun) -> Row:
 
 
 def _cost(run: Run) -> Row:
-    """Returns seconds in steps, optimizer steps, N (parameters) and D (tokens computed).
+    """Returns seconds in steps, optimizer steps, N (parameters), D (tokens computed) and U (those of different pairs).
 
     Steps without a line in metrics.jsonl are counted as the average of the others.
     """
     lines = run.of(None)
     steps = run.last(None)["step"]
     per_line = steps / max(1, len(lines))
+    tokens = sum(line.get("tokens", 0) for line in lines) * per_line
     found: Row = {
         "seconds": sum(line.get("seconds", 0.0) for line in lines) * per_line,
         "training_steps": steps,
-        "D": round(sum(line.get("tokens", 0) for line in lines) * per_line),
+        "D": round(tokens),
+        "U": round(tokens / max(1.0, run.last(None).get("epoch", 1.0))),
     }
     model = Path(json.loads(run.config.get("model.path", '""')))
     return {"N": read_model_shape(model).parameters, **found} if (model / "config.json").is_file() else found

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.schema import DataConfig
-from megatron_spo.data.dataset import Dropped, TokenizedSet
+from megatron_spo.data.dataset import Dropped, TokenizedSet, build_dataset
 from megatron_spo.data.loader import Loader, Multiples
 from megatron_spo.data.pairs import open_source
 from megatron_spo.errors import UserError
@@ -352,3 +352,26 @@ def test_loader(tmp_path: Path) -> None:
     assert one.batch(2).indices.tolist() == ranks[0].batch(2).indices.tolist()
     covered = [batch.indices.tolist() for batch in ranks[0].eval_batches()]
     assert sum(covered, []) == list(range(30)) and len(covered[-1]) == 6
+
+
+def test_a_smaller_draw_is_contained_in_a_larger_one(tmp_path: Path) -> None:
+    files = [lines(tmp_path / f"{name}.jsonl", [pair(f"{name}{i}=") for i in range(20)]) for name in "ab"]
+    data = build_dataset([DataSource(path=str(file)) for file in files], DataConfig(train="a"), PLAIN)
+
+    def places(rows: int, seed: int) -> list[str]:
+        drawn = data.drawn(rows, seed)
+        assert len(drawn) == rows == sum(drawn.source_sizes)
+        assert all(drawn.get(i).chosen_ids.tolist() in whole for i in range(rows))
+        return [drawn.describe(i) for i in range(rows)]
+
+    whole = [data.get(i).chosen_ids.tolist() for i in range(40)]
+    every = [data.describe(i) for i in range(40)]
+    small, large = places(10, 0), places(25, 0)
+    assert set(small) < set(large)
+    assert [place for place in every if place in large] == large  # in the order of the files
+    assert all(any(str(file) in place for place in small) for file in files)
+    assert set(places(10, 1)) != set(small)
+    assert data.drawn(40, 0).fingerprint == data.fingerprint != data.drawn(39, 0).fingerprint
+    assert data.drawn(10, 0).get(3).chosen_ids.tolist() == whole[every.index(small[3])]
+    with pytest.raises(UserError, match=r"data.rows = 41, but .*b.jsonl has 40 usable rows"):
+        data.drawn(41, 0)

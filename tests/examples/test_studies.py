@@ -10,12 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.quickstart import task
 from examples.studies import score, summary
+from examples.studies.code import task as programs
+from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.scaling.study import check_configurations, read_study
 from tests.support.tiny import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 RUNS = {"losses": 60, "lambda_units": 48, "lambda_sizes": 24, "lambda_lengths": 16, "lambda_steps_pairs": 36,
-        "schedules": 33, "stability": 48, "code": 15, "gsm8k": 66, "long": 3}  # fmt: skip
+        "schedules": 33, "stability": 48, "code": 15, "gsm8k": 66, "long": 3, "sizes_data": 32, "sizes_lambda": 48,
+        "repeats": 48, "overoptimization": 84, "displacement": 180}  # fmt: skip
+TINY = {"sizes_data": 32, "sizes_lambda": 24, "repeats": 27, "overoptimization": 20, "displacement": 30, "schedules": 7}
 
 
 def test_every_study_has_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +30,18 @@ def test_every_study_has_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         study = read_study(path)
         check_configurations(study)
         assert len(study.runs) == RUNS[path.stem], path
+    for name, count in TINY.items():
+        study = read_study(ROOT / f"examples/studies/{name}.yaml", "tiny")
+        check_configurations(study)
+        assert len(study.runs) == count, name
+        assert study.out.name == f"{name}-tiny"
+
+
+def test_the_model_of_the_programs_is_that_of_the_task(tmp_path: Path) -> None:
+    programs.write_model(tmp_path)
+    kept = ROOT / "examples/studies/code/model"
+    assert (kept / "tokenizer.json").read_text() == (tmp_path / "tokenizer.json").read_text()
+    assert read_model_shape(kept).parameters == read_model_shape(tmp_path).parameters
 
 
 def test_scores_of_a_model(tmp_path: Path) -> None:

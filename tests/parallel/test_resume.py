@@ -11,8 +11,9 @@ from megatron_spo.cli import main
 from tests.support.processes import Job, largest_difference, run_jobs
 from tests.support.tiny import tiny_run
 
+SUBSET = "data.rows=40"
 OBJECTIVES = {
-    "alpha-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"],
+    "alpha-dual": ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token", SUBSET],
     "dpo-lookahead": ["loss.name=dpo", "spo.schedule=lookahead", "optimizer.weight_decay=0.1"],
     "simpo-barrier": ["loss.name=simpo", "spo.schedule=barrier", "optimizer.decay=cosine"],
 }
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     bf16 = [f"reference.cache={folder}/bf16", "precision.dtype=bf16"]
     same = [(name, [*layout, *(bf16 if "bf16" in name else [])]) for name, layout in SAME.items()]
-    references: list[Job] = [("reference", str(config), overrides) for overrides in ([], bf16)]
+    references: list[Job] = [("reference", str(config), overrides) for overrides in ([], [SUBSET], bf16)]
     run_jobs([*references, *(train(f"{name}-whole", *overrides) for name, overrides in same)], 2)
     for name, _ in same:
         shutil.copytree(folder / f"{name}-whole", folder / f"{name}-resumed")

@@ -12,11 +12,13 @@ from scipy.optimize import least_squares
 
 from megatron_spo.cli import main
 from megatron_spo.commands.scaling import LAW_NAMES
-from megatron_spo.scaling.additive import CHINCHILLA, DELTA, POWER
+from megatron_spo.errors import UserError
+from megatron_spo.scaling.additive import CHINCHILLA, DELTA, POWER, PURE_POWER
 from megatron_spo.scaling.fit import LAWS, fit
 from megatron_spo.scaling.law import Ask, Law, Unidentified
 from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
 from megatron_spo.scaling.points import Points
+from megatron_spo.scaling.repeats import REPEATS, REPEATS_EXCESS, Repeats
 from megatron_spo.scaling.stability import STABILITY
 
 # Besiroglu et al. 2024 (arXiv 2404.10102): estimate and standard error
@@ -89,6 +91,7 @@ def test_published_law_comes_out(tmp_path: Path) -> None:
     best = found["compute_optimal"]["at"][0]
     assert 6 * best["N"] * best["D"] == pytest.approx(5.76e23)
     assert best["D"] / best["N"] == pytest.approx(20, rel=0.25)  # their result at Chinchilla's budget
+    assert all(best[f"{name}_interval"][0] < best[name] < best[f"{name}_interval"][1] for name in ("N", "D", "loss"))
     assert "<svg" in (tmp_path / "fit.svg").read_text()
 
 
@@ -145,6 +148,76 @@ def test_power_law() -> None:
     report = fit(POWER, Points(power_points()), Ask(), bootstrap=200).report
     assert report["parameters"] == pytest.approx({"E": 1.5, "A": 30, "alpha": 0.3}, rel=0.05)
     assert "compute_optimal" not in report
+
+
+def test_published_power_laws_come_out() -> None:
+    """Kaplan et al. (arXiv 2001.08361): L = (8.8e13 / N)^0.076 and L = (5.4e13 / D)^0.095, over their ranges."""
+    for exponent, scale, low, high in ((0.076, 8.8e13, 768, 1.5e9), (0.095, 5.4e13, 2.2e7, 2.3e10)):
+        x = np.geomspace(low, high, 30)
+        loss = (scale / x) ** exponent * np.exp(0.01 * np.random.default_rng(0).standard_normal(30))
+        report = fit(PURE_POWER, Points({"x": x, "loss": loss}), Ask(), bootstrap=200).report
+        first, last = report["intervals"]["alpha"]
+        assert first < exponent < last
+        assert last - first < 0.003
+        lowest, highest = report["intervals"]["A"]
+        assert lowest < scale**exponent < highest
+
+
+def repeated_points(law: Repeats, values: dict[str, float], noise: float = 0.005) -> dict[str, np.ndarray]:
+    """Returns runs of the sizes and numbers of epochs of Muennighoff et al., on their and on larger amounts of data."""
+    rows = [
+        (n, different * epochs, different)
+        for different in (1e8, 4e8, 1.5e9, 6e9, 2.5e10)
+        for n in np.geomspace(7e6, 9e9, 8)
+        for epochs in (1, 2, 4, 8, 16, 40)
+    ]
+    points = dict(zip(("N", "D", "U"), np.array(rows).T, strict=True))
+    scatter = np.exp(noise * np.random.default_rng(0).standard_normal(len(rows)))
+    return points | {"loss": law.predict(values, points) * scatter}
+
+
+MUENNIGHOFF = {
+    "E": np.exp(0.6254804), "A": np.exp(6.255414), "B": np.exp(7.3049974), "alpha": 0.3526596, "beta": 0.3526596,
+    "R_D": 15.387756, "R_N": 5.309743,
+}  # fmt: skip
+"""Their published parameters (arXiv 2305.16264, appendix A)."""
+
+
+@pytest.mark.parametrize("law", [REPEATS, REPEATS_EXCESS], ids=lambda law: law.name)
+def test_published_law_of_repeated_data_comes_out(law: Repeats) -> None:
+    found = fit(law, Points(repeated_points(law, MUENNIGHOFF)), Ask(), bootstrap=100)
+    for name, (low, high) in found.report["intervals"].items():
+        assert low < MUENNIGHOFF[name] < high, name
+    low, high = found.report["intervals"]["R_D"]
+    assert high / low < 2
+    assert found.report["worth_of_epochs"]["4"] == pytest.approx(0.93, abs=0.02)  # computed by hand from their law
+    once = {name: column[:1] for name, column in repeated_points(law, MUENNIGHOFF).items()}
+    plain = CHINCHILLA.predict(MUENNIGHOFF, once)
+    if law is REPEATS:
+        assert law.predict(MUENNIGHOFF, once) == pytest.approx(plain)  # one epoch is Chinchilla's law
+    else:
+        assert law.predict(MUENNIGHOFF, once) > plain  # 7M parameters exceed the optimum of 100M tokens, 5.1M
+
+
+def test_repeats_are_needed_for_their_worth() -> None:
+    points = repeated_points(REPEATS, MUENNIGHOFF)
+    single = {name: column[points["D"] == points["U"]] for name, column in points.items()}
+    with pytest.raises(Unidentified, match="0 points repeat their data"):
+        fit(REPEATS, Points(single), Ask())
+    with pytest.raises(UserError, match="U must not exceed D; point 1"):
+        fit(REPEATS, Points({**points, "U": 2 * points["D"]}), Ask())
+
+
+def test_a_refused_fit_shows_its_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = {"x": np.geomspace(1e3, 3e3, 20), "loss": 3 - 1e-3 * np.arange(20) + 0.01 * np.sin(np.arange(20))}
+    files = [str(write_csv(tmp_path / "points.csv", points)), "--out", str(tmp_path / "fit.json")]
+    picture = tmp_path / "fit.png"
+    options = ["--law", "power", "--bootstrap", "100", "--plot", str(picture)]
+    assert main(["scaling", "fit", *files, *options]) == 2
+    assert "too wide" in (said := capsys.readouterr().err) and "have the points and what was found" in said
+    found = json.loads((tmp_path / "fit.json").read_text())
+    assert "too wide" in found["refused"] and found["intervals"]["alpha"] and found["parameters"]["E"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_overoptimization() -> None:
@@ -223,6 +296,10 @@ def test_what_the_points_cannot_determine_is_refused(case: str) -> None:
         ("N,D,loss\n1,2,3\n", ["--stable-steps", "5"], "--stable-steps is not supported with --law chinchilla"),
         ("N,D,loss\n1,2,3\n", ["--flops", "-5"], "must be positive, not -5"),
         ("N,D,loss\n1,2,3\n", ["--bootstrap", "5"], "--bootstrap 5 must be at least 100"),
+        ("N,D,loss\n1,2,3\n", ["--by", "method"], "column 'method' is missing; the file has N, D, loss"),
+        ("N,D,loss\n1,2,3\n", ["--by", "N"], "--by N: the column has 1 values; it must have 2 to 12"),
+        ("N,D,loss\n1,2,3\n", ["--only", "N=7"], "no row of these values has the state done"),
+        ("N,D,loss\n1,2,3\n", ["--plot", "fit.gif"], "--plot fit.gif: the name must end in .svg, .png, .pdf"),
     ],
 )
 def test_wrong_input_gets_one_message(
@@ -245,6 +322,7 @@ def test_tables_of_studies_are_read_as_they_are(tmp_path: Path) -> None:
     files = [str(tmp_path / "table.csv"), "--out", str(tmp_path / "fit.json"), "--plot", str(tmp_path / "fit.svg")]
     assert main(["scaling", "fit", *files, *options, "--bootstrap", "100"]) == 0
     found = json.loads((tmp_path / "fit.json").read_text())
+    assert found["columns"]["steps"] == "until" and found["columns"]["lambda"] == "spo.lambda"
     assert (found["points"], found["left_out"]) == (200, 1)
     assert found["stable_lambda"][0]["steps"] == 500
 

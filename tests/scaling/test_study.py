@@ -21,23 +21,7 @@ from megatron_spo.report.runs import Run
 from megatron_spo.scaling.steps import steps_of
 from megatron_spo.scaling.study import read_study
 from megatron_spo.scaling.table import _cost
-from tests.support.tiny import FAMILIES, tiny_model, tiny_run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    tiny_run(
-        folder,
-        shape={"num_hidden_layers": 1},
-        pairs=32,
-        held_out=8,
-        reference=None,
-        loss={"name": "simpo"},
-        training={"global_batch_size": 4, "eval_every": 2},
-        logging=None,
-    ).rename(folder / "base.yaml")
-    return folder
+from tests.support.tiny import FAMILIES, tiny_model
 
 
 def write_study(folder: Path, name: str, **spec: Any) -> Path:
@@ -136,7 +120,10 @@ def test_a_failed_run_loses_no_other(folder: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as ended:
         main(["scaling", "study", str(study)])
     assert ended.value.code == 1
-    shown = capsys.readouterr().out
+    shown, logged = capsys.readouterr()
+    assert "run 1 of 4 (case=good): train; log in " in logged
+    assert "run 1 of 4 (case=good): done, " in logged
+    assert "run 2 of 4 (case=infinite): train failed: " in logged
     rows = table(study)
     assert [row["state"] for row in rows] == ["done", "failed", "failed", "failed"]
     assert rows[1]["reason"].startswith("train ended with code 3: ")
@@ -207,7 +194,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_steps_without_a_line_are_counted() -> None:
     lines = [{"kind": "train", "step": step, "tokens": 100, "seconds": 0.5} for step in (4, 8, 10)]
     run = Run(lines=lines, config={}, status={}, provenance={}, held_out={}, samples=[])
-    assert _cost(run) == {"seconds": 5.0, "training_steps": 10, "D": 1000}
+    assert _cost(run) == {"seconds": 5.0, "training_steps": 10, "D": 1000, "U": 1000}
+    run.lines[-1]["epoch"] = 2.5
+    assert _cost(run)["U"] == 400
 
 
 @pytest.mark.parametrize("case", REFUSED)
