@@ -46,7 +46,7 @@ def test_training_from_it(
     text, values = init(desk, capsys, "model", "pairs.jsonl", f"data.eval={desk}/held-out.jsonl", *tiny)
     (tmp_path / "my.yaml").write_text(text)
     assert values["output"] == "runs/pairs" and values["reference"]["cache"] == "runs/pairs-reference"
-    assert values["checkpoint"]["every"] == 10 and values["training"]["eval_every"] == 3
+    assert values["checkpoint"]["every"] == 10 and values["training"]["eval_every"] == 7
     for line in text.splitlines():
         if line.startswith(("# Run: megatron-spo", "#      megatron-spo")):
             words = line.replace("# Run:", "").partition("  (")[0].split()
