@@ -61,8 +61,10 @@ def initial_configuration(request: Request) -> str:
         folder = str(hub.download(folder, "MODEL", hub.SMALL_FILES))
     output = f"runs/{Path(request.pairs).stem or 'run'}"
     values: dict[str, Any] = {"output": output, "model": {"path": request.model}, "data": {"train": request.pairs},
-                              "reference": {"cache": f"{output}-reference"}}  # fmt: skip
+                              "reference": {"cache": "reference"}}  # fmt: skip
     config = load_values(values, "init", request.overrides, elsewhere=True)
+    if not any(override.startswith("reference.cache=") for override in request.overrides):
+        values["reference"]["cache"] = f"{values['output']}-reference"
     given = {f"{name}.{key}" for name, section in values.items() if isinstance(section, dict) for key in section}
     shape = shape_of(folder)
     lengths = _lengths(config, shape, given, folder)
