@@ -96,6 +96,7 @@ ABSENT = (
     Row("", "optim", "optimizer_type", "policy.optimizer.name", "AdamW with fp32 state, sharded over the data-parallel GPUs; 8-bit and paged optimizers are absent"),
     Row("", "deepspeed fsdp fsdp_config", "deepspeed fsdp fsdp_config fsdp_version", "policy.dtensor_cfg policy.megatron_cfg", "Megatron's parallelism: see the section parallel"),
     Row("", "attn_implementation use_liger_kernel", "flash_attention sdp_attention xformers_attention", "policy.megatron_cfg.apply_rope_fusion", "the fastest kernel is chosen; logits are never stored for all positions"),
+    Row("", "save_only_model", "save_only_model", "", "every checkpoint can resume, at 14 bytes per parameter in bf16; set checkpoint.keep=1 and remove checkpoints/ after the export"),
     Row("", "resume_from_checkpoint overwrite_output_dir", "resume_from_checkpoint auto_resume_from_checkpoints", "", "the same command resumes; use another output to start anew"),
     Row("", "push_to_hub hub_model_id", "hub_model_id hub_strategy", "", "after training: megatron-spo convert RUN DST --to hf --push REPO"),
     Row("", "sync_ref_model ref_model_mixup_alpha", "", "", "the reference is fixed: SPO needs its optimum v"),

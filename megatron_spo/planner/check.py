@@ -22,7 +22,7 @@ from megatron_spo.planner.gpus import GIB, Gpu
 from megatron_spo.planner.layouts import PlannedRun, plan_layout, ranked
 from megatron_spo.planner.presets import shape_of
 from megatron_spo.planner.rows import lengths_of
-from megatron_spo.planner.tables import as_overrides, describe, is_tight, run_hours, steps_of
+from megatron_spo.planner.tables import as_overrides, describe, duration, is_tight, run_hours, steps_of
 
 CACHE_BYTES = 24
 """Bytes of the reference cache per pair."""
@@ -71,7 +71,7 @@ def check_run(path: str, overrides: Sequence[str], gpus: int | None, gpu: Gpu) -
     config = load_config(path, overrides, world_size=count, elsewhere=True)
     replicas = count // (parallel.tensor * parallel.pipeline * parallel.context)
     yield Finding("configuration", "ok", f"{path}: {', '.join(config.loss.names)}, spo.schedule: {config.spo.schedule}")
-    yield Finding("layout", "ok", f"{count} GPUs: {describe(parallel)}, {replicas} data-parallel replicas")
+    yield Finding("layout", "ok", f"{count} GPUs: {describe(parallel)}, data parallel {replicas}")
     yield from _this_machine(config)
     folder, model = _model(config)
     shape = shape_of(str(folder))
@@ -167,10 +167,10 @@ def _memory(job: PlannedRun) -> Iterator[Finding]:
         return
     seconds = plan.speed.step.total
     yield Finding(
-        "time", "ok", f"{seconds:.2g} s per step, {steps_of(job)} steps, {run_hours(job, plan):.2g} h, computed"
+        "time", "ok", f"{seconds:.2g} s per step, {steps_of(job)} steps, {duration(run_hours(job, plan))}, computed"
     )
     fastest = next((one for one in fitting if not is_tight(job, one)), None)
     if fastest and fastest.speed and fastest.speed.step.total < BETTER * seconds:
         less = 1 - fastest.speed.step.total / seconds
-        yield Finding("layout", "note", f"{describe(fastest.parallel)} takes {less:.0%} less time: "
-                      f"{as_overrides(fastest.parallel)}")  # fmt: skip
+        keys = as_overrides(fastest.parallel) or "parallel.tensor=1 parallel.pipeline=1"
+        yield Finding("layout", "note", f"{describe(fastest.parallel)} takes {less:.0%} less time: {keys}")

@@ -18,7 +18,7 @@ from megatron_spo.planner.gpus import GIB, Gpu, find_gpu
 from megatron_spo.planner.layouts import Plan, PlannedRun, ranked
 from megatron_spo.planner.presets import shape_of
 from megatron_spo.planner.rows import Lengths, measured_lengths
-from megatron_spo.planner.tables import describe, is_tight, run_hours, steps_of
+from megatron_spo.planner.tables import describe, duration, is_tight, run_hours, steps_of
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCHES, STEPS = (128, 64, 32, 16, 8, 4), 50
@@ -61,8 +61,10 @@ def initial_configuration(request: Request) -> str:
         folder = str(hub.download(folder, "MODEL", hub.SMALL_FILES))
     output = f"runs/{Path(request.pairs).stem or 'run'}"
     values: dict[str, Any] = {"output": output, "model": {"path": request.model}, "data": {"train": request.pairs},
-                              "reference": {"cache": f"{output}-reference"}}  # fmt: skip
+                              "reference": {"cache": "reference"}}  # fmt: skip
     config = load_values(values, "init", request.overrides, elsewhere=True)
+    if not any(override.startswith("reference.cache=") for override in request.overrides):
+        values["reference"]["cache"] = f"{values['output']}-reference"
     given = {f"{name}.{key}" for name, section in values.items() if isinstance(section, dict) for key in section}
     shape = shape_of(folder)
     lengths = _lengths(config, shape, given, folder)
@@ -99,7 +101,7 @@ def _with_lengths(values: dict[str, Any], lengths: Lengths, shape: ModelShape, g
     if values.get("spo", {}).get("schedule", "penalty") not in ("penalty", "dual"):
         del chosen["spo"]
     if "eval" in values["data"]:
-        chosen["training"]["eval_every"] = max(steps // 8, 1)
+        chosen["training"]["eval_every"] = max(steps // 4, 1)
     merged = {name: {**chosen.get(name, {}), **values.get(name, {})} for name in {*chosen, *values} - {"output"}}
     return {"output": values["output"], **merged}
 
@@ -181,10 +183,9 @@ def _heading(request: Request, choice: Choice, values: dict[str, Any]) -> Iterat
     yield f"# {shlex.join(['megatron-spo', 'init', request.model, request.pairs, *request.overrides, *gpus])}"
     where = f"{job.gpus} {job.gpu.name.upper()} ({describe(plan.parallel)})" if job.gpus > 1 else job.gpu.name.upper()
     yield f"# Planned for {where}, computed and not measured:"
-    minutes = 60 * run_hours(job, plan)
-    time = f"{minutes / 60:.1f} h" if minutes >= 100 else f"{minutes:.0f} minutes" if minutes >= 2 else "a minute"
     memory = f"{plan.memory.total / GIB:.0f} of {job.gpu.memory / GIB:.0f} GiB of memory"
-    yield f"# {memory}, {plan.speed.step.total:.2g} s per step, {steps_of(job)} steps, about {time}."
+    time = f"{plan.speed.step.total:.2g} s per step, {steps_of(job)} steps, {duration(run_hours(job, plan))}"
+    yield f"# {memory}, {time}."
     cached = bool(values["reference"].get("cache"))
     if job.gpus > job.gpu.per_node:
         nodes = -(-job.gpus // job.gpu.per_node)
@@ -203,6 +204,7 @@ def _comments(choice: Choice) -> dict[str, str]:
     lengths, config = choice.job.lengths, choice.config
     count = f"{len(lengths)} pairs"
     longest = int((lengths.shared + lengths.chosen_tail).max()), int((lengths.shared + lengths.rejected_tail).max())
+    size = gigabytes(checkpoint_bytes(config, choice.job.shape))
     comments = {
         "output": "the run directory: checkpoints, metrics, report",
         "model.path": "Hugging Face folder or hub id",
@@ -215,7 +217,7 @@ def _comments(choice: Choice) -> dict[str, str]:
         "spo.lambda": "weight of the SFT term; raise it if spo/gap rises",
         "optimizer.lr": f"peak; {'all weights: about 1e-6' if config.lora.rank else 'with LoRA about 1e-4'}",
         "training.global_batch_size": "pairs per step over all GPUs",
-        "checkpoint.every": f"steps; a checkpoint takes {gigabytes(checkpoint_bytes(config, choice.job.shape))}",
+        "checkpoint.every": f"steps, 0: only at the end; a checkpoint takes {size}",
         "training.eval_every": "steps between evaluations of data.eval",
     }
     return {key: f"  # {text}" for key, text in comments.items()}

@@ -137,6 +137,12 @@ def run_hours(job: PlannedRun, plan: Plan) -> float:
     return seconds / 3600
 
 
+def duration(hours: float) -> str:
+    """Returns a time in hours or minutes."""
+    minutes = 60 * hours
+    return f"{hours:.1f} h" if minutes >= 100 else f"{minutes:.0f} minutes" if minutes >= 1.5 else "about a minute"
+
+
 def _parts(job: PlannedRun, plan: Plan, name: str) -> str:
     assert plan.memory and plan.speed and plan.longest
     sizes = ", ".join(f"{part} {size / GIB:.2f}" for part, size in vars(plan.memory).items() if size)

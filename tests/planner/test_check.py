@@ -31,7 +31,7 @@ def test_a_run_that_can_start(folder: Path, capsys: pytest.CaptureFixture[str]) 
     code, text = check(folder, capsys, "--gpus", "4", "parallel.tensor=2")
     assert code == 0, text
     for part in (
-        "ok     layout         4 GPUs: TP2 PP1, 2 data-parallel replicas",
+        "ok     layout         4 GPUs: TP2 PP1, data parallel 2",
         "train: 16 rows; the longest has ",
         f"{folder}/held-out.jsonl: 4 rows",
         "up to 2 at a time",

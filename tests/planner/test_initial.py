@@ -46,7 +46,7 @@ def test_training_from_it(
     text, values = init(desk, capsys, "model", "pairs.jsonl", f"data.eval={desk}/held-out.jsonl", *tiny)
     (tmp_path / "my.yaml").write_text(text)
     assert values["output"] == "runs/pairs" and values["reference"]["cache"] == "runs/pairs-reference"
-    assert values["checkpoint"]["every"] == 10 and values["training"]["eval_every"] == 3
+    assert values["checkpoint"]["every"] == 10 and values["training"]["eval_every"] == 7
     for line in text.splitlines():
         if line.startswith(("# Run: megatron-spo", "#      megatron-spo")):
             words = line.replace("# Run:", "").partition("  (")[0].split()
@@ -76,7 +76,9 @@ def test_lengths_and_batch_follow_the_pairs(desk: Path, capsys: pytest.CaptureFi
     assert values["data"]["max_length"] == 2048 and values["data"]["row_length"] >= 2048
     assert values["training"]["global_batch_size"] == 4
     assert "the longest has 1601." in text and "40 pairs" in text
-    _, values = init(desk, capsys, "Llama-3.1-8B", "pairs.jsonl", "--gpus", "8", "data.row_length=512")
+    given = ["--gpus", "8", "data.row_length=512", "output=out"]
+    _, values = init(desk, capsys, "Llama-3.1-8B", "pairs.jsonl", *given)
+    assert values["reference"] == {"cache": "out-reference"}
     assert values["data"] == {"train": str(desk / "pairs.jsonl"), "max_length": 128, "row_length": 512}
     assert values["training"]["global_batch_size"] == 8
 

@@ -103,7 +103,8 @@ def test_row_plan_counts_every_pair_once() -> None:
     from megatron_spo.planner.rows import assumed_lengths
     from megatron_spo.train.rehearsal import rehearse_rows
 
-    config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml", elsewhere=True)
+    layout = ["parallel.tensor=8", "parallel.pipeline=2", "parallel.virtual_pipeline=null"]  # two replicas
+    config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml", layout, elsewhere=True)
     found = rehearse_rows(config, assumed_lengths(100, 200, 1000, 2048), ranks=2)
     assert found["steps"] == 8 and 0.8 < found["fill"] <= 1 <= found["most over mean work of a rank"] < 1.1
     too_long = assumed_lengths(100, 200, 10, 2048)
