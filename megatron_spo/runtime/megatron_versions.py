@@ -5,7 +5,6 @@ Megatron.
 """
 
 import importlib.util
-import inspect
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,7 @@ class _WithoutTriton(ModuleType):
 def import_without_triton() -> None:
     """Lets Megatron-Core be imported if Triton is not installed, as with CPU builds of torch.
 
-    Call it before the import. The kernels belong to the key `moe_paged_stash` of Megatron's configuration, which this
-    package does not set.
+    The kernels belong to the key `moe_paged_stash` of Megatron's configuration, which this package does not set.
     """
     package = importlib.util.find_spec("megatron.core")
     if package is None or importlib.util.find_spec("triton") is not None:
@@ -52,6 +50,8 @@ def import_without_triton() -> None:
 def own_writer() -> dict[str, str]:
     """Returns the arguments of `async_save` for Megatron's own writer; 0.17 and later prefer that of
     nvidia-resiliency-ext."""
+    import inspect
+
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     known = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
