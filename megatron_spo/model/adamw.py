@@ -33,6 +33,7 @@ class GroupStepAdamW(torch.optim.AdamW):
             group["step"] += 1
             if not parameters:
                 continue
+            kernel = _kernel(parameters)
             adamw(
                 parameters,
                 [p.grad for p in parameters],
@@ -40,7 +41,8 @@ class GroupStepAdamW(torch.optim.AdamW):
                 [self.state[p]["exp_avg_sq"] for p in parameters],
                 [],
                 list(parameters[0].new_full((len(parameters),), count).unbind()),
-                **_kernel(parameters),
+                foreach=kernel == "foreach",
+                fused=kernel == "fused",
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -51,10 +53,10 @@ class GroupStepAdamW(torch.optim.AdamW):
             )
 
 
-def _kernel(parameters: Sequence[Tensor]) -> dict[str, bool]:
+def _kernel(parameters: Sequence[Tensor]) -> str:
     """Returns the kind of torch's kernel. On a GPU it is the fused one, because `foreach` holds the square roots of all
     second moments at once."""
-    return {"fused": True} if parameters[0].is_cuda else {"foreach": len(parameters) > 1}
+    return "fused" if parameters[0].is_cuda else "foreach" if len(parameters) > 1 else "loop"
 
 
 def keep_step_in_group(optimizer: Any) -> None:

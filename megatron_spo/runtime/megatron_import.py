@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from megatron_spo.runtime.megatron_versions import import_without_triton
-
 HIDDEN = {
     "wandb": "inference/contexts/dynamic_context.py and timers.py: the writers of its inference engine and its timers",
     "tensorboard": "timers.py: the same",
@@ -62,7 +60,6 @@ def import_megatron() -> None:
         for package in hidden:
             sys.modules[package] = None  # type: ignore[assignment]  # importing it raises ImportError now
         torch.compile = compile_when_called
-        import_without_triton()
         import_module("megatron.core")
         jit = import_module("megatron.core.jit")
     finally:

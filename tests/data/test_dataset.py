@@ -356,7 +356,9 @@ def test_loader(tmp_path: Path) -> None:
 
 def test_a_smaller_draw_is_contained_in_a_larger_one(tmp_path: Path) -> None:
     files = [lines(tmp_path / f"{name}.jsonl", [pair(f"{name}{i}=") for i in range(20)]) for name in "ab"]
-    data = build_dataset([DataSource(path=str(file)) for file in files], DataConfig(train="a"), PLAIN)
+    data = build_dataset(
+        [DataSource(path=str(file)) for file in files], DataConfig(train=[DataSource(path="a")]), PLAIN
+    )
 
     def places(rows: int, seed: int) -> list[str]:
         drawn = data.drawn(rows, seed)
