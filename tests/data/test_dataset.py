@@ -131,17 +131,6 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         build(tmp_path / "latin.jsonl")
 
 
-def test_neither_file_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match="nobody/nothing is neither a local file nor a data set .*ConnectionError"):
-        build([DataSource(path="nobody/nothing")])
-
-
 def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Like common binarised data sets: a prompt string, whole conversations, and other columns."""
     import datasets

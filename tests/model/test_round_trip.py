@@ -62,7 +62,7 @@ def test_weights_come_back_bit_for_bit(tmp_path, family, overrides):
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token == "<eos>"
     assert (tmp_path / "hf/generation_config.json").exists()
     card = (tmp_path / "hf/README.md").read_text()
-    assert 'base_model: "model"' in card and str(tmp_path) not in card
+    assert '| base model | `"model"` |' in card and "base_model:" not in card and str(tmp_path) not in card
     for entry in ('| spo.schedule | `"sft"` |', "| optimizer steps | `1` |", "| data, train |", "| loss |"):
         assert entry in card
 
