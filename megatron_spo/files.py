@@ -75,7 +75,23 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial.rename(target)
 
 
-def write_output(path: Path, text: str) -> None:
+def check_output(path: Path) -> None:
+    """Checks, before a long computation, that `write_output` will be able to write a file; creates its folder.
+
+    Raises:
+        UserError: it will not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+
+
+def write_output(path: Path, content: str | bytes) -> None:
     """Writes a file that the user requested, and creates its folder. Unpaired surrogates become question marks.
 
     Raises:
@@ -83,6 +99,6 @@ def write_output(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode("utf-8", errors="replace"))
+        write_whole(path, content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_spo.runtime.env import world_size
+from megatron_spo.runtime.env import in_slurm, world_size
 
 if TYPE_CHECKING:
     from megatron_spo.config.schema import Config
@@ -25,8 +25,9 @@ class CommandParser(argparse.ArgumentParser):
 def add_configuration(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments CONFIG.yaml and section.key=value; the help lists all keys."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="value (YAML) that replaces a "
-                        "key of the file")  # fmt: skip
+    # the default keeps argparse from naming this argument among the required ones
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="value (YAML) that "
+                        "replaces a key of the file")  # fmt: skip
     if isinstance(parser, CommandParser):
         parser.make_epilog = _keys
 
@@ -39,7 +40,7 @@ def read_configuration(options: argparse.Namespace) -> "Config":
     """
     from megatron_spo.config.load import load_config
 
-    return load_config(options.config, options.overrides, world_size=world_size())
+    return load_config(options.config, options.overrides, world_size=world_size(), in_slurm=in_slurm())
 
 
 def _keys() -> str:

@@ -18,7 +18,12 @@ from megatron_spo.errors import UserError
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, elsewhere: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    elsewhere: bool = False,
+    in_slurm: bool = False,
 ) -> Config:
     """Loads, checks and resolves a configuration.
 
@@ -29,6 +34,7 @@ def load_config(
         overrides: such as "loss.beta=0.2"; the value is YAML.
         world_size: number of processes, for which the layout is checked as well; None checks it when they start.
         elsewhere: the run takes place on another machine, so that nothing is asked of this one.
+        in_slurm: messages are for a SLURM job.
 
     Raises:
         UserError: with one line per mistake.
@@ -43,7 +49,7 @@ def load_config(
         raise UserError("\n".join(lines)) from None
     shape = _shape_of(config)
     config = _resolve(config, given, shape)
-    broken = broken_rules(Facts(config, given, shape, world_size, elsewhere))
+    broken = broken_rules(Facts(config, given, shape, world_size, elsewhere, in_slurm))
     if broken:
         raise UserError("\n".join(f"{path}: {message}" for message in broken))
     return config

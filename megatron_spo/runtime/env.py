@@ -1,6 +1,7 @@
 """Reads environment variables, such as those set by a launcher (torchrun, srun). No other module reads them."""
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -20,6 +21,16 @@ def launched() -> bool:
 def has_agent() -> bool:
     """Returns whether torchrun's agent supervises this process; the agent forwards the signals it receives."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def in_slurm() -> bool:
+    """Returns whether this process belongs to a SLURM job."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def host() -> str:
+    """Returns the name of this machine, as SLURM names it in a SLURM job."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def main_address() -> str:
