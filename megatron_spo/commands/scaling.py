@@ -17,7 +17,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--law", choices=LAW_NAMES, required=True, help="chinchilla: loss from N and D; power: loss from "
                      "x; overoptimization: reward from kl; stability: steps from lr, beta, lambda and N")  # fmt: skip
     fit.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    fit.add_argument("--plot", type=Path, help="SVG file to write: the fit and its residuals")
+    fit.add_argument("--plot", type=Path, help="SVG, PNG or PDF file to write, by its name: "
+                     "the fit and its residuals")  # fmt: skip
     fit.add_argument("--column", action=_Pairs, default={}, metavar="NAME=COLUMN", help="name in POINTS of the law's "
                      "column NAME; can be repeated")  # fmt: skip
     fit.add_argument("--flops", type=float, nargs="+", default=[], help="chinchilla: compute budgets 6 N D for "

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_spo.errors import UserError
+from megatron_spo.meter import Meter
 from megatron_spo.scaling.additive import CHINCHILLA, POWER
 from megatron_spo.scaling.law import LEVEL, Ask, Law, Unidentified, Values, interval
 from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
@@ -89,7 +89,7 @@ def resample(law: Law, points: Columns, values: Values, count: int, seed: int) -
     draws: list[Values] = []
     number = len(_any(points))
     generator = np.random.default_rng(seed)
-    with tqdm(total=count, desc="bootstrap", unit="fit", disable=None) as progress:
+    with Meter("bootstrap", count, "fits") as meter:
         for _ in range(TRIES * count):
             if len(draws) == count:
                 break
@@ -102,7 +102,7 @@ def resample(law: Law, points: Columns, values: Values, count: int, seed: int) -
                 continue
             if found.keys() == values.keys():  # a draw in which a cause does not vary has no coefficient for it
                 draws.append(found)
-                progress.update()
+                meter.advance()
     if len(draws) < count:
         raise Unidentified(
             f"only {len(draws)} of {TRIES * count} bootstrap draws determine the law: it depends on too few points; "

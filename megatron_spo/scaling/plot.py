@@ -8,8 +8,9 @@ from megatron_spo.report import figures
 from megatron_spo.scaling.fit import Fit
 
 
-def draw(fit: Fit) -> str:
-    """Returns an SVG for a file. Runs that never crossed the bound (law stability) have hollow markers."""
+def draw(fit: Fit, extension: str) -> bytes:
+    """Returns the content of a file with an extension of figures.IMAGES. Runs that never crossed the bound (law
+    stability) have hollow markers."""
     law, points, values = fit.law, fit.points, fit.values
     seen = points[law.outcome]
     predicted, left = law.predict(values, points), law.residuals(values, points)
@@ -33,4 +34,4 @@ def draw(fit: Fit) -> str:
         if law.size(points).min() > 0:
             residuals.set(xscale="log")
         residuals.set(title="Residuals", xlabel=law.size_name, ylabel=law.unit)
-        return figures.file_svg(figure)
+        return figures.file_image(figure, extension)

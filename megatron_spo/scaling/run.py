@@ -6,11 +6,12 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-
-from tqdm import tqdm
+from typing import Any
 
 from megatron_spo.errors import UserError
-from megatron_spo.files import write_output
+from megatron_spo.files import check_output, write_output
+from megatron_spo.meter import Meter
+from megatron_spo.report.figures import IMAGES
 from megatron_spo.scaling.fit import LAWS, fit
 from megatron_spo.scaling.law import Ask
 from megatron_spo.scaling.models import write_models
@@ -33,17 +34,33 @@ def fit_points(options: argparse.Namespace) -> str:
     for name, given in (("flops", options.flops), ("stable_steps", options.stable_steps), ("at", options.at)):
         if given and law.name != ("chinchilla" if name == "flops" else "stability"):
             raise UserError(f"--{name.replace('_', '-')} is not supported with --law {law.name}; omit it")
+    for path in (options.out, *([options.plot] if options.plot else [])):
+        check_output(path)
+    if options.plot and options.plot.suffix.lower() not in IMAGES:
+        raise UserError(f"--plot {options.plot}: the name must end in {', '.join(IMAGES)}")
     points = read_points(options.points, law.required, law.optional, options.column)
     ask = Ask(options.flops, options.stable_steps, number_pairs(options.at, "--at"))
     found = fit(law, points, ask, bootstrap=options.bootstrap, seed=options.seed)
     write_output(options.out, json.dumps(found.report, indent=1) + "\n")
     if options.plot:
-        write_output(options.plot, draw(found))
+        write_output(options.plot, draw(found, options.plot.suffix.lower()))
     lines = [f"{law.name}: {found.report['points']} points, held out {found.report['held_out']['points']}: mean "
              f"absolute error {found.report['held_out']['mean_absolute']:.3g} ({law.unit})"]  # fmt: skip
     for name, (low, high) in found.report["intervals"].items():
         lines.append(f"{name:>10s} {found.values[name]:12.5g}   {low:.5g} to {high:.5g}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_answers(found.report), f"all numbers: {options.out}"])
+
+
+def _answers(report: Mapping[str, Any]) -> list[str]:
+    """Returns one line for each value of --flops and --stable-steps."""
+    lines = [f"{one['flops']:.3g} FLOPs: N = {one['N']:.3g} parameters and D = {one['D']:.3g} tokens give the lowest "
+             f"loss, {one['loss']:.4g}" for one in report.get("compute_optimal", {}).get("at", [])]  # fmt: skip
+    for one in report.get("stable_lambda", []):
+        known = "no lambda keeps a run" if one["lambda"] is None else f"lambda = {one['lambda']:.3g} keeps a run"
+        if one["lambda_interval"]:
+            known += f" ({one['lambda_interval'][0]:.3g} to {one['lambda_interval'][1]:.3g})"
+        lines.append(f"{one['steps']:,.0f} steps: {known} within the bound with probability {one['probability']:g}")
+    return lines
 
 
 def run_study(options: argparse.Namespace) -> bool:
@@ -82,12 +99,12 @@ def run_all(study: Study, runs: Sequence[StudyRun], workers: int) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(runs), desc=study.path.stem, unit="run", disable=None) as progress,
+        Meter(study.path.stem, len(runs), "runs") as meter,
     ):
         try:
             for done in as_completed([pool.submit(runner.run, study, run) for run in runs]):
                 done.result()
-                progress.update()
+                meter.advance()
         except BaseException:
             runner.stop()
             pool.shutdown(cancel_futures=True)
