@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "estimate memory, time and cost of a run and list the layouts that fit, without a GPU",
     "rehearse": "build a layout rank by rank without its GPUs, and check it",
     "scaling": "fit scaling laws and run scaling studies",
+    "status": "show where a run, a job or a study stands: step, time left, speed, alarms, what it waits for",
     "report": "plot one or more runs into one HTML page",
     "doctor": "show what is installed, what is missing, and what that affects",
 }

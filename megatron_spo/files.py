@@ -75,6 +75,22 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial.rename(target)
 
 
+def check_output(path: Path) -> None:
+    """Checks, before a long computation, that `write_output` will be able to write a file; creates its folder.
+
+    Raises:
+        UserError: it will not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+
+
 def write_output(path: Path, content: str | bytes) -> None:
     """Writes a file that the user requested, and creates its folder. Unpaired surrogates become question marks.
 

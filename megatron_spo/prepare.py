@@ -11,13 +11,14 @@ from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
+from megatron_spo.convert.weights import check_folder_weights, open_weights
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import ModelLimits, config_of
 from megatron_spo.model.build import PairModel, build_model
 from megatron_spo.model.experts import freeze_routers
-from megatron_spo.model.hf_files import check_weights, locate_model
+from megatron_spo.model.hf_files import locate_model
 from megatron_spo.model.settings import transformer_config
 from megatron_spo.model.weights import fill_randomly, load_hf_weights
 from megatron_spo.runtime import env, processes
@@ -80,9 +81,9 @@ def read_inputs(config: Config, runtime: Runtime) -> Inputs:
 
 def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     folder = locate_model(config.model.path)
-    shape, progress = read_model_shape(folder), is_main and config.logging.progress
+    shape, progress = read_model_shape(folder), shows_progress(config)
     if is_main and config.model.init != "random":
-        check_weights(folder, shape)
+        check_folder_weights(folder, shape)
         config_of(folder)
     if broken := broken_rules(Facts(config, frozenset(), shape, None)):  # the shape of a hub model is known only now
         raise UserError("\n".join(broken))
@@ -115,6 +116,11 @@ def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list
     return names
 
 
+def shows_progress(config: Config) -> bool:
+    """Returns whether this process shows the progress of long tasks."""
+    return env.rank() == 0 and config.logging.progress
+
+
 def make_model(config: Config, inputs: Inputs) -> list[PairModel]:
     """Builds this rank's chunks of the policy, with their initial weights.
 
@@ -129,5 +135,7 @@ def make_model(config: Config, inputs: Inputs) -> list[PairModel]:
             if config.model.init == "random":
                 fill_randomly(chunk, inputs.shape, config.training.seed)
             else:
-                load_hf_weights(chunk, inputs.shape, inputs.folder)
+                load_hf_weights(
+                    chunk, inputs.shape, open_weights(inputs.folder, inputs.shape), shown=shows_progress(config)
+                )
     return chunks

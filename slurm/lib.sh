@@ -8,7 +8,7 @@ KNOWN=" SPO_AT_ONCE SPO_ATTEMPTS SPO_CACHE SPO_CONFIG SPO_CONTAINER SPO_DEVICE S
  SPO_REFERENCE_NODES SPO_STEPS SPO_STUDY SPO_STUDY_PART "
 
 ALL_STEPS="reference train export evaluate"
-job_log=/dev/null
+job_log=/dev/null at_start=''
 say() {
     echo "$(date '+%F %T') job ${SLURM_JOB_ID:-none}.${SLURM_RESTART_COUNT:-0}: $*" | tee -a "$job_log" >&2
 }
@@ -54,6 +54,7 @@ begin() { # MIN_FREE_GB
     SPO_OUT=$(cd "$SPO_OUT" && pwd)
     job_log=$SPO_OUT/logs/job.log
     own_the_folder
+    at_start=$(progress)
     set_start_options
     say "starts on $SLURM_JOB_NODELIST; logs in $SPO_OUT/logs"
     check_nodes "${SPO_MIN_FREE_GB:-$1}"
@@ -186,16 +187,19 @@ progress() { # a checksum that changes when a step, a checkpoint or a part of th
 
 # Requeues the job, unless it made no progress in several attempts or somebody else has ended it.
 again() { # WHY
-    local file=$SPO_OUT/logs/attempts job='' count=0 before='' now state
-    now=$(progress)
-    [[ ! -r $file ]] || read -r job count before <"$file"
-    [[ $job == "$SLURM_JOB_ID" && $before == "$now" ]] || count=0
-    count=$((count + 1))
-    echo "$SLURM_JOB_ID $count $now" >"$file"
+    local file=$SPO_OUT/logs/attempts job='' count=0 tried='' state
+    [[ ! -r $file ]] || read -r job count <"$file"
+    [[ $job == "$SLURM_JOB_ID" ]] || count=0
+    if [[ $(progress) == "$at_start" ]]; then
+        count=$((count + 1)) tried=" (attempt $count of $SPO_ATTEMPTS without progress)"
+    else
+        count=0
+    fi
+    echo "$SLURM_JOB_ID $count" >"$file"
     ((count <= SPO_ATTEMPTS)) || die 4 "$1; no progress in $SPO_ATTEMPTS attempts in a row (SPO_ATTEMPTS); see $SPO_OUT/logs"
     state=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
     [[ $state == RUNNING ]] || die 75 "$1; not requeued, because the job is $state"
-    say "$1; requeueing the job (attempt $count of $SPO_ATTEMPTS without progress)"
+    say "$1; requeueing the job$tried"
     scontrol requeue "$SLURM_JOB_ID" || die 75 "the job could not be requeued; submit the same script again to resume"
     sleep 600 & wait || true # until SLURM ends this shell
     exit 75
@@ -232,7 +236,7 @@ step() { # NAME NODES TASKS_PER_NODE ARGUMENTS ...: runs `megatron-spo ARGUMENTS
 run_steps() {
     local common nodes=$SLURM_JOB_NUM_NODES tasks=$SLURM_NTASKS_PER_NODE model name words
     split "${SPO_OVERRIDES:-}"
-    common=("output=$SPO_OUT/run" logging.progress=false)
+    common=("output=$SPO_OUT/run")
     [[ " $SPO_STEPS " != *" reference "* ]] || : "${SPO_CACHE:=$SPO_OUT/reference}"
     [[ -z ${SPO_CACHE:-} ]] || common+=("reference.cache=$SPO_CACHE")
     common+=("${words[@]}")

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_spo import cli
 from megatron_spo.config.schema import Config, keys_of, section_class
-from tests.support.tiny import arithmetic_pairs, tiny_model, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_judge, tiny_model, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "tools/bench/README.md")]
@@ -170,6 +170,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     tiny_model(desk / "model", num_hidden_layers=2)
     write_jsonl(desk / "pairs.jsonl", arithmetic_pairs(16))
+    tiny_judge(desk / "my-judge", max_position_embeddings=2048)
     for name in ("held-out", "prompts"):
         write_jsonl(desk / f"{name}.jsonl", arithmetic_pairs(6, seed=1))
     (desk / "my.yaml").write_text(CONFIG)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_spo.errors import UserError
 from megatron_spo.files import write_whole
+from megatron_spo.meter import BYTES, Meter
 
 LATEST, BEST = "latest", "best"
 SEAL = "trainer.json"
@@ -140,9 +141,13 @@ def open_checkpoint(folder: Path, *, part: int = 0, parts: int = 1, scales: bool
             raise Damaged(f"{folder / name} is missing")
         if (size := (folder / name).stat().st_size) != expected[0]:
             raise Damaged(f"{folder / name} has {size} bytes instead of {expected[0]}")
-    for name, expected in list(content["files"].items())[part::parts]:
-        if checksum(folder / name) != expected:
-            raise Damaged(f"{folder / name} does not match its checksum, so its content has changed")
+    mine = list(content["files"].items())[part::parts]
+    total = sum(expected[0] for _, expected in mine)
+    with Meter(f"checking {folder.name}", total, BYTES, shown=part == 0) as meter:
+        for name, expected in mine:
+            if checksum(folder / name) != expected:
+                raise Damaged(f"{folder / name} does not match its checksum, so its content has changed")
+            meter.advance(expected[0])
     if part == 0:
         _check_index(folder, scales=scales)
     return Checkpoint(folder, content["state"], content["record"])

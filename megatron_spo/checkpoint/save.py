@@ -9,6 +9,7 @@ import queue
 import secrets
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +72,7 @@ class Saver:
             keep: number of newest checkpoints to keep.
             weights_only: write no optimizer state; the model can be exported, but training cannot resume.
         """
-        self.folder, self.last_saved = folder, ""
+        self.folder, self.last_saved, self.nbytes, self._began = folder, "", 0, 0.0
         self._trainable, self._record, self._keep, self._weights_only = trainable, record, keep, weights_only
         self._open: _Writing | None = None
         if not hasattr(filesystem_async, "_results_queue"):
@@ -82,6 +83,11 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._open is not None
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the last `start`."""
+        return time.monotonic() - self._began
+
     def start(self, state: SavedState, *, in_background: bool) -> None:
         """Starts writing the current weights, optimizer and `state`; `finished` completes the checkpoint.
 
@@ -91,6 +97,7 @@ class Saver:
             SaveFailed: the disk has too little space, or the folder cannot be written to.
         """
         assert self._open is None
+        self._began = time.monotonic()
         partial = Path(on_main(lambda: str(self._make_partial(state.step)), SaveFailed))
         self._trainable.gather_weights()
         everything = weights(self._trainable) if self._weights_only else contents(self._trainable, loading=False)[0]
@@ -135,11 +142,12 @@ class Saver:
         here = sum(t.data.nbytes for t in _sharded_tensors(sharded) if is_main_replica(t.replica_id))
         total = torch.tensor([here], dtype=torch.int64, device=torch.cuda.current_device())
         dist.all_reduce(total)
+        self.nbytes = int(total)
 
         def check() -> None:
             free = shutil.disk_usage(self.folder).free
-            if free < int(total):
-                raise OSError(f"the checkpoint needs {int(total):,} bytes, but only {free:,} are free")
+            if free < self.nbytes:
+                raise OSError(f"the checkpoint needs {self.nbytes:,} bytes, but only {free:,} are free")
 
         on_main(check, SaveFailed)
 

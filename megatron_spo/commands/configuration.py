@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_spo.runtime.env import world_size
+from megatron_spo.runtime.env import in_slurm, world_size
 
 if TYPE_CHECKING:
     from megatron_spo.config.schema import Config
@@ -48,8 +48,9 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments section.key=value, and `--help SECTION`."""
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="value (YAML) that replaces a "
-                        "key of the file")  # fmt: skip
+    # the default keeps argparse from naming this argument among the required ones
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="value (YAML) that "
+                        "replaces a key of the file")  # fmt: skip
     parser.add_argument("-h", "--help", nargs="?", metavar="SECTION", action=SectionHelp, default=argparse.SUPPRESS,
                         help="show this help, or the keys of a section of the configuration")  # fmt: skip
     if isinstance(parser, CommandParser):
@@ -64,7 +65,7 @@ def read_configuration(options: argparse.Namespace) -> "Config":
     """
     from megatron_spo.config.load import load_config
 
-    return load_config(options.config, options.overrides, world_size=world_size())
+    return load_config(options.config, options.overrides, world_size=world_size(), in_slurm=in_slurm())
 
 
 def _sections() -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_spo.errors import UserError
-from megatron_spo.files import write_output
+from megatron_spo.files import check_output, write_output
+
+if TYPE_CHECKING:
+    from megatron_spo.evaluate.answers import Answers
 
 MODES = {
-    "ANSWERS": {"answers", "alpaca_eval", "generator"},
+    "ANSWERS": {"answers", "alpaca_eval", "generator", "reward_model", "scores", "batch_size"},
     "--pairs": {"model", "pairs", "reference", "batch_size", "max_length", "truncation", "bad_rows"},
     "--tasks": {"model", "tasks", "batch_size"},
 }
@@ -21,13 +25,18 @@ BATCH_SIZE = 8
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command. Options that are not given are None."""
-    parser.add_argument("answers", metavar="ANSWERS.jsonl", nargs="*", type=Path, help="output of `generate`; "
-                        "two files with the same prompts: also the paired difference, second minus first")  # fmt: skip
+    parser.add_argument("answers", metavar="ANSWERS.jsonl", nargs="*", default=[], type=Path, help="output of "
+                        "`generate`; two files with the same prompts: also the paired difference, second minus "
+                        "first")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file to write all results to")
     parser.add_argument(
         "--alpaca-eval", type=Path, metavar="FILE", help="file to write the answers to in AlpacaEval's format"
     )
     parser.add_argument("--generator", help="model name in the AlpacaEval file [FOLDER/NAME of ANSWERS.jsonl]")
+    parser.add_argument("--reward-model", type=Path, metavar="FOLDER", help="score the answers with a reward model, a "
+                        "Hugging Face sequence classifier; two files: also the win rate of the second")  # fmt: skip
+    parser.add_argument("--scores", type=Path, nargs="+", metavar="SCORES.jsonl", help="scores of a judge instead: one "
+                        "file for each file of answers, with a list `scores` in each row")  # fmt: skip
     model = parser.add_argument_group("evaluation of a model instead of answers")
     model.add_argument("--model", type=Path, help="model folder in Hugging Face format")
     model.add_argument("--pairs", metavar="DATA", help="preference pairs to rank: file or hub id, as in data.train")
@@ -51,6 +60,9 @@ def run(options: argparse.Namespace) -> None:
     mode = _mode(options)
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"evaluate: --batch-size is {options.batch_size}; must be at least 1")
+    for path in (options.out, options.alpaca_eval):
+        if path is not None:
+            check_output(path)
     shown, found = {"ANSWERS": _answers, "--pairs": _pairs, "--tasks": _tasks}[mode](options)
     if options.out:
         _write(options.out, found)
@@ -76,7 +88,7 @@ def _answers(options: argparse.Namespace) -> tuple[str, Any]:
 
     if len(options.answers) > 2:
         raise UserError(f"evaluate: got {len(options.answers)} answer files; give one, or two to compare")
-    files = [read_answers(path) for path in options.answers]
+    files = _judged([read_answers(path) for path in options.answers], options)
     compared = differences(*files) if len(files) == 2 else {}
     if options.alpaca_eval:
         if len(files) == 2:
@@ -86,7 +98,33 @@ def _answers(options: argparse.Namespace) -> tuple[str, Any]:
     found = {"files": [file.as_json() for file in files]}
     if compared:
         found["differences"] = {name: vars(one) for name, one in compared.items()}  # type: ignore[assignment]
-    return table(files, compared), found
+    wins = None
+    if len(files) == 2 and files[0].rewards and files[1].rewards:
+        from megatron_spo.evaluate.judge import win_rate
+
+        wins = win_rate(files[0].rewards, files[1].rewards)
+        found["win_rate"] = vars(wins)  # type: ignore[assignment]
+    return table(files, compared, wins), found
+
+
+def _judged(files: list[Answers], options: argparse.Namespace) -> list[Answers]:
+    """Returns the files of answers with the scores of a judge or a reward model, if one is given."""
+    if options.scores and options.reward_model:
+        raise UserError("evaluate: give either --scores or --reward-model")
+    if options.batch_size and not options.reward_model:
+        raise UserError("evaluate: --batch-size is not supported with ANSWERS without --reward-model; remove it")
+    if not options.scores and not options.reward_model:
+        return files
+    from megatron_spo.evaluate.judge import read_scores, score_by_model
+
+    if options.reward_model:
+        rewards = score_by_model(options.reward_model, files, options.batch_size or BATCH_SIZE)
+    elif len(options.scores) != len(files):
+        raise UserError(f"evaluate: got {len(options.scores)} files for --scores; give one for each of the "
+                        f"{len(files)} files of answers, in the same order")  # fmt: skip
+    else:
+        rewards = [read_scores(path, file) for path, file in zip(options.scores, files, strict=True)]
+    return [replace(file, rewards=one) for file, one in zip(files, rewards, strict=True)]
 
 
 def _pairs(options: argparse.Namespace) -> tuple[str, Any]:

@@ -7,7 +7,6 @@ findings and ends with exit code 2.
 """
 
 import argparse
-import sys
 
 from megatron_spo.commands.configuration import add_configuration
 
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides, world_size=options.gpus, elsewhere=True)
     shape = shape_of(config.model.path)
-    found = rehearse(config, shape, options.gpus, progress=sys.stderr.isatty())
+    found = rehearse(config, shape, options.gpus)
     require(check(found, config, shape))
     numbers = summary(found, item=2)
     for name, value in numbers.items():

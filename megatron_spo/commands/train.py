@@ -6,6 +6,7 @@ from megatron_spo.commands.configuration import add_configuration, read_configur
 from megatron_spo.commands.plan import positive_integer
 from megatron_spo.errors import UserError
 from megatron_spo.planner.gpus import GPUS
+from megatron_spo.runtime.env import world_size
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,14 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--gpus and --gpu are only used with --check; the launcher sets the number of processes: "
                         "torchrun --nproc-per-node GPUS -m megatron_spo train ...")  # fmt: skip
     config = read_configuration(options)
-    from megatron_spo.train.run import train  # after the configuration is checked: importing torch takes seconds
+    if world_size() == 1:  # several processes connect first, so that all end if one of them misses a file
+        from megatron_spo.train.before import check_paths, finished
+
+        check_paths(config)
+        if message := finished(config):
+            print(message)
+            return
+    from megatron_spo.train.run import train  # after the checks: importing torch takes seconds
 
     train(config)
 

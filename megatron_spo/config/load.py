@@ -19,7 +19,12 @@ from megatron_spo.errors import UserError
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, elsewhere: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    elsewhere: bool = False,
+    in_slurm: bool = False,
 ) -> Config:
     """Loads, checks and resolves a configuration.
 
@@ -30,11 +35,13 @@ def load_config(
         overrides: such as "loss.beta=0.2"; the value is YAML.
         world_size: number of processes, for which the layout is checked as well; None checks it when they start.
         elsewhere: the run takes place on another machine, so that nothing is asked of this one.
+        in_slurm: messages are for a SLURM job.
 
     Raises:
         UserError: with one line per mistake.
     """
-    return load_values(_read(Path(path)), str(path), overrides, world_size=world_size, elsewhere=elsewhere)
+    values = _read(Path(path))
+    return load_values(values, str(path), overrides, world_size=world_size, elsewhere=elsewhere, in_slurm=in_slurm)
 
 
 def load_values(
@@ -44,6 +51,7 @@ def load_values(
     *,
     world_size: int | None = None,
     elsewhere: bool = False,
+    in_slurm: bool = False,
 ) -> Config:
     """Checks and resolves the content of a configuration file, as `load_config`; `path` is its name in messages.
 
@@ -61,7 +69,7 @@ def load_values(
         raise UserError("\n".join(lines)) from None
     shape = _shape_of(config)
     config = _resolve(config, given, shape)
-    broken = broken_rules(Facts(config, given, shape, world_size, elsewhere))
+    broken = broken_rules(Facts(config, given, shape, world_size, elsewhere, in_slurm))
     if broken:
         raise UserError("\n".join(f"{path}: {message}" for message in broken))
     return config

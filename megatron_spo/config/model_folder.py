@@ -186,11 +186,20 @@ def shard_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if whole.exists():
         return [whole]
-    if (folder / ".metadata").exists():
-        raise UserError(f"{folder} is a Megatron model folder, but model.path must be a Hugging Face model folder; "
-                        f"convert it: megatron-spo convert {folder} DST --to hf")  # fmt: skip
+    if is_megatron(folder):
+        raise UserError(f"{folder} is a Megatron model folder, but this needs a Hugging Face model folder; convert it: "
+                        f"megatron-spo convert {folder} DST --to hf")  # fmt: skip
     raise UserError(f"{folder} contains no safetensors weights ({WEIGHTS} or {INDEX}); save the model with "
                     "save_pretrained of transformers, or set model.init=random for random weights")  # fmt: skip
+
+
+METADATA = ".metadata"
+"""File with the index of a folder in torch's distributed format."""
+
+
+def is_megatron(folder: Path) -> bool:
+    """Returns whether a model folder is in Megatron's format (torch_dist), as `convert --to megatron` writes it."""
+    return (folder / METADATA).exists()
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ class Facts:
         shape: shape of the model, or None if it is not known yet.
         world_size: number of processes, or None if it is not known.
         elsewhere: the run takes place on another machine; rules about the machine are skipped.
+        in_slurm: messages are for a SLURM job.
     """
 
     config: Config
@@ -31,6 +32,7 @@ class Facts:
     shape: ModelShape | None
     world_size: int | None
     elsewhere: bool = False
+    in_slurm: bool = False
 
 
 class Rule(NamedTuple):
@@ -62,7 +64,7 @@ def broken_rules(facts: Facts) -> list[str]:
     messages = [message for key, message in unused_keys(config).items() if key in facts.given and _is_set(config, key)]
     if facts.world_size is not None:
         try:
-            make_topology(config.parallel, facts.world_size)
+            make_topology(config.parallel, facts.world_size, in_slurm=facts.in_slurm)
         except UserError as error:
             messages.append(str(error))
     rules = [rule for rule in RULES if not (facts.elsewhere and rule.of_machine)]

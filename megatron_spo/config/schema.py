@@ -24,7 +24,7 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: str = Field(min_length=1)
-    """folder in Hugging Face format (config.json, safetensors, tokenizer), or a hub id"""
+    """folder in Hugging Face format (config.json, safetensors, tokenizer) or Megatron format, or a hub id"""
     init: Literal["load", "random"] = "load"
     """load the weights, or initialise them at random from config.json and training.seed"""
     tokenizer: str | None = None
@@ -67,7 +67,9 @@ class ReferenceConfig(Section):
     """Log-probs of the frozen reference model."""
 
     cache: str | None = None
-    """cache folder that `megatron-spo reference` fills; null: no cache (with lora: run the model without adapters)"""
+    """cache folder, filled by `reference` or `train`; null: no cache (with lora: run the model without adapters)"""
+    make: bool = True
+    """`train` computes a missing cache before step 1; false: a missing cache is an error"""
 
 
 class LossConfig(Section):
@@ -280,7 +282,7 @@ class LoggingConfig(Section):
     tensorboard: bool = False
     """also write TensorBoard event files to tensorboard/ in the run directory"""
     progress: bool = True
-    """show a progress bar"""
+    """log every step that is in metrics.jsonl, and the progress of long tasks once a minute"""
     report: bool = True
     """write report.html at the end of the run (`megatron-spo report` writes it at any time)"""
 

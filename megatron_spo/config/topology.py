@@ -53,19 +53,20 @@ def expert_tensor(parallel: ParallelConfig) -> int:
     return parallel.tensor if parallel.expert == 1 else 1
 
 
-def make_topology(parallel: ParallelConfig, world_size: int) -> Topology:
-    """Returns the layout on `world_size` processes.
+def make_topology(parallel: ParallelConfig, world_size: int, *, in_slurm: bool = False) -> Topology:
+    """Returns the layout on `world_size` processes. `in_slurm`: messages are for a SLURM job.
 
     Raises:
         UserError: `world_size` is not a multiple of the size of the layout.
     """
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
+        start = "sbatch --nodes=M --ntasks-per-node=N" if in_slurm else "torchrun --nproc-per-node N"
         raise UserError(
             f"{world_size} process{'es are' if world_size > 1 else ' is'} not a multiple of "
             f"parallel.tensor * parallel.pipeline * parallel.context = "
             f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {model_size}; "
-            f"start a multiple of {model_size} processes (torchrun --nproc-per-node N), or set a smaller layout"
+            f"start a multiple of {model_size} processes ({start}), or set a smaller layout"
         )
     layer_size = world_size // parallel.pipeline
     if layer_size % parallel.expert:

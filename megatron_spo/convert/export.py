@@ -8,11 +8,15 @@ from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import LoraConfig
 from megatron_spo.convert.formats.table import FORMATS
 from megatron_spo.convert.source import Model, check_sums, open_model, same, sides_of
-from megatron_spo.convert.work import Conversion, write_shards
+from megatron_spo.convert.work import Conversion, plan_of, write_shards
 from megatron_spo.errors import UserError
 from megatron_spo.files import new_folder
+from megatron_spo.meter import BYTES, Meter
 from megatron_spo.model import hf_files
 from megatron_spo.model.hf_files import locate_model
+
+DONE = ".converted"
+"""File in a converted folder with the digest of source and format, so that a repeated command finds it complete."""
 
 
 def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = False, workers: int = 1) -> list[str]:
@@ -38,21 +42,24 @@ def convert(source: str | Path, target: str | Path, to: str, *, verify: bool = F
     source, target = Path(source), Path(target)
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")
-    _check_free(target)
     if to == "peft":
         return to_peft(source, target)
+    job = Conversion(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
+    if (target / DONE).is_file():
+        return _again(job, target, verify=verify)
+    _check_free(target)
     model = open_model(source)
     if verify and model.kind == "hf":
         check_sums(source)
     if model.kind == to:
         raise UserError(f"{source} is already in the format {to!r}; choose another --to, or copy the folder")
-    job = Conversion(source, to, target.with_name(target.name + ".partial"), hf_files.SHARD_BYTES)
     records = write_shards(job, model, workers)
     notes = FORMATS[to].finish(job.model, model, records)
     if verify:
         _verify(model, job.model)
         notes.append("verified: every tensor equals the source bit for bit")
     total = sum(tensor.nbytes for tensor in model.tensors.values())
+    (job.model / DONE).write_text(plan_of(job, model) + "\n")
     if target.exists():
         target.rmdir()
     job.model.rename(target)
@@ -96,6 +103,23 @@ def to_peft(source: Path, target: Path) -> list[str]:
     return [f"{target}: adapters of rank {lora.rank}", *notes]
 
 
+def _again(job: Conversion, target: Path, *, verify: bool) -> list[str]:
+    """Returns the messages for a target that an earlier call has written from the same source.
+
+    Raises:
+        UserError: If the target was converted from another source, or to another format.
+    """
+    model = open_model(job.source, check=verify)
+    if model.kind == job.to or (target / DONE).read_text().strip() != plan_of(job, model):
+        raise UserError(f"{target} holds another conversion than that of {job.source} to {job.to}; choose another "
+                        "name or remove it")  # fmt: skip
+    notes = [f"{target}: complete, converted by an earlier call"]
+    if verify:
+        _verify(model, target)
+        notes.append("verified: every tensor equals the source bit for bit")
+    return notes
+
+
 def _check_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
@@ -107,7 +131,9 @@ def _verify(model: Model, written: Path) -> None:
         check_sums(written)
     if again.tensors.keys() != model.tensors.keys():
         raise UserError(f"{written}: the set of tensors differs from the source; remove the folder and convert again")
-    for name, tensor in model.tensors.items():
-        if not same(tensor, again.tensors[name]):
-            raise UserError(f"{written}: {name} differs from the source, possibly because of a faulty disk; remove the "
-                            "folder and convert again")  # fmt: skip
+    with Meter("verifying", sum(tensor.nbytes for tensor in model.tensors.values()), BYTES) as meter:
+        for name, tensor in model.tensors.items():
+            if not same(tensor, again.tensors[name]):
+                raise UserError(f"{written}: {name} differs from the source, possibly because of a faulty disk; remove "
+                                "the folder and convert again")  # fmt: skip
+            meter.advance(tensor.nbytes)

@@ -203,7 +203,7 @@ def _open_run(checkpoint: Checkpoint, check: bool) -> Model:
 
         if check:
             adapters.check_origin(checkpoint, origin, shape)
-        base = _open_hf(origin)
+        base = open_model(origin, check=False)
         tensors = adapters.merged_tensors(base.tensors, stored, shape, lora)
         files, notes = files + base.files, base.notes
     else:

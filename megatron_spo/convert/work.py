@@ -6,9 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron_spo.convert.formats.table import FORMATS
 from megatron_spo.convert.source import Model, open_model
 from megatron_spo.errors import UserError
 from megatron_spo.files import put_in_place, write_whole
+from megatron_spo.meter import BYTES, Meter
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,25 @@ def write_shards(job: Conversion, model: Model, workers: int) -> dict[str, Recor
         free = shutil.disk_usage(job.folder).free
         if free < missing:
             raise UserError(f"{job.folder} needs {missing:,} bytes, but only {free:,} are free; free some disk space")
-    if workers == 1 or len(todo) < 2:
-        _write_some(job, shards, todo)
-    else:
-        _share_out(job, shards, todo, workers)
+    total = sum(shard.nbytes for shard in shards)
+    with Meter(f"converting to {job.to}", total, BYTES, done=total - missing) as meter:
+        if workers == 1 or len(todo) < 2:
+            _write_some(job, shards, todo, meter.advance)
+        else:
+            _share_out(job, shards, todo, workers, meter)
     return {shard.name: json.loads(job.record(shard.name).read_text()) for shard in shards}
+
+
+def plan_of(job: Conversion, model: Model) -> str:
+    """Returns the digest of what is converted, and to what: format, configuration, and the files of the source."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
+    sizes = [(shard.name, shard.nbytes) for shard in FORMATS[job.to].shards(model, job.shard_bytes)]
+    return hashlib.sha256(json.dumps([job.to, model.kind, model.config, stats, sizes]).encode()).hexdigest()
 
 
 def _prepare(job: Conversion, model: Model, shards: Sequence[Shard]) -> None:
     """Prepares the working folder, and empties it if an earlier attempt was a different conversion."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in model.files]
-    plan = [job.to, model.kind, model.config, stats, [(shard.name, shard.nbytes) for shard in shards]]
-    fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    fingerprint = plan_of(job, model)
     path = job.folder / "plan"
     if not path.exists() or path.read_text() != fingerprint:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -82,7 +90,8 @@ def _prepare(job: Conversion, model: Model, shards: Sequence[Shard]) -> None:
     write_whole(path, fingerprint)
 
 
-def _write_some(job: Conversion, shards: Sequence[Shard], todo: Sequence[int]) -> None:
+def _write_some(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], count: Callable[[int], None]) -> None:
+    """Writes files, and calls `count` with the bytes of each."""
     parent = multiprocessing.parent_process()
     for shard in (shards[i] for i in todo):
         if parent is not None and not parent.is_alive():
@@ -92,12 +101,13 @@ def _write_some(job: Conversion, shards: Sequence[Shard], todo: Sequence[int]) -
             record = FORMATS[job.to].write(partial, shard.items)
             put_in_place(partial, job.model / shard.name)
             write_whole(job.record(shard.name), json.dumps(record))
+            count(shard.nbytes)
         except OSError as error:
             raise UserError(f"{job.model / shard.name} cannot be written ({error}); fix the cause and run the same "
                             "command again, which resumes from here") from error  # fmt: skip
 
 
-def _share_out(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], workers: int) -> None:
+def _share_out(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], workers: int, meter: Meter) -> None:
     """Writes the files with several processes, each of which gets about the same number of bytes."""
     parts: list[list[int]] = [[] for _ in range(min(workers, len(todo)))]
     for i in sorted(todo, key=lambda i: -shards[i].nbytes):
@@ -112,31 +122,39 @@ def _share_out(job: Conversion, shards: Sequence[Shard], todo: Sequence[int], wo
         process.start()
         pipe.close()
     try:
-        for process, pipe in zip(processes, ours, strict=True):
-            _outcome(process, pipe)
+        working: dict[Connection, BaseProcess] = dict(zip(ours, processes, strict=True))
+        while working:
+            for pipe in wait(list(working)):
+                assert isinstance(pipe, Connection)
+                said = _hear(working[pipe], pipe)
+                if isinstance(said, int):
+                    meter.advance(said)
+                else:
+                    del working[pipe]
     finally:
         for process in processes:
             process.terminate()
             process.join()
 
 
-def _outcome(process: BaseProcess, pipe: Connection) -> None:
-    """Waits for a worker; raises its error, if it failed."""
+def _hear(process: BaseProcess, pipe: Connection) -> int | None:
+    """Returns the bytes that a worker has written, or None if it has ended; raises its error, if it failed."""
     try:
-        error = pipe.recv()
+        said = pipe.recv()
     except EOFError:
         process.join()
         raise UserError(f"a worker process was killed (exit code {process.exitcode}); run the same command again to "
                         "resume from the finished files") from None  # fmt: skip
-    if error is not None:
-        raise error
+    if isinstance(said, Exception):
+        raise said
+    return said
 
 
 def _worker(job: Conversion, todo: Sequence[int], pipe: Connection) -> None:
     outcome: Exception | None = None
     try:
         torch.set_num_threads(1)
-        _write_some(job, FORMATS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo)
+        _write_some(job, FORMATS[job.to].shards(open_model(job.source, check=False), job.shard_bytes), todo, pipe.send)
     except Exception as error:
         outcome = error
     with contextlib.suppress(BrokenPipeError):  # the parent process was killed

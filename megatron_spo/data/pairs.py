@@ -68,28 +68,42 @@ class RawSource:
     file: Path | None
 
 
+KINDS = (".jsonl", ".json", ".parquet")
+"""Extensions of the supported files."""
+
+
 def open_source(source: DataSource) -> RawSource:
     """Opens a JSON lines file, a Parquet file, a folder of save_to_disk or a data set on the hub.
 
     Raises:
         UserError: the source does not exist or cannot be read.
     """
+    check_source(source)
     path = Path(source.path)
-    kind = path.suffix.lower()
     if path.is_dir():
         return _open_folder(path, source.split)
-    if not path.exists() and kind not in (".jsonl", ".json", ".parquet"):
+    if not path.exists():
         return _open_hub(source)
+    return _open_parquet(path) if path.suffix.lower() == ".parquet" else _open_lines(path)
+
+
+def check_source(source: DataSource) -> None:
+    """Checks what the name of a source tells, without reading it.
+
+    Raises:
+        UserError: the file does not exist, or its kind is not supported.
+    """
+    path = Path(source.path)
+    kind = path.suffix.lower()
+    if path.is_dir() or (not path.exists() and kind not in KINDS):
+        return
     if not path.exists():
         raise UserError(f"data: file {source.path} does not exist")
-    if kind in (".jsonl", ".json"):
-        return _open_lines(path)
-    if kind == ".parquet":
-        return _open_parquet(path)
-    raise UserError(
-        f"data: {source.path} has the unsupported extension {kind or '(none)'!r}; "
-        "supported: .jsonl and .json (one JSON object per line), .parquet"
-    )
+    if kind not in KINDS:
+        raise UserError(
+            f"data: {source.path} has the unsupported extension {kind or '(none)'!r}; "
+            "supported: .jsonl and .json (one JSON object per line), .parquet"
+        )
 
 
 def _open_lines(path: Path) -> RawSource:

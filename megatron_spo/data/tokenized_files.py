@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_spo.data.pairs import RawSource, parse_row, without_nulls
 from megatron_spo.data.rows import Example
 from megatron_spo.data.tokenize import LengthLimits, Overlong, RowTokenizer, tokenizer_fingerprint
 from megatron_spo.errors import UserError
+from megatron_spo.meter import Meter
 from megatron_spo.runtime.env import datasets_cache
 
 if TYPE_CHECKING:
@@ -174,14 +176,11 @@ def _build(folder: Path, raw: RawSource, worker: Any, *, num_proc: int, progress
 
 def _write(path: Path, rows: pa.Table, worker: Any, label: str, *, progress: bool) -> str:
     """Tokenises in this process without importing `datasets`, which takes a second. Returns the file name."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(rows), desc=label, unit=" examples", disable=not progress)
-    with bar, pa.ipc.new_stream(str(path), SCHEMA) as stream:
+    with Meter(label, len(rows), "rows", shown=progress) as meter, pa.ipc.new_stream(str(path), SCHEMA) as stream:
         for start in range(0, len(rows), BATCH):
             batch = rows.slice(start, BATCH)
             stream.write_table(worker(batch, range(start, start + len(batch))))
-            bar.update(len(batch))
+            meter.advance(len(batch))
     return path.name
 
 
@@ -192,9 +191,9 @@ def _map(work: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bo
     rows = raw.rows
     if isinstance(rows, pa.Table):
         rows = datasets.Dataset.from_dict({name: to_numpy(rows[name]) for name in rows.column_names})
-    with _progress(progress):
+    with _silent(), _counting(work, Meter(f"tokenising {raw.label}", len(rows), "rows", shown=progress)) as counts:
         result = rows.with_format("arrow").map(
-            worker,
+            functools.partial(_counted, worker=worker, counts=counts),
             batched=True,
             batch_size=BATCH,
             with_indices=True,
@@ -204,22 +203,55 @@ def _map(work: Path, raw: RawSource, worker: Any, *, num_proc: int, progress: bo
             cache_file_name=str(work / "rows.arrow"),
             load_from_cache_file=False,
             new_fingerprint=work.name,
-            desc=f"tokenising {raw.label}",
         )
     return [Path(file["filename"]).name for file in result.cache_files]
 
 
 @contextlib.contextmanager
-def _progress(show: bool) -> Iterator[None]:
-    """Enables or disables the progress bars of `datasets`, and restores their state afterwards."""
+def _silent() -> Iterator[None]:
+    """Disables the progress bars of `datasets`, which would fill a log."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     disabled = are_progress_bars_disabled()
-    (enable_progress_bars if show else disable_progress_bars)()
+    disable_progress_bars()
     try:
         yield
     finally:
-        (disable_progress_bars if disabled else enable_progress_bars)()
+        if not disabled:
+            enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _counting(work: Path, meter: Meter) -> Iterator[Path]:
+    """Shows the progress of several processes: each appends as many bytes to its file in the yielded folder as it has
+    tokenised rows."""
+    counts, ended = work / "counts", threading.Event()
+    counts.mkdir()
+
+    def follow() -> None:
+        known = 0
+        while not ended.wait(1.0):
+            now = sum(file.stat().st_size for file in counts.iterdir())
+            meter.advance(now - known)
+            known = now
+
+    thread = threading.Thread(target=follow, daemon=True)
+    with meter:
+        thread.start()
+        try:
+            yield counts
+        finally:
+            ended.set()
+            thread.join()
+            shutil.rmtree(counts)
+
+
+def _counted(table: pa.Table, indices: Sequence[int], *, worker: Any, counts: Path) -> pa.Table:
+    """Calls the worker and counts its rows."""
+    result = worker(table, indices)
+    with (counts / str(os.getpid())).open("ab") as file:
+        file.write(bytes(len(indices)))
+    return result
 
 
 def _tokenize_batch(

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from megatron_spo.data.json_lines import read_rows
@@ -14,12 +16,15 @@ from megatron_spo.evaluate.scores import AVERAGED, Estimate, Scores, difference,
 
 LABELS = {
     "exact_match": "exact match",
+    "text_match": "same text as reference",
     "malformed": "malformed",
     "rep_4": "repeated 4-grams",
     "length_ratio": "length / reference",
     "distinct_1": "distinct words",
     "distinct_2": "distinct 2-grams",
+    "reward": "reward or judge's score",
 }
+REWARD = "reward"
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,35 @@ class Answers:
         lines: Line number of each row.
         rows: The rows, as `generate` wrote them.
         scores: Their scores.
+        rewards: Scores of each row's responses by a reward model or a judge, if there are any.
     """
 
     path: Path
     lines: list[int]
     rows: list[dict[str, Any]]
     scores: Scores
+    rewards: list[list[float]] | None = None
+
+    def of_rows(self, name: str) -> NDArray[np.float64]:
+        """Returns the mean of a score over each row's answers: fp64 [rows], NaN for rows without a value."""
+        if name == REWARD:
+            return np.array(
+                [np.nan] * len(self.rows) if self.rewards is None else [np.mean(row) for row in self.rewards]
+            )
+        return self.scores.of_rows(name)
 
     def estimates(self) -> dict[str, Estimate]:
         """Returns every mean that can be computed from the file, with its interval."""
-        found = {name: estimate(self.scores.of_rows(name)) for name in AVERAGED}
+        found = {name: estimate(self.of_rows(name)) for name in (*AVERAGED, REWARD)}
         return {name: value for name, value in found.items() if value is not None}
+
+    def note(self) -> str:
+        """Returns which rows exact match is computed from, if not from all."""
+        known = int(np.count_nonzero(~np.isnan(self.scores.of_rows("exact_match"))))
+        if known == len(self.rows):
+            return ""
+        how = "; put it into the field `answer`" if known == 0 else ""
+        return f"exact match: {known} of {len(self.rows)} rows of {self.path.name} have an expected answer{how}"
 
     def as_json(self) -> dict[str, Any]:
         """Returns all scores as JSON-serializable data."""
@@ -49,6 +72,7 @@ class Answers:
             "answers": str(self.path),
             "scores": {**self.scores.metrics(), **{name: asdict(one) for name, one in self.estimates().items()}},
             "rows": [[asdict(one) for one in row] for row in self.scores.answers],
+            **({} if self.rewards is None else {"rewards": self.rewards}),
         }
 
 
@@ -93,7 +117,7 @@ def differences(one: Answers, other: Answers) -> dict[str, Estimate]:
         if mine != theirs:
             raise UserError(f"{other.path} line {other.lines[i]}: the prompt differs from {one.path} line "
                             f"{one.lines[i]}; answer the same prompts with both models")  # fmt: skip
-    found = {name: difference(other.scores.of_rows(name), one.scores.of_rows(name)) for name in AVERAGED}
+    found = {name: difference(other.of_rows(name), one.of_rows(name)) for name in (*AVERAGED, REWARD)}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -119,18 +143,23 @@ def alpaca_eval(answers: Answers, generator: str) -> list[dict[str, str]]:
     return outputs
 
 
-def table(answers: Sequence[Answers], compared: Mapping[str, Estimate]) -> str:
-    """Returns a table for the terminal: one score per line with intervals, and the difference of two files."""
+def table(answers: Sequence[Answers], compared: Mapping[str, Estimate], wins: Estimate | None = None) -> str:
+    """Returns a table for the terminal: one score per line with intervals, and the difference of two files.
+
+    `wins` is the share of comparisons that the second file wins.
+    """
     header = ["", *(file.path.name for file in answers), *(["difference, paired"] if compared else [])]
     columns = [file.estimates() for file in answers]
     lines = [header]
     for name, label in LABELS.items():
         values = [file.scores.metrics().get(name) for file in answers]
-        if any(value is not None for value in values):
+        if any(value is not None for value in values) or any(name in column for column in columns):
             cells = [show(one.get(name), value) for one, value in zip(columns, values, strict=True)]
             lines.append([label, *cells, *([show(compared.get(name), None, sign="+")] if compared else [])])
     counts = [f"{len(file.rows)} / {sum(map(len, file.scores.answers))}" for file in answers]
-    return aligned([*lines, ["rows / answers", *counts]])
+    lines += [["win rate", "", show(wins, None)]] if wins else []
+    notes = [note for file in answers if (note := file.note())]
+    return "\n".join([aligned([*lines, ["rows / answers", *counts]]), *notes])
 
 
 def show(found: Estimate | None, value: float | None, *, sign: str = "") -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -29,7 +28,8 @@ from megatron_spo.data import tokenize
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import config_of, does_not_load, limits_of
-from megatron_spo.files import write_output
+from megatron_spo.files import check_output, write_output
+from megatron_spo.meter import Meter
 
 ROOM_FOR_WEIGHTS = 0.7
 """Largest share of a GPU's memory for weights; the rest is for the KV cache."""
@@ -98,6 +98,7 @@ def generate_file(
     if batch_size < 1:
         raise UserError(f"generate: batch_size = {batch_size} must be at least 1")
     sampling = Sampling(**sampled)
+    check_output(Path(out_file))
     folder = Path(model_dir)
     tokenizer = load_tokenizer(folder)
     places, rows, prompts = zip(*tokenize_prompts(Path(prompts_file), tokenizer), strict=True)
@@ -220,13 +221,13 @@ def generate(
     )
     found: dict[tuple[int, int], Response] = {}
     total = len(prompts) * sampling.samples
-    with tqdm(total=total, desc="generate", unit="response", disable=None) as progress:
+    with Meter("generating", total, "answers") as meter:
         for jobs in batches(prompts, sampling.samples, batch_size):
             ids, mask = pad_left([prompts[row] for row, _ in jobs], pad)
             tokens = respond(model, ids, mask, jobs, sampling)
             for job, response in zip(jobs, tokens, strict=True):
                 found[job] = cut(tokenizer, response, stops)
-            progress.update(len(jobs))
+            meter.advance(len(jobs))
     return [[found[row, sample] for sample in range(sampling.samples)] for row in range(len(prompts))]
 
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.losses import ROUNDING
@@ -20,6 +19,7 @@ from megatron_spo.evaluate.answers import aligned, show
 from megatron_spo.evaluate.generate import load_model
 from megatron_spo.evaluate.limits import ModelLimits, limits_of
 from megatron_spo.evaluate.scores import Estimate, estimate
+from megatron_spo.meter import Meter
 
 SIDES = ("chosen", "rejected")
 
@@ -160,10 +160,12 @@ def response_logps(model: Any, dataset: TokenizedSet, batch_size: int) -> NDArra
     # batches of similar lengths, the longest first, so that too little memory shows at once
     order = np.argsort(-lengths, axis=None, kind="stable")
     found = np.zeros(lengths.size)
-    for start in tqdm(range(0, lengths.size, batch_size), desc="pairs", unit="batch", disable=None):
-        jobs = order[start : start + batch_size]
-        sequences = [_sequence(dataset, int(job)) for job in jobs]
-        found[jobs] = _batch_logps(model, *zip(*sequences, strict=True))
+    with Meter("scoring pairs", lengths.size, "answers") as meter:
+        for start in range(0, lengths.size, batch_size):
+            jobs = order[start : start + batch_size]
+            sequences = [_sequence(dataset, int(job)) for job in jobs]
+            found[jobs] = _batch_logps(model, *zip(*sequences, strict=True))
+            meter.advance(len(jobs))
     return found.reshape(lengths.shape)
 
 

@@ -27,12 +27,15 @@ class AnswerScore:
 
     Attributes:
         exact_match: Whether the final answer is the expected one; None if the row has no expected answer.
+        text_match: Whether the answer is the reference answer, apart from white space at both ends; None if the row has
+            no reference answer.
         malformed: Whether the answer was cut off by the length limit, is empty, or lacks an expected number.
         rep_4: Share of the runs of 4 words that occurred before in the same answer, 0 to 1.
         length_ratio: Words of the answer per word of the reference answer; None if the row has no reference answer.
     """
 
     exact_match: bool | None
+    text_match: bool | None
     malformed: bool
     rep_4: float
     length_ratio: float | None
@@ -54,6 +57,7 @@ class Scores:
     """
 
     exact_match: float | None
+    text_match: float | None
     malformed: float
     rep_4: float
     distinct_1: float
@@ -99,6 +103,7 @@ def score(
     means = {name: _mean(_row_means(scored, name)) for name in AVERAGED}
     return Scores(
         exact_match=means["exact_match"],
+        text_match=means["text_match"],
         malformed=means["malformed"] or 0.0,
         rep_4=means["rep_4"] or 0.0,
         distinct_1=distinct(texts, 1),
@@ -115,6 +120,7 @@ def score_answer(text: str, finished: bool, expected: str | None, reference: str
     words = len(split_words(reference)) if reference else 0
     return AnswerScore(
         exact_match=None if expected is None else is_match(text, expected),
+        text_match=text.strip() == reference.strip() if reference else None,
         malformed=not finished or without,
         rep_4=repeated(text, 4),
         length_ratio=len(split_words(text)) / words if words else None,

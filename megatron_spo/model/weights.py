@@ -1,4 +1,4 @@
-"""Loads the model's weights from a Hugging Face folder, or initialises them randomly.
+"""Loads the model's weights from a model folder, or initialises them randomly.
 
 Weights are addressed by the global key, shape and offset that Megatron's sharded state dict gives for each local
 tensor, so the same code works for every tensor and pipeline layout, and each rank reads only its slices.
@@ -6,17 +6,25 @@ tensor, so the same code works for every tensor and pipeline layout, and each ra
 
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_spo.config.model_shape import ModelShape
+from megatron_spo.meter import BYTES, Meter
 from megatron_spo.model.build import PairModel
 from megatron_spo.model.families import Mapping, mappings
-from megatron_spo.model.hf_files import HFWeights
-from megatron_spo.model.transforms import PaddedVocabulary
+from megatron_spo.model.transforms import LazyTensor, PaddedVocabulary
+
+
+class Weights(Protocol):
+    """Tensors by Hugging Face name, of which only slices are read."""
+
+    def slice(self, name: str) -> LazyTensor:
+        """Returns one tensor without reading it."""
 
 
 def local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping, ShardedTensor, tuple[slice, ...]]]:
@@ -37,16 +45,17 @@ def local_tensors(model: PairModel, shape: ModelShape) -> Iterator[tuple[Mapping
 
 
 @torch.no_grad()
-def load_hf_weights(model: PairModel, shape: ModelShape, folder: Path) -> None:
-    """Loads the weights from a Hugging Face folder; reads only this rank's slices.
-
-    Raises:
-        UserError: as `hf_files.model_tensors`.
-    """
-    with HFWeights(folder, shape) as weights:
-        for row, tensor, index in local_tensors(model, shape):
+def load_hf_weights(
+    model: PairModel, shape: ModelShape, source: AbstractContextManager[Weights], *, shown: bool = False
+) -> None:
+    """Loads weights by their Hugging Face names; reads only this rank's slices. `shown` logs the progress."""
+    tensors = list(local_tensors(model, shape))
+    total = sum(tensor.data.nbytes for _, tensor, _ in tensors)
+    with source as weights, Meter("loading the model", total, BYTES, shown=shown) as meter:
+        for row, tensor, index in tensors:
             sources = [weights.slice(name) for name in row.sources]
             tensor.data.copy_(row.transform.read(sources, index).view(tensor.data.shape))
+            meter.advance(tensor.data.nbytes)
 
 
 @torch.no_grad()

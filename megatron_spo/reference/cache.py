@@ -125,9 +125,12 @@ class ReferenceWriter:
     Chunks are ranges of data set indices and are written as a whole. One process calls `finish`.
     """
 
-    def __init__(self, folder: Path, fingerprint: ReferenceFingerprint, dataset: TokenizedSet, chunk: int) -> None:
+    def __init__(
+        self, folder: Path, name: str, fingerprint: ReferenceFingerprint, dataset: TokenizedSet, chunk: int
+    ) -> None:
         self._folder, self._fingerprint, self._dataset, self._chunk = folder, fingerprint, dataset, chunk
         self._parts = folder / "parts"
+        self.name = name
         self.chunks = -(-len(dataset) // chunk)
         salt = json.dumps([VERSION, asdict(fingerprint), chunk, len(dataset)], sort_keys=True)
         self._salt = hashlib.blake2b(salt.encode(), digest_size=DIGEST).digest()
@@ -144,7 +147,7 @@ class ReferenceWriter:
     ) -> Self:
         """Starts or continues filling; if `complete` is set, nothing is left to do."""
         folder = cache_folder(cache, name, fingerprint)
-        writer = cls(folder, fingerprint, dataset, chunk)
+        writer = cls(folder, name, fingerprint, dataset, chunk)
         if not writer.complete:
             with _writing(folder):
                 (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -247,6 +250,12 @@ class ReferenceWriter:
 def cache_folder(cache: str | Path, name: str, fingerprint: ReferenceFingerprint) -> Path:
     """Returns the folder of the cache of data set `name`."""
     return Path(cache) / f"{_slug(name)}-{fingerprint.dataset[:12]}"
+
+
+def is_absent(cache: str | Path, name: str, fingerprint: ReferenceFingerprint) -> bool:
+    """Returns whether the cache of data set `name` has never been completed for these rows; a stale or damaged cache is
+    not absent."""
+    return not (cache_folder(cache, name, fingerprint) / "index.json").exists()
 
 
 def _slug(name: str) -> str:

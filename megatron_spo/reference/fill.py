@@ -1,17 +1,20 @@
 """Fills the reference cache by forward passes."""
 
+import gc
+from collections.abc import Collection
+
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.errors import UserError
+from megatron_spo.meter import Meter
 from megatron_spo.model.forward import score_rows
 from megatron_spo.model.optimizer import lower_precision
-from megatron_spo.prepare import Inputs, join, make_model, read_inputs
+from megatron_spo.prepare import Inputs, join, make_model, read_inputs, shows_progress
 from megatron_spo.reference.cache import ReferenceWriter
 from megatron_spo.reference.fingerprint import reference_fingerprint, weights_fingerprint
 from megatron_spo.runtime.processes import Runtime, agreed
@@ -31,21 +34,34 @@ def fill(config: Config) -> None:
     runtime = join(config)
     inputs = read_inputs(config, runtime)
     runtime.progress.phase("building and loading", times=4)
-    weights = weights_fingerprint(config, inputs)
-    prints = {
-        name: reference_fingerprint(config, inputs, dataset, weights) for name, dataset in inputs.named_sets().items()
-    }
-    writers = {
-        name: ReferenceWriter.open(config.reference.cache, name, prints[name], dataset)
-        for name, dataset in inputs.named_sets().items()
-    }
+    filled = fill_missing(config, inputs, weights_fingerprint(config, inputs), runtime)
+    for name, dataset in inputs.named_sets().items():
+        known = "" if name in filled else ", already complete"
+        if runtime.is_main:
+            print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
+
+
+def fill_missing(
+    config: Config, inputs: Inputs, weights: str, runtime: Runtime, names: Collection[str] | None = None
+) -> list[str]:
+    """Fills the caches that are not complete, of the data sets `names` (None: all); returns the names of those.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    assert config.reference.cache is not None
+    writers = {}
+    for name, dataset in inputs.named_sets().items():
+        if names is None or name in names:
+            fingerprint = reference_fingerprint(config, inputs, dataset, weights)
+            writers[name] = ReferenceWriter.open(config.reference.cache, name, fingerprint, dataset)
     open_ones = {name: writer for name, writer in writers.items() if not writer.complete}
     if open_ones:
         _fill(config, inputs, open_ones, runtime)
-    for name, dataset in inputs.named_sets().items():
-        known = "" if name in open_ones else ", already complete"
-        if runtime.is_main:
-            print(f"reference {name}: {len(dataset)} rows in {config.reference.cache}{known}")
+        gc.collect()  # `train` builds its model next
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return list(open_ones)
 
 
 def _fill(config: Config, inputs: Inputs, writers: dict[str, ReferenceWriter], runtime: Runtime) -> None:
@@ -67,18 +83,21 @@ def _score(
     loader = Loader(dataset, config.data, global_batch_size=1, seed=0, multiples=row_multiples(config))
     missing = writer.missing_chunks()
     torch.distributed.barrier()  # no rank may write before every rank has listed the missing chunks
-    ranks, shown = runtime.topology.data, runtime.is_main and config.logging.progress
-    turns = range(0, len(missing), ranks)
-    for turn in tqdm(turns, unit="turn", desc="reference", disable=not shown):
-        chunk = next(iter(missing[turn + runtime.data_rank : turn + ranks]), None)
-        indices = np.zeros(0, dtype=np.int64) if chunk is None else writer.chunk_indices(chunk)
-        rows = loader.batch_of(indices).rows
-        padded = rows + [loader.empty_row()] * (_rows_in_step(len(rows), runtime) - len(rows))
-        scored = score_rows(chunks, padded, runtime=runtime)[: len(rows)]
-        if runtime.holds_results and chunk is not None:
-            order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
-            chosen, rejected = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
-            writer.write_chunk(chunk, chosen, rejected)
+    ranks, sizes = runtime.topology.data, [len(writer.chunk_indices(chunk)) for chunk in missing]
+    task, unit = f"reference pass over {writer.name}", "pairs" if dataset.has_rejected else "rows"
+    done = len(dataset) - sum(sizes)
+    with Meter(task, len(dataset), unit, done=done, shown=shows_progress(config)) as meter:
+        for turn in range(0, len(missing), ranks):
+            chunk = next(iter(missing[turn + runtime.data_rank : turn + ranks]), None)
+            indices = np.zeros(0, dtype=np.int64) if chunk is None else writer.chunk_indices(chunk)
+            rows = loader.batch_of(indices).rows
+            padded = rows + [loader.empty_row()] * (_rows_in_step(len(rows), runtime) - len(rows))
+            scored = score_rows(chunks, padded, runtime=runtime)[: len(rows)]
+            if runtime.holds_results and chunk is not None:
+                order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
+                chosen, rejected = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
+                writer.write_chunk(chunk, chosen, rejected)
+            meter.advance(sum(sizes[turn : turn + ranks]))
 
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:

@@ -5,13 +5,14 @@ import json
 
 import torch.distributed as dist
 
-from megatron_spo.config.model_folder import shard_files
 from megatron_spo.config.schema import Config, PrecisionConfig
+from megatron_spo.convert.weights import weight_files
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.tokenize import tokenizer_fingerprint
+from megatron_spo.meter import BYTES, Meter
 from megatron_spo.model.hf_files import file_digest, weights_digest
-from megatron_spo.prepare import Inputs
+from megatron_spo.prepare import Inputs, shows_progress
 from megatron_spo.reference.cache import ReferenceFingerprint
 from megatron_spo.runtime.device import uses_transformer_engine
 
@@ -43,8 +44,13 @@ def weights_fingerprint(config: Config, inputs: Inputs) -> str:
         digest = hashlib.sha256(json.dumps(inputs.shape.raw, sort_keys=True).encode())
         digest.update(f"random, seed {config.training.seed}".encode())
         return digest.hexdigest()
-    files = shard_files(inputs.folder)
-    mine = {file.name: file_digest(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
+    files = weight_files(inputs.folder)
+    own, mine = files[dist.get_rank() :: dist.get_world_size()], {}
+    total = sum(file.stat().st_size for file in own)
+    with Meter("reading the weights for their fingerprint", total, BYTES, shown=shows_progress(config)) as meter:
+        for file in own:
+            mine[file.name] = file_digest(file)
+            meter.advance(file.stat().st_size)
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return weights_digest(inputs.shape.raw, {name: content for part in parts for name, content in part.items()})

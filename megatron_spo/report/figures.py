@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megatron_spo.report.runs import Points
 
@@ -30,6 +31,8 @@ SIDES = {"chosen": PALETTE[0], "rejected": PALETTE[1]}
 ALARM = "#c44e52"
 MAX_POINTS = 400
 """Most points of a drawn curve; more would not be visible."""
+FEW = 12
+"""Most points of a curve that are marked, so that a curve of few points is not overlooked."""
 TEXT = "#010203"  # placeholder, replaced by the text colour when the SVG is written
 SIZE = (5.2, 3.4)  # inches; small, so that labels stay readable when a phone scales the figure down
 STYLE: dict[Any, Any] = {
@@ -88,7 +91,7 @@ def new_figure(panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
 
 
 def plot_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
-    """Draws curves over the step; a curve of one point becomes a dot."""
+    """Draws curves over the step; the points of short curves are marked."""
     for curve in curves:
         steps, values = zip(*thinned(curve.points), strict=True)
         axes.plot(
@@ -96,14 +99,16 @@ def plot_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
             values,
             color=curve.colour,
             label=None if curve.faint else curve.label,
-            alpha=0.4 if curve.faint else 1,
-            linewidth=1 if curve.faint else 1.8,
+            alpha=0.55 if curve.faint else 1,
+            linewidth=1.2 if curve.faint else 2,
             linestyle="--" if curve.dashed else "-",
-            marker="o" if len(steps) == 1 else None,
+            marker="o" if len(steps) <= FEW else None,
+            markersize=4,
         )
         for step, value in curve.alarms:
             axes.plot(step, value, marker="v", markersize=9, color=ALARM, markeredgecolor=TEXT, clip_on=False)
     axes.set(title=title, xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.grid(alpha=0.2)
 
 

@@ -27,6 +27,9 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; p
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; overflow-wrap: anywhere; }
 a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; }
+p.verdict { border-left: .4rem solid; padding: .5rem .8rem; margin: 1rem 0 .5rem; overflow-wrap: anywhere; }
+p.good { border-color: #3a9d5d; } p.bad { border-color: #c44e52; }
+p.facts { margin: .3rem 0 1rem; } p.facts span { display: inline-block; margin-right: 1.2rem; overflow-wrap: anywhere; }
 p.note { color: var(--muted); margin: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
@@ -70,6 +73,18 @@ def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
+def verdict(text: str, *, good: bool) -> str:
+    """Returns the sentence that answers the reader's first question."""
+    return f'<p class="verdict {"good" if good else "bad"}"><strong>{html.escape(text)}</strong></p>'
+
+
+def facts(words: Sequence[str]) -> str:
+    """Returns short facts in one paragraph."""
+    return (
+        '<p class="facts">' + " ".join(f"<span>{html.escape(word)}</span>" for word in words) + "</p>" if words else ""
+    )
+
+
 def heading(text: str) -> str:
     """Returns a heading within a section."""
     return f"<h3>{html.escape(text)}</h3>"
@@ -110,8 +125,12 @@ def section(title: str, *parts: str, grid: bool = False) -> str:
     return start + (f'<div class="grid">{body}</div>' if grid else body)
 
 
-def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
-    """Writes the page atomically, with links to its sections; raises UserError if it cannot be written."""
+def write_page(out: Path, title: str, parts: Sequence[str], *, lead: Sequence[str] = ()) -> None:
+    """Writes the page atomically: title, `lead`, links to the sections, sections.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -120,4 +139,5 @@ def write_page(out: Path, title: str, parts: Sequence[str]) -> None:
     body = "\n".join(parts)
     found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', body)
     links = "<nav>" + "".join(f'<a href="#{name}">{text}</a>' for name, text in found) + "</nav>\n"
-    write_output(out, f"{head}<body><h1>{html.escape(title)}</h1>\n{links}{body}\n</body></html>\n")
+    first = "".join(f"{part}\n" for part in lead)
+    write_output(out, f"{head}<body><h1>{html.escape(title)}</h1>\n{first}{links}{body}\n</body></html>\n")

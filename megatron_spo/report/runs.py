@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from megatron_spo.errors import UserError
 Points = list[tuple[int, float]]
 APART = ("output", "training.seed")
 """Keys in which runs of one group may differ."""
+NOT_NAMING = (*APART, "reference.cache")
+"""Keys that do not tell what a run is about."""
+ALONE = ("loss.name", "spo.schedule", "model.path", "data.train")
+"""Keys whose values are clear without the key."""
+LONGEST_NAME = 60
+"""Most characters of a name made from keys."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,58 @@ def is_number(value: Any) -> bool:
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, Run]:
-    """Reads runs; returns them by folder name, or by path if names would repeat."""
-    names = [folder.resolve().name for folder in folders]
-    unique = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-    return {name: read_run(folder) for name, folder in zip(unique, folders, strict=True)}
+    """Reads runs; returns them by name, in natural order ("run2" before "run10").
+
+    The name is that of the folder. If names would repeat, as in a study, it is made from the keys in which the runs
+    differ, or else from the part of the path that differs.
+    """
+    distinct = list(dict.fromkeys(folder.resolve() for folder in folders))
+    runs = [read_run(folder) for folder in distinct]
+    candidates = [folder.name for folder in distinct], _by_keys(runs), _by_path(distinct)
+    names = next(names for names in candidates if len(set(names)) == len(runs))
+    return dict(sorted(zip(names, runs, strict=True), key=lambda named: natural(named[0])))
+
+
+def natural(name: str) -> list[tuple[float, str]]:
+    """Returns a key that sorts numbers within names by their value."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name)
+    return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
+
+
+def _by_keys(runs: Sequence[Run]) -> list[str]:
+    """Returns names made from what differs between the runs, such as "simpo, lr 1e-06"; "" for all if they are long."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.config if key not in NOT_NAMING))
+    differing = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
+    if len({run.group for run in runs}) < len(runs):
+        differing.append("training.seed")
+    names = [", ".join(_named(key, run.config[key]) for key in differing if key in run.config) for run in runs]
+    return names if all(0 < len(name) <= LONGEST_NAME for name in names) else [""] * len(runs)
+
+
+def _named(key: str, value: str) -> str:
+    text = label(json.loads(value))
+    return text if key in ALONE else f"{key.rpartition('.')[2]} {text}"
+
+
+def label(value: Any) -> str:
+    """Returns a value of a configuration as short text: of a path its name, of several values each."""
+    if isinstance(value, dict):
+        return label(value.get("path", json.dumps(value)))
+    if isinstance(value, list):
+        return "+".join(label(one) for one in value)
+    if isinstance(value, str):
+        return value.rstrip("/").rpartition("/")[2] or value
+    return f"{value:g}" if is_number(value) and not isinstance(value, bool) else json.dumps(value)
+
+
+def _by_path(folders: Sequence[Path]) -> list[str]:
+    """Returns paths without the first and last parts that all have in common."""
+    parts = [list(folder.parts) for folder in folders]
+    for end in (0, -1):
+        while all(len(one) > 1 and one[end] == parts[0][end] for one in parts):
+            for one in parts:
+                del one[end]
+    return ["/".join(one) for one in parts]
 
 
 def read_run(folder: Path) -> Run:

@@ -1,7 +1,7 @@
 """Builds the sections of a report; a section without data is omitted."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -46,12 +46,15 @@ def make_sections(runs: dict[str, Run]) -> list[str]:
     """Returns all sections for which the runs have data."""
     groups = group_runs(runs)
     by_group = run_colours([group.name for group in groups])
+    again = {group.name for i, group in enumerate(groups) if (i // len(PALETTE)) % 2}  # the colours are used up
     colours = {name: by_group[group.name] for group in groups for name in group.runs}
+    dashed = {name for group in groups if group.name in again for name in group.runs}
+    by_group = {f"{name} (dashed)" if name in again else name: colour for name, colour in by_group.items()}
     sections = [
         section("Results", *results(groups)),
         alarms(runs),
-        curves(runs, colours, by_group),
-        generation(runs, colours, by_group),
+        curves(runs, colours, by_group, dashed),
+        generation(runs, colours, by_group, dashed),
         shifts(runs),
         worst_pairs(runs),
         samples(runs),
@@ -89,12 +92,14 @@ def alarms(runs: dict[str, Run]) -> str:
     return section("Alarms", table(header, rows, words=True)) if rows else ""
 
 
-def curves(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, str]) -> str:
+def curves(
+    runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, str], dashed: Collection[str] = ()
+) -> str:
     """Returns plots of every metric over the steps, with all runs in one plot."""
     figures = [
         draw_curves(drawn, title)
         for metric, title in METRICS.items()
-        if (drawn := metric_curves(runs, metric, colours))
+        if (drawn := metric_curves(runs, metric, colours, dashed))
     ]
     reading = "Faint curves are training batches." if any(run.eval_sets for run in runs.values()) else ""
     if any(run.alarms for run in runs.values()):
@@ -102,16 +107,20 @@ def curves(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, st
     return section("Curves", legend(by_group), *([note(reading)] if reading else []), grid(*figures)) if figures else ""
 
 
-def metric_curves(runs: dict[str, Run], metric: str, colours: dict[str, str]) -> list[Curve]:
+def metric_curves(
+    runs: dict[str, Run], metric: str, colours: dict[str, str], dashed: Collection[str] = ()
+) -> list[Curve]:
     """Returns a curve for each run and data set; training is faint if there are held-out curves."""
     drawn = []
     for name, run in runs.items():
         held_out = {data: points for data in run.eval_sets if (points := run.points(metric, data)) and len(points) > 1}
         if training := run.points(metric, None):
             marked = alarm_points(run, metric, (None, "train"))
-            drawn.append(Curve(name, colours[name], training, faint=bool(held_out), alarms=marked))
+            faint, again = bool(held_out), name in dashed
+            drawn.append(Curve(name, colours[name], training, faint=faint, dashed=again, alarms=marked))
         for data, points in held_out.items():
-            drawn.append(Curve(name, colours[name], points, alarms=alarm_points(run, metric, (data,))))
+            marked = alarm_points(run, metric, (data,))
+            drawn.append(Curve(name, colours[name], points, dashed=name in dashed, alarms=marked))
     return drawn
 
 
@@ -121,7 +130,9 @@ def alarm_points(run: Run, metric: str, data: Sequence[str | None]) -> list[tupl
     return finite_points(found, "value")
 
 
-def generation(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, str]) -> str:
+def generation(
+    runs: dict[str, Run], colours: dict[str, str], by_group: dict[str, str], dashed: Collection[str] = ()
+) -> str:
     """Returns plots of the scores of answers that were sampled during training."""
     figures = []
     for metric, title in GENERATION.items():
@@ -130,7 +141,7 @@ def generation(runs: dict[str, Run], colours: dict[str, str], by_group: dict[str
             lines = sorted(run.of_kind("generation"), key=lambda line: str(line.get("data")))
             for _, of_set in groupby(lines, key=lambda line: line.get("data")):
                 if points := finite_points(list(of_set), metric):
-                    drawn.append(Curve(name, colours[name], points))
+                    drawn.append(Curve(name, colours[name], points, dashed=name in dashed))
         figures += [draw_curves(drawn, title)] if drawn else []
     return section("Generated answers", legend(by_group), grid(*figures)) if figures else ""
 

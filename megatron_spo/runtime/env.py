@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def launched() -> bool:
 def has_agent() -> bool:
     """Returns whether torchrun's agent supervises this process; the agent forwards the signals it receives."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def in_slurm() -> bool:
+    """Returns whether this process belongs to a SLURM job."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def host() -> str:
+    """Returns the name of this machine, as SLURM names it in a SLURM job."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def main_address() -> str:

@@ -7,7 +7,7 @@ Every process counts its work in a `Progress`: phases, which all ranks pass alik
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,26 @@ DAY = 24 * 3600.0
 """Seconds that the first phase may take; downloading and tokenising report no progress."""
 
 
+def _ignore(label: str) -> None:
+    pass
+
+
 class Progress:
-    """Progress of this process. The main thread writes it, the watchdog thread reads it."""
+    """Progress of this process. The main thread writes it, the watchdog thread reads it.
+
+    `on_phase` is called with the label of each new phase; all steps count as one phase, "training".
+    """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
         self._phase, self._seconds = 0, DAY
+        self._shown = ""
+        self.on_phase: Callable[[str], None] = _ignore
         self.start_up(DAY)
 
     def start_up(self, seconds: float) -> None:
         """Starts the first phase of a command; `seconds`: longest time without progress in the later phases."""
-        self._seconds = seconds
+        self._seconds, self.on_phase = seconds, _ignore
         self.phase("start-up", times=DAY / seconds)
 
     def phase(self, label: str, *, times: float = 1) -> None:
@@ -35,6 +44,10 @@ class Progress:
         self._label, self._patience, self._ticks = label, times * self._seconds, 0
         self._phase += 1
         self._at = time.monotonic()
+        shown = "training" if label.startswith("step ") else label
+        if shown != self._shown:  # not at every step
+            self._shown = shown
+            self.on_phase(shown)
 
     def tick(self) -> None:
         """Counts one more row in this phase."""

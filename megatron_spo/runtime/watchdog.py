@@ -58,7 +58,7 @@ class Watch:
     def join_hub(self, host: str, port: int, token: str) -> None:
         """Connects another rank to rank 0."""
         self._socket = socket.create_connection((host, port), timeout=SILENCE)
-        hello = {"rank": self.rank, "host": socket.gethostname(), "token": token}
+        hello = {"rank": self.rank, "host": env.host(), "token": token}
         self._socket.sendall(_line(hello))
         self._run(_Spoke(self, self._socket, host).run)
 
@@ -273,7 +273,7 @@ class _Hub:
         if silent:
             how = f"it has not answered for {SILENCE:.0f} seconds"
             self._pronounce(Verdict(LostRank.code, died(self._named(silent), how), tuple(silent)))
-        own = Member(0, socket.gethostname(), now, self._watch.progress.report())
+        own = Member(0, env.host(), now, self._watch.progress.report())
         guilty = laggards([own, *self._members.values()], now)
         if guilty:
             ranks = tuple(member.rank for member in guilty)
@@ -287,7 +287,7 @@ class _Hub:
         if code == 0:
             self._tell({"bye": 0})
         else:
-            self._tell({"verdict": vars(_ended(f"rank 0 (host {socket.gethostname()})", 0, code, message))})
+            self._tell({"verdict": vars(_ended(f"rank 0 (host {env.host()})", 0, code, message))})
         self._watch.told()
 
     def _pronounce(self, verdict: Verdict) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_spo.errors import UserError
+from megatron_spo.meter import Meter
 from megatron_spo.scaling.additive import CHINCHILLA, POWER, PURE_POWER
 from megatron_spo.scaling.law import LEVEL, Ask, Law, Unidentified, Values, interval
 from megatron_spo.scaling.overoptimization import OVEROPTIMIZATION
@@ -132,7 +132,7 @@ def resample(law: Law, points: Columns, values: Values, wanted: int, seed: int) 
     """
     draws: dict[int, Values] = {}
     number = count(points)
-    with tqdm(total=wanted, desc="bootstrap", unit="fit", disable=None) as progress:
+    with Meter("bootstrap", wanted, "fits") as meter:
         for draw in range(TRIES * wanted):
             if len(draws) == wanted:
                 break
@@ -145,7 +145,7 @@ def resample(law: Law, points: Columns, values: Values, wanted: int, seed: int) 
                 continue
             if found.keys() == values.keys():  # a draw in which a cause does not vary has no coefficient for it
                 draws[draw] = found
-                progress.update()
+                meter.advance()
     if len(draws) < wanted:
         raise Unidentified(
             f"only {len(draws)} of {TRIES * wanted} bootstrap draws determine the law: it depends on too few points; "

@@ -7,10 +7,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from tqdm import tqdm
-
 from megatron_spo.errors import UserError
-from megatron_spo.files import write_output
+from megatron_spo.files import check_output, write_output
+from megatron_spo.meter import Meter
 from megatron_spo.report import figures
 from megatron_spo.scaling.estimate import before_start
 from megatron_spo.scaling.fit import LAWS, attempt
@@ -68,6 +67,8 @@ def _check(options: argparse.Namespace, law: Law) -> None:
     for name, given in (("flops", options.flops), ("stable_steps", options.stable_steps), ("at", options.at)):
         if given and law.name != ("chinchilla" if name == "flops" else "stability"):
             raise UserError(f"--{name.replace('_', '-')} is not supported with --law {law.name}; omit it")
+    for path in (options.out, *([options.plot] if options.plot else [])):
+        check_output(path)
     if options.plot and options.plot.suffix.lower() not in figures.IMAGES:
         raise UserError(f"--plot {options.plot}: the name must end in {', '.join(figures.IMAGES)}")
 
@@ -126,12 +127,12 @@ def run_all(study: Study, runs: Sequence[StudyRun], workers: int) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(runs), desc=study.path.stem, unit="run", disable=None) as progress,
+        Meter(study.path.stem, len(runs), "runs") as meter,
     ):
         try:
             for done in as_completed([pool.submit(runner.run, study, run) for run in runs]):
                 done.result()
-                progress.update()
+                meter.advance()
         except BaseException:
             runner.stop()
             pool.shutdown(cancel_futures=True)

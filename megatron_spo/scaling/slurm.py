@@ -8,7 +8,7 @@ from megatron_spo.errors import UserError
 from megatron_spo.scaling.steps import is_done, steps_of
 from megatron_spo.scaling.study import Study, StudyRun
 
-SCRIPT = Path("slurm/array_study.sh")
+SCRIPT = Path(__file__).parents[2] / "slurm/array_study.sh"
 CACHE = "reference.cache="
 
 
@@ -34,13 +34,19 @@ def submit(study: Study, *, really: bool) -> None:
              for run in study.runs]  # fmt: skip
     study.out.mkdir(parents=True, exist_ok=True)
     (study.out / "lines.txt").write_text("".join(f"{line}\n" for line in lines))
-    given = {"SPO_CONFIG": study.base, "SPO_OUT": study.out.absolute(), "SPO_STUDY": study.out.absolute() / "lines.txt"}
+    out = study.out.absolute()
+    given = {
+        "SPO_HOME": SCRIPT.parents[1],
+        "SPO_CONFIG": study.base.absolute(),
+        "SPO_OUT": out,
+        "SPO_STUDY": out / "lines.txt",
+    }
     command = ["env", *(f"{name}={value}" for name, value in given.items()), "bash", str(SCRIPT)]
     if not really:
         print(shlex.join(command))
         return
     if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} does not exist; submit from the root of the repository")
+        raise UserError(f"{SCRIPT} does not exist; install from a checkout of the repository: pip install -e .")
     done = subprocess.run(command)
     if done.returncode:
         raise UserError(f"{SCRIPT} failed with exit code {done.returncode}; see its output above")

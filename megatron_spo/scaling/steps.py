@@ -54,12 +54,15 @@ class Failure:
 
 def steps_of(study: Study, run: StudyRun, threads: int | None = None) -> list[tuple[Step, Place]]:
     """Returns a run's commands in order; the number of threads is not part of their checksums."""
-    own = [f"output={run.directory}", "logging.progress=false"]
-    train = Step("train", (*PROGRAMS["megatron-spo"], "train", str(study.base), *run.overrides, *own))
+    own = f"output={run.directory}"
+    train = Step("train", (*PROGRAMS["megatron-spo"], "train", str(study.base), *run.overrides, own))
     digest = hashlib.sha256(study.base.read_bytes())
     placed = []
     for step in (*run.before, train, *run.after):
-        digest.update(json.dumps(step.words[1:]).encode())  # without the interpreter, whose path may change
+        # without the interpreter, whose path may change, and as when training logged no progress, so that finished
+        # steps stay finished
+        words = [*step.words[1:], *(["logging.progress=false"] if step is train else [])]
+        digest.update(json.dumps(words).encode())
         folder = study.out / "before" if step.shared else run.folder / "steps"
         place = Place(
             folder / step.name, folder / f".{step.name}.lock", folder / f"{step.name}.log", digest.hexdigest()

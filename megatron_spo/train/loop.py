@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_spo.checkpoint.save import SaveFailed, Saver
 from megatron_spo.config.schema import Config
 from megatron_spo.data.loader import Batch
 from megatron_spo.errors import Anomaly, NotSaved, UserError
+from megatron_spo.meter import duration
 from megatron_spo.model.optimizer import learning_rate
 from megatron_spo.objective.schedules import observe, plan_step, raise_lambda
 from megatron_spo.objective.step_plan import Role
@@ -27,6 +27,7 @@ from megatron_spo.train.pair_shifts import Decode, held_out
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.state import Best, TrainState
 from megatron_spo.train.step import DataInUse, Engine, Share
+from megatron_spo.train.step_lines import StepLines, shown_metrics
 from megatron_spo.train.stop import StopRequest
 
 LOG = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Training:
     stop: StopRequest
     progress: Progress
     clock: Clock
+    lines: StepLines
     at_peak: AtPeak | None
 
 
@@ -71,42 +73,40 @@ def run(job: Training, state: TrainState) -> TrainState:
         Anomaly: on every rank, if training.on_anomaly or monitor.on_alarm is "stop".
     """
     config, known = job.config, state.monitor.raised
-    with tqdm(total=job.steps, initial=state.step, unit="step", disable=not _shows_bar(job)) as bar:
-        if state.step == 0:
-            state = _answer(job, state)
-        if state.evaluation_pending:
+    if state.step == 0:  # the values before training, with which later ones are compared
+        state = _answer(job, evaluate(job, state))
+    if state.evaluation_pending:
+        state = _measure(job, state)
+        if state.step == job.steps:  # no later step would save the best evaluation
+            _save(job, state, surely=True, due=False)
+    while state.step < job.steps:
+        with job.stop.timing("step"):
+            state, metrics = _step(job, state)
+        last = state.step == job.steps
+        if metrics:
+            if state.step % config.logging.every == 0 or last:
+                job.directory.log("train", state.step, metrics)
+            state = _warn(job, state, *check(config.monitor, state.monitor, state.step, job.train.name, metrics))
+        job.lines.after(state.step, metrics)
+        due = any(_due(job, state.step))
+        stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
+        state = replace(state, evaluation_pending=due)
+        if due and not stop:
             state = _measure(job, state)
-            if state.step == job.steps:  # no later step would save the best evaluation
-                _save(job, state, surely=True, due=False)
-        while state.step < job.steps:
-            with job.stop.timing("step"):
-                state, metrics = _step(job, state)
-            last = state.step == job.steps
-            if metrics:
-                if state.step % config.logging.every == 0 or last:
-                    job.directory.log("train", state.step, metrics)
-                    bar.set_postfix_str(_summary(metrics))
-                state = _warn(job, state, *check(config.monitor, state.monitor, state.step, job.train.name, metrics))
-            bar.update()
-            due = any(_due(job, state.step))
-            stop = job.stop.reason(*(["evaluation"] if due else []), *([] if last else ["step"]))
-            state = replace(state, evaluation_pending=due)
-            if due and not stop:
-                state = _measure(job, state)
-            alarms = [text for name, text in state.monitor.raised.items() if name not in known]
-            known = state.monitor.raised
-            halt = bool(alarms) and config.monitor.on_alarm == "stop" and not last
-            best_yet = state.best is not None and state.best.step == state.step
-            checkpoint_due = best_yet or _falls_on(config.checkpoint.every, state.step)
-            _save(job, state, surely=last or halt or bool(stop), due=checkpoint_due)
-            if halt:
-                raise Anomaly(
-                    f"{'; '.join(alarms)}. Training stopped because of monitor.on_alarm=stop; everything is saved. The "
-                    "same command resumes past the alarm. To avoid the alarm, start again in another output folder "
-                    "with a higher spo.lambda or a lower optimizer.lr"
-                )
-            if stop and (state.evaluation_pending or not last):
-                job.stop.end(stop, state.step)
+        alarms = [text for name, text in state.monitor.raised.items() if name not in known]
+        known = state.monitor.raised
+        halt = bool(alarms) and config.monitor.on_alarm == "stop" and not last
+        best_yet = state.best is not None and state.best.step == state.step
+        checkpoint_due = best_yet or _falls_on(config.checkpoint.every, state.step)
+        _save(job, state, surely=last or halt or bool(stop), due=checkpoint_due)
+        if halt:
+            raise Anomaly(
+                f"{'; '.join(alarms)}. Training stopped because of monitor.on_alarm=stop; everything is saved. The "
+                "same command resumes past the alarm. To avoid the alarm, start again in another output folder "
+                "with a higher spo.lambda or a lower optimizer.lr"
+            )
+        if stop and (state.evaluation_pending or not last):
+            job.stop.end(stop, state.step)
     return state
 
 
@@ -164,17 +164,18 @@ def evaluate(job: Training, state: TrainState) -> TrainState:
     for data in job.evals:
         begin = time.perf_counter()
         try:
-            metrics, shifts = job.engine.evaluate(pass_, data, state=state)
+            metrics, shifts = job.engine.evaluate(pass_, data, state=state, shown=job.lines.shown)
         except BadStep as bad:
             _raise_alarm(job, bad, state, state.step)
             continue
         seconds = time.perf_counter() - begin
         job.directory.log("eval", state.step, {"name": data.name, **metrics, "seconds": seconds})
+        job.lines.say(f"evaluation after step {state.step} on {data.name}", *shown_metrics(metrics), duration(seconds))
         if shifts is not None and job.directory.is_main:
             found = held_out(data.loader.dataset, shifts, state.step, job.decode)
             job.directory.write_held_out(data.name, found)
         state = _warn(job, state, *check(config.monitor, state.monitor, state.step, data.name, metrics))
-        if data is job.evals[0]:
+        if data is job.evals[0] and state.step > 0:  # the untrained model is no checkpoint
             state = replace(state, best=_better(config.checkpoint.best, metrics, state))
     return state
 
@@ -207,14 +208,14 @@ def _save(job: Training, state: TrainState, *, surely: bool, due: bool) -> None:
     elif due:
         with _reported(job, state):
             job.saver.start(state, in_background=job.config.checkpoint.async_)
+            _announce(job, state)
         _complete(job, state, wait=not job.config.checkpoint.async_)
 
 
 def _complete(job: Training, state: TrainState, *, wait: bool) -> None:
     with _reported(job, state):
         if job.saver.finished(wait=wait):
-            job.directory.restore()
-            job.directory.status("running", state.step, checkpoint=job.saver.last_saved, steps=job.steps)
+            _saved(job, state)
 
 
 def _raise_alarm(job: Training, bad: BadStep, state: TrainState, step: int) -> None:
@@ -249,6 +250,7 @@ def _save_now(job: Training, state: TrainState) -> None:
     for left in range(attempts - 1, -1, -1):
         try:
             job.saver.start(state, in_background=False)
+            _announce(job, state)
             job.saver.finished(wait=True)
             break
         except SaveFailed as error:
@@ -264,8 +266,17 @@ def _save_now(job: Training, state: TrainState) -> None:
                 )
         time.sleep(RETRY)
         job.progress.tick()
+    _saved(job, state)
+
+
+def _announce(job: Training, state: TrainState) -> None:
+    job.lines.say(f"saving step {state.step}: {job.saver.nbytes / 1e9:.2g} GB")
+
+
+def _saved(job: Training, state: TrainState) -> None:
     job.directory.restore()
     job.directory.status("running", state.step, checkpoint=job.saver.last_saved, steps=job.steps)
+    job.lines.say(f"saved {job.saver.last_saved} in {duration(job.saver.seconds)}")
 
 
 def _step(job: Training, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -327,14 +338,3 @@ def _use_of_data(job: Training, step: int, batches: Sequence[Batch]) -> dict[str
     if job.sft is not None:
         epochs["sft_epoch"] = (step + 1) / job.sft.loader.steps_per_epoch
     return {"tokens": tokens, "row_fill": tokens / room, **epochs}
-
-
-def _shows_bar(job: Training) -> bool:
-    return job.directory.is_main and job.config.logging.progress
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    """Returns the metrics that the progress bar shows."""
-    shown = {"loss": "loss", "rewards/accuracies": "acc", "spo/gap": "gap", "spo/lambda": "lambda",
-             "spo/both_down": "both_down"}  # fmt: skip
-    return "  ".join(f"{label} {metrics[name]:.3g}" for name, label in shown.items() if name in metrics)

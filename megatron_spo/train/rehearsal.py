@@ -24,6 +24,7 @@ from megatron_spo.config.topology import Topology, make_topology, stages_of
 from megatron_spo.data.loader import row_multiples
 from megatron_spo.data.packing import Sampler, pair_costs, plan_rows
 from megatron_spo.errors import UserError
+from megatron_spo.meter import Meter
 from megatron_spo.model.families import Mapping, mappings
 from megatron_spo.planner.parameters import stage_parameters
 from megatron_spo.planner.rows import Lengths
@@ -110,15 +111,15 @@ def as_rank(rank: int, topology: Topology) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rehearse(config: Config, shape: ModelShape, world_size: int, *, progress: bool = False) -> Rehearsal:
+def rehearse(config: Config, shape: ModelShape, world_size: int) -> Rehearsal:
     """Builds every rank's model and returns what it would read and hold."""
-    from tqdm import tqdm
-
     topology = make_topology(config.parallel, world_size)
     result = Rehearsal({})
-    for rank in tqdm(range(world_size), desc="ranks", disable=not progress, dynamic_ncols=True):
-        with as_rank(rank, topology):
-            _rehearse_rank(config, shape, rank, result)
+    with Meter("rehearsing", world_size, "ranks") as meter:
+        for rank in range(world_size):
+            with as_rank(rank, topology):
+                _rehearse_rank(config, shape, rank, result)
+            meter.advance()
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.checkpoint.compatibility import changes, check_base
-from megatron_spo.checkpoint.folder import LATEST, Checkpoint
+from megatron_spo.checkpoint.folder import Checkpoint
 from megatron_spo.checkpoint.load import find, load
 from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.load import dump_config, plain
@@ -26,8 +26,9 @@ from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.planner.rows import lengths_of
 from megatron_spo.planner.utilisation import Utilisation, peak_of
-from megatron_spo.prepare import SFT, TRAIN, Inputs, join, make_model, read_inputs
-from megatron_spo.reference.cache import ReferenceStore, open_reference
+from megatron_spo.prepare import SFT, TRAIN, Inputs, join, make_model, read_inputs, shows_progress
+from megatron_spo.reference.cache import ReferenceStore, is_absent, open_reference
+from megatron_spo.reference.fill import fill_missing
 from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
 from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.runtime.device import name_of
@@ -36,19 +37,20 @@ from megatron_spo.runtime.processes import Runtime, agreed, on_main
 from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
 from megatron_spo.train import loop
+from megatron_spo.train.before import REPORT, check_paths, finished, what_is_next
 from megatron_spo.train.memory import announce_memory
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.sample_answers import HeldOutAnswers
 from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
 from megatron_spo.train.state import TrainState
 from megatron_spo.train.step import DataInUse, Engine
+from megatron_spo.train.step_lines import StepLines
 from megatron_spo.train.stop import StopRequest
 
 LOG = logging.getLogger(__name__)
 
 PACKAGES = ("megatron-spo", "megatron-core", "torch", "transformers", "transformer-engine", "apex")
 """Packages whose versions a run records."""
-REPORT = "report.html"
 
 
 def train(config: Config) -> None:
@@ -59,12 +61,20 @@ def train(config: Config) -> None:
             reason.
     """
     runtime = join(config)
+    with agreed():
+        check_paths(config)
+    if message := on_main(lambda: finished(config), UserError):
+        if runtime.is_main:
+            print(message)
+        return
     found = find(Path(config.output) / "checkpoints", scales=config.precision.fp8 is not None)
     if found:
         changes(found, plain(config), {})
     directory = RunDirectory(Path(config.output), is_main=runtime.is_main)
     on_main(directory.make, UserError)
     directory.status("running", found.step if found else 0, **({"checkpoint": found.path.name} if found else {}))
+    directory.phase("reading the data")
+    runtime.progress.on_phase = directory.phase
     signals.before_exit = directory.ended
     watch().on_loss = lambda verdict: directory.ended(verdict.code, verdict.message, anyway=True)
     code = 0
@@ -81,15 +91,15 @@ def train(config: Config) -> None:
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
     inputs = read_inputs(config, runtime)
     announce_memory(config, inputs, runtime)
-    runtime.progress.phase("building and loading", times=4)
-    weights = weights_fingerprint(config, inputs) if config.lora.rank or config.reference.cache else None
-    stores = _open_references(config, inputs, weights)
     record = _record(config, inputs)
     changed = changes(found, record["config"], record["data"]) if found else []
+    runtime.progress.phase("building and loading", times=4)
+    weights = weights_fingerprint(config, inputs) if config.lora.rank or config.reference.cache else None
     if config.lora.rank:
         record["weights"] = weights
         if found:
             check_base(found, weights)
+    stores = _open_references(config, inputs, weights, runtime)
     on_main(lambda: _write_provenance(config, directory, inputs, weights), UserError)
     chunks = make_model(config, inputs)
     add_adapters(chunks, inputs.shape, config.lora, config.training.seed)
@@ -100,6 +110,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     if config.runs_reference:
         references = {name: AdaptersOff(trainable, runtime) for name in loaders}
     data = {name: DataInUse(name, loader, references.get(name)) for name, loader in loaders.items()}
+    steps = _steps(config.training, loaders[TRAIN])
     job = loop.Training(
         config=config,
         engine=Engine(
@@ -114,14 +125,15 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         answer=HeldOutAnswers(config, inputs, trainable, record, directory=directory, runtime=runtime)
         if config.monitor.generate_every
         else None,
-        steps=_steps(config.training, loaders[TRAIN]),
+        steps=steps,
         stop=StopRequest(config.training.time_limit, runtime.device),
         progress=runtime.progress,
         clock=runtime.clock,
+        lines=_step_lines(config, found.step if found else 0, steps, runtime),
         at_peak=_at_peak(config, inputs, runtime),
     )
     state = _start(config, trainable, found, changed, runtime)
-    _open_sinks(config, directory, state.step)
+    _open_sinks(config, directory, state.step, [*inputs.evals])
     pending = [held_out.name for held_out in job.evals] if state.evaluation_pending else []
     directory.open_metrics(after_step=state.step, pending=pending)
     directory.status("running", state.step, steps=job.steps)
@@ -132,7 +144,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     if runtime.is_main:
         if config.logging.report:
             _report(directory)
-        print(f"{config.output}: {state.step} steps done; model in {directory.checkpoints / LATEST}")
+        print(f"{config.output}: all {state.step} steps are done\n{what_is_next(config)}")
 
 
 def _report(directory: RunDirectory) -> None:
@@ -143,15 +155,25 @@ def _report(directory: RunDirectory) -> None:
         write_report([directory.path], directory.path / REPORT)
 
 
-def _open_references(config: Config, inputs: Inputs, weights: str | None) -> dict[str, ReferenceStore]:
-    """Opens the reference cache of every data set; returns {} if the config has none."""
+def _open_references(
+    config: Config, inputs: Inputs, weights: str | None, runtime: Runtime
+) -> dict[str, ReferenceStore]:
+    """Opens the reference cache of every data set, and makes what is absent; returns {} if the config has none."""
     if config.reference.cache is None or weights is None:
         return {}
+    sets, cache = inputs.named_sets(), config.reference.cache
+    prints = {name: reference_fingerprint(config, inputs, dataset, weights) for name, dataset in sets.items()}
+    absent = on_main(lambda: [name for name in sets if is_absent(cache, name, prints[name])], UserError)
+    if absent and config.reference.make:
+        if runtime.is_main:
+            LOG.info(f"{cache} has no log-probs of the reference for {', '.join(absent)}; computing them first "
+                     "(megatron-spo reference does the same)")  # fmt: skip
+        fill_missing(config, inputs, weights, runtime, absent)
+        runtime.progress.phase("building and loading", times=4)
     stores: dict[str, ReferenceStore] = {}
     with agreed():
-        for name, dataset in inputs.named_sets().items():
-            fingerprint = reference_fingerprint(config, inputs, dataset, weights)
-            stores[name] = open_reference(config.reference.cache, name, fingerprint, dataset)
+        for name, dataset in sets.items():
+            stores[name] = open_reference(cache, name, prints[name], dataset)
     return stores
 
 
@@ -176,6 +198,17 @@ def _steps(training: TrainingConfig, loader: Loader) -> int:
     if training.steps is not None:
         return training.steps
     return max(1, math.ceil((training.epochs or 1.0) * loader.steps_per_epoch - 1e-9))
+
+
+def _step_lines(config: Config, done: int, steps: int, runtime: Runtime) -> StepLines:
+    return StepLines(
+        done=done,
+        steps=steps,
+        processes=runtime.topology.world,
+        on_gpu=runtime.device.type == "cuda",
+        every=config.logging.every,
+        shown=shows_progress(config),
+    )
 
 
 def _at_peak(config: Config, inputs: Inputs, runtime: Runtime) -> loop.AtPeak | None:
@@ -205,12 +238,11 @@ def _start(
     """Returns the state to start from: the checkpoint's, or a new one."""
     if found is None:
         return TrainState(0, initial_state(config.spo), LossStatistics())
-    load(found, trainable)
-    state = TrainState.from_dict(found.state)
     if runtime.is_main:
         what = f"; changed: {'; '.join(changed)}" if changed else ""
         LOG.info(f"{config.output}: resuming from {found.path.name}{what}")
-    return state
+    load(found, trainable)
+    return TrainState.from_dict(found.state)
 
 
 def _write_provenance(config: Config, directory: RunDirectory, inputs: Inputs, weights: str | None) -> None:
@@ -238,14 +270,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _open_sinks(config: Config, directory: RunDirectory, step: int) -> None:
+def _open_sinks(config: Config, directory: RunDirectory, step: int, sets: Sequence[str]) -> None:
     """Opens Weights & Biases and TensorBoard if they are configured."""
     if not directory.is_main:
         return
     settings, folder = config.logging, directory.path
     if settings.wandb != "off":
         directory.sinks.open(
-            WeightsAndBiases, folder, mode=settings.wandb, project=wandb_project(), config=plain(config)
+            WeightsAndBiases, folder, mode=settings.wandb, project=wandb_project(), config=plain(config), sets=sets
         )
     if settings.tensorboard:
-        directory.sinks.open(TensorBoard, folder, after_step=step)
+        directory.sinks.open(TensorBoard, folder, after_step=step, sets=sets)

@@ -67,6 +67,12 @@ class RunDirectory:
         with self.tolerated("status.json"):
             self.write_json("status.json", self._status)
 
+    def phase(self, label: str) -> None:
+        """Writes into status.json what the run does now."""
+        self._status["phase"] = label
+        if self._status.get("state") == "running":
+            self.status("running", self._status["step"])
+
     def ended(self, code: int, reason: str, *, anyway: bool = False) -> None:
         """Writes status.json if the run ends before its last step: state "stopped" (the same command resumes) or
         "failed", exit code and reason."""

@@ -64,22 +64,33 @@ class Sinks:
         return True
 
 
-def _name(kind: str, values: Line) -> str:
-    """Returns the prefix of a line's metrics: its kind, and its data set if it has one."""
+STEP = "train/global_step"
+"""Name of the step, as in transformers' trainers, so that runs of both share an axis."""
+SAME_IN_TRL = {"policy/entropy": "entropy"}
+"""Metrics that TRL has by another name."""
+
+
+def named(kind: str, values: Line, sets: Sequence[str]) -> dict[str, float]:
+    """Returns the numbers of a line under the names that they have in TRL, if they have the same meaning there.
+
+    These are `train/loss` and, for held-out data, `eval/loss`; with several held-out sets, `eval/SET_loss`.
+    """
     data = values.get("name") or values.get("data")
-    return f"{kind}/{data}" if data else kind
-
-
-def _numbers(values: Line) -> dict[str, float]:
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+    prefix = f"{kind}/" if data is None else f"{kind}/{data}_" if len(sets) > 1 else f"{kind}/"
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    if kind == "eval":
+        numbers["runtime"] = numbers.pop("seconds")
+    return {prefix + SAME_IN_TRL.get(name, name.removeprefix(f"{kind}/")): one for name, one in numbers.items()}
 
 
 class WeightsAndBiases:
     """One W&B run per run directory, however often the command is started; the file `wandb_id` keeps its id."""
 
-    def __init__(self, folder: Path, *, mode: str, project: str, config: Line) -> None:
+    def __init__(self, folder: Path, *, mode: str, project: str, config: Line, sets: Sequence[str]) -> None:
+        """Starts or continues the run; `sets` are the names of the held-out sets."""
         import wandb
 
+        self._sets = sets
         kept = folder / "wandb_id"
         if not kept.exists():
             kept.write_text(secrets.token_hex(8))
@@ -94,19 +105,19 @@ class WeightsAndBiases:
             config=dict(config),
         )
         # W&B's own step counter would reject the steps that are repeated after a restart.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
 
     def line(self, kind: str, step: int, values: Line) -> None:
         if kind == "alarm" and "alarm" in values:
             self._run.alert(title=f"{values['alarm']} on {values['data']}", text=values["message"])
-            values = {values["alarm"]: values["value"]} | {"data": values["data"]}
-        name = _name(kind, values)
-        self._run.log({"step": step, **{f"{name}/{metric}": value for metric, value in _numbers(values).items()}})
+            self._run.log({STEP: step, f"alarm/{values['data']}/{values['alarm']}": values["value"]})
+            return
+        self._run.log({STEP: step, **named(kind, values, self._sets)})
 
     def table(self, name: str, step: int, rows: Sequence[Line]) -> None:
         table = self._wandb.Table(columns=[*rows[0]], data=[list(row.values()) for row in rows])
-        self._run.log({"step": step, name: table})
+        self._run.log({STEP: step, name: table})
 
     def close(self, report: Path, code: int) -> None:
         if report.exists():
@@ -121,17 +132,19 @@ class WeightsAndBiases:
 class TensorBoard:
     """Writes event files to the folder `tensorboard` of the run directory."""
 
-    def __init__(self, folder: Path, *, after_step: int) -> None:
+    def __init__(self, folder: Path, *, after_step: int, sets: Sequence[str]) -> None:
+        """Continues after a step; `sets` are the names of the held-out sets."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._sets = sets
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1)
 
     def line(self, kind: str, step: int, values: Line) -> None:
         if kind == "alarm" and "alarm" in values:
             self._writer.add_text(f"alarm/{values['data']}", values["message"], step)
             return
-        for metric, value in _numbers(values).items():
-            self._writer.add_scalar(f"{_name(kind, values)}/{metric}", value, step)
+        for metric, value in named(kind, values, self._sets).items():
+            self._writer.add_scalar(metric, value, step)
         self._writer.flush()
 
     def table(self, name: str, step: int, rows: Sequence[Line]) -> None:

@@ -18,6 +18,7 @@ from megatron_spo.config.schema import LossConfig
 from megatron_spo.config.spo import SpoConfig
 from megatron_spo.data.loader import Batch, Loader
 from megatron_spo.data.rows import PackedRow
+from megatron_spo.meter import Meter
 from megatron_spo.model.experts import Load, balance, balancing
 from megatron_spo.model.forward import run_rows
 from megatron_spo.model.optimizer import Trainable
@@ -187,8 +188,11 @@ class Engine:
             return lambda_
         return plan.lambda_
 
-    def evaluate(self, pass_: Pass, data: DataInUse, *, state: TrainState) -> tuple[dict[str, float], Tensor | None]:
-        """Evaluates a whole set with the current weights; its chosen responses are the lower level.
+    def evaluate(
+        self, pass_: Pass, data: DataInUse, *, state: TrainState, shown: bool = False
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Evaluates a whole set with the current weights; its chosen responses are the lower level. `shown` logs the
+        progress.
 
         Returns:
             The metrics by name, and each pair's shifts: fp64 [rows, 2], log-probs of chosen and rejected minus the
@@ -203,11 +207,13 @@ class Engine:
         shifts = None
         if data.reference is not None:
             shifts = torch.zeros(len(dataset), 2, dtype=torch.float64, device=self._runtime.device)
-        for batch in data.loader.eval_batches():
-            share = Share(data, batch, Role.BOTH, counts)
-            share.prepare()
-            sums = self._sweep(pass_, [share], statistics=state.statistics, backward=False, per_pair=shifts)[data.name]
-            totals = {name: totals[name] + sums[name] for name in SUMS}
+        with Meter(f"evaluating {data.name}", len(dataset), "pairs", shown=shown) as meter:
+            for batch in data.loader.eval_batches():
+                share = Share(data, batch, Role.BOTH, counts)
+                share.prepare()
+                swept = self._sweep(pass_, [share], statistics=state.statistics, backward=False, per_pair=shifts)
+                totals = {name: totals[name] + swept[data.name][name] for name in SUMS}
+                meter.advance(batch.pairs)
         if shifts is not None:
             dist.all_reduce(shifts)
         measured = self._measured(share, totals)

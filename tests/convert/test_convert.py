@@ -22,7 +22,8 @@ from megatron_spo.convert.formats.torch_dist import TorchDist
 from megatron_spo.errors import UserError
 from megatron_spo.model import hf_files
 from tests.support.megatron import load_model
-from tests.support.tiny import tiny_model
+from tests.support.processes import largest_difference
+from tests.support.tiny import tiny_model, tiny_run
 
 VARIANTS = [
     ("llama", {"vocab_size": 301}),
@@ -264,13 +265,31 @@ def test_refuses_by_name(tmp_path: Path, model: Path, capsys: pytest.CaptureFixt
     out = str(tmp_path / "out")
     convert(model, tmp_path / "megatron", "megatron")
     assert "already in the format 'megatron'" in error(str(tmp_path / "megatron"), out, "--to", "megatron")
-    assert "not an empty folder" in error(str(model), str(tmp_path / "megatron"), "--to", "megatron")
+    assert "not an empty folder" in error(str(model), str(model), "--to", "megatron")
     assert "no adapters" in error(str(tmp_path / "megatron"), out, "--to", "peft")
     assert "--workers 0" in error(str(model), out, "--to", "megatron", "--workers", "0")
     assert "NeMo 1" in error("model.nemo", out, "--to", "hf")
     assert "neither a run directory" in error(str(tmp_path), out, "--to", "hf")
     assert main(["convert", str(tmp_path / "megatron"), out, "--to", "hf", "--verify"]) == 0
     assert "39 tensors" in capsys.readouterr().out
+
+
+def test_the_same_conversion_again_is_complete(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = ["convert", str(model), str(tmp_path / "out"), "--to", "megatron"]
+    assert main(again) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    for more in ([], ["--verify"]):
+        capsys.readouterr()
+        assert main([*again, *more]) == 0
+        said = capsys.readouterr().out
+        assert "out: complete, converted by an earlier call" in said and ("verified" in said) == bool(more)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert main([*again[:-1], "nemo"]) == 2
+    assert "holds another conversion" in capsys.readouterr().err
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, model / "model.safetensors")
+    assert main(again) == 2
+    assert "holds another conversion than that of" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cut_small")
@@ -292,7 +311,22 @@ def test_megatron_loads_it(tmp_path: Path) -> None:
             assert torch.equal(parameter, expected[name]), name
 
 
-def test_training_names_the_remedy(tmp_path: Path, model: Path) -> None:
+def test_others_than_training_name_the_remedy(tmp_path: Path, model: Path) -> None:
     convert(model, tmp_path / "megatron", "megatron")
     with pytest.raises(UserError, match="is a Megatron model folder, .* --to hf"):
         shard_files(tmp_path / "megatron")
+
+
+@pytest.mark.parametrize("more", [[], ["lora.rank=2"]], ids=["whole", "lora"])
+def test_training_from_a_megatron_folder_is_the_same(tmp_path: Path, more: list[str]) -> None:
+    """Bit for bit, also of the exported model."""
+    config = tiny_run(tmp_path, pairs=8, held_out=4, shape={"vocab_size": 301}, reference=None, loss={"name": "simpo"})
+    convert(tmp_path / "model", tmp_path / "megatron", "megatron")
+    for name in ("model", "megatron"):
+        overrides = [f"model.path={tmp_path}/{name}", f"output={tmp_path}/from-{name}", *more]
+        assert main(["train", str(config), *overrides]) == 0
+        assert main(["convert", f"{tmp_path}/from-{name}", f"{tmp_path}/hf-{name}", "--to", "hf"]) == 0
+    assert largest_difference(tmp_path / "from-megatron", tmp_path / "from-model")[0] == 0
+    one, other = (load_file(tmp_path / f"hf-{name}/model.safetensors") for name in ("model", "megatron"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "hf-megatron/tokenizer.json").exists()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_spo import cli
 from megatron_spo.evaluate.generate import generate_file
 from tests.support.processes import read_metrics, run_jobs
-from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, tiny_tokenizer, write_jsonl
+from tests.support.tiny import arithmetic_pairs, tiny_judge, tiny_model, tiny_run, tiny_tokenizer, write_jsonl
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -244,3 +244,75 @@ metric_list: [{{metric: acc}}]
     assert "pairs_task" in capsys.readouterr().out
     refused(["--model", models / "a", "--tasks", "no_such_task"], "has no task 'no_such_task'", capsys)
     refused(["--model", models / "a", "--tasks", tmp_path / "no.yaml"], "no.yaml does not exist", capsys)
+
+
+def chat_answers(texts: Sequence[str]) -> list[dict]:
+    """Returns rows of conversations without expected answers; the reference text is the first row's answer."""
+    chosen = [{"role": "assistant", "content": "yes it is"}]
+    return [{"prompt": [{"role": "user", "content": f"say {i}"}], "chosen": chosen, "responses": [text],
+             "finished": [True]} for i, text in enumerate(texts)]  # fmt: skip
+
+
+def test_win_rate_by_a_tiny_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scores are those of the model on each conversation alone, without padding."""
+    before = write_jsonl(tmp_path / "before.jsonl", chat_answers(["no", "maybe so", "a much longer answer", "x"]))
+    after = write_jsonl(tmp_path / "after.jsonl", chat_answers(["yes it is", "maybe not", " yes it is\n", "x"]))
+    folder = tiny_judge(tmp_path / "judge")
+    arguments = [before, after, "--reward-model", folder, "--batch-size", 3, "--out", tmp_path / "out.json"]
+    assert cli.main(["evaluate", *map(str, arguments)]) == 0
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    rewards = []
+    for row in [*rows_of(before), *rows_of(after)]:
+        conversation = [*row["prompt"], {"role": "assistant", "content": row["responses"][0]}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            rewards.append(float(model(input_ids=ids).logits[0, 0]))
+    assert [row[0] for file in found["files"] for row in file["rewards"]] == pytest.approx(rewards, abs=1e-5)
+    wins = [1.0 if new > old else 0.5 if new == old else 0.0 for old, new in zip(rewards[:4], rewards[4:], strict=True)]
+    assert found["win_rate"]["value"] == np.mean(wins) and wins[3] == 0.5
+    assert found["win_rate"]["low"] <= np.mean(wins) <= found["win_rate"]["high"]
+    assert [one["scores"]["text_match"]["value"] for one in found["files"]] == [0.0, 0.5]
+    assert "win rate" in shown and "reward or judge's score" in shown and "same text as reference" in shown
+    assert "exact match: 0 of 4 rows of before.jsonl have an expected answer" in shown
+
+
+def test_win_rate_by_the_scores_of_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", answers(4, 2)) for name in ("a", "b")]
+    scores = [
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"scores": [score]} for score in found])
+        for i, found in enumerate(([1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 1.5, 9.0]))
+    ]
+    arguments = [*files, "--scores", *scores, "--out", tmp_path / "out.json"]
+    assert cli.main(["evaluate", *map(str, arguments)]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["win_rate"]["value"] == 0.625 and found["differences"]["reward"]["value"] == pytest.approx(1.125)
+    assert "0.625 [" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(files[0]), "--scores", str(scores[0])]) == 0
+    assert "2.500 [" in capsys.readouterr().out
+    short = write_jsonl(tmp_path / "short.jsonl", [{"scores": [1]}])
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"scores": [1]}, {"scores": ["good"]}] * 2)
+    elsewhere = write_jsonl(tmp_path / "other.jsonl", [{"scores": [1], "prompt": "7+1="}] * 4)
+    refused([*files, "--scores", scores[0]], "got 1 files for --scores; give one for each of the 2 files", capsys)
+    refused([files[0], "--scores", short], "short.jsonl has 1 rows, but", capsys)
+    refused([files[0], "--scores", odd], "odd.jsonl line 2: field `scores` must be a list of 1 numbers", capsys)
+    refused([files[0], "--scores", elsewhere], "other.jsonl line 1: the prompt differs", capsys)
+    refused([files[0], "--scores", odd, "--reward-model", tmp_path], "either --scores or --reward-model", capsys)
+    refused([files[0], "--batch-size", 2], "--batch-size is not supported with ANSWERS", capsys)
+
+
+def test_what_is_no_reward_model_is_refused(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "answers.jsonl", chat_answers(["yes"]))
+    long = write_jsonl(tmp_path / "long.jsonl", chat_answers(["yes " * 40]))
+    two = tiny_judge(tmp_path / "two", num_labels=2)
+    refused([file, "--reward-model", models / "a"], "has 2 outputs, but a reward model has one", capsys)
+    refused([file, "--reward-model", two], "has 2 outputs", capsys)
+    config = json.loads((models / "a/config.json").read_text())
+    tiny_model(copy := tmp_path / "causal")
+    (copy / "config.json").write_text(json.dumps({**config, "id2label": {"0": "score"}, "label2id": {"score": 0}}))
+    refused([file, "--reward-model", copy], "is not a sequence classifier: its weights lack score.weight", capsys)
+    refused([long, "--reward-model", tiny_judge(tmp_path / "judge")], "the context of the model is 64", capsys)

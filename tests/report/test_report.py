@@ -100,7 +100,61 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / parent / "run", beta=0.1) for parent in ("a", "b")]
     write_report(runs, tmp_path / "out")
     cells = Page((tmp_path / "out").read_text()).cells
-    assert str(runs[0]) in cells and str(runs[1]) in cells
+    assert "a" in cells and "b" in cells
+
+
+def test_runs_of_a_study_are_named_by_what_differs_and_in_natural_order(tmp_path: Path) -> None:
+    for i, beta in enumerate((10, 2, 0.5) * 6, 1):
+        run = make_run(tmp_path / f"{i}/run", beta=beta)
+        (run / "config.yaml").write_text(
+            f"output: {run}\nloss: {{name: dpo, beta: {beta}}}\noptimizer: {{lr: {i}e-7}}\n"
+        )
+    write_report([tmp_path / f"{i}/run" for i in range(1, 19)], tmp_path / "out")
+    text = (tmp_path / "out").read_text()
+    assert "<h1>SPO: 18 runs</h1>" in text
+    runs = list(read_runs([tmp_path / f"{i}/run" for i in range(1, 19)]))
+    assert runs[:3] == ["beta 0.5, lr 3e-07", "beta 0.5, lr 6e-07", "beta 0.5, lr 9e-07"]
+    assert runs[-1] == "beta 10, lr 1.6e-06" and len(set(runs)) == 18
+    assert "differs: loss.beta, optimizer.lr" in text and "(dashed)" in text
+    assert list(read_runs([make_run(tmp_path / f"run{i}", beta=0.1) for i in (10, 9)])) == ["run9", "run10"]
+
+
+def first_line(runs: list[Path], out: Path) -> str:
+    write_report(runs, out)
+    found = re.search(r"</h1>\s*<p class=\"verdict (good|bad)\"><strong>(.*?)</strong>", out.read_text())
+    assert found
+    return f"{found[1]}: {found[2]}"
+
+
+def test_the_first_line_says_whether_the_runs_are_healthy(tmp_path: Path) -> None:
+    good, bad = make_full_run(tmp_path / "good", falls=False), make_full_run(tmp_path / "bad")
+    out = tmp_path / "out.html"
+    healthy = r"good: Healthy: all 60 steps are done, no alarm. On held_out: log p\(chosen\) \+\S+ nats, accuracy 0.90"
+    assert re.match(healthy, first_line([good], out))
+    assert first_line([bad], out).startswith("bad: Not healthy: alarm at step 30: the preferred answers lost 3.1 nats")
+    text = first_line([good, bad], out)
+    assert text == "bad: 1 of 2 runs are healthy. With alarms or failed: bad."
+    (good / "status.json").write_text('{"state": "failed", "step": 60, "steps": 90, "reason": "disk full"}')
+    assert first_line([good], out) == "bad: Failed after step 60 of 90: disk full"
+    (good / "status.json").write_text('{"state": "running", "step": 60, "steps": 90}')
+    assert first_line([good], out).startswith("good: Healthy so far: step 60 of 90, no alarm.")
+
+
+def test_the_page_names_what_was_trained(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, pairs=8, loss={"name": "simpo"}, reference=None, logging={"report": True})
+    run_jobs([("train", str(config), [])], 1)
+    text = (tmp_path / "run/report.html").read_text()
+    for fact in (
+        "model model",
+        "loss simpo",
+        "SPO penalty, lambda 1",
+        "data pairs.jsonl",
+        "lr 0.001",
+        "8 pairs per step",
+    ):
+        assert fact in text, fact
+    ticks = re.findall(r"<!-- ([\d.]+) -->", text)
+    assert ticks and "1.5" not in ticks[:4]
 
 
 def test_groups_of_one_name_are_told_apart(tmp_path: Path) -> None:

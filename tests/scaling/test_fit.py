@@ -312,7 +312,7 @@ def test_wrong_input_gets_one_message(
     assert not (tmp_path / "fit.json").exists()
 
 
-def test_tables_of_studies_are_read_as_they_are(tmp_path: Path) -> None:
+def test_tables_of_studies_are_read_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     points = stability_points()
     renamed = {"optimizer.lr": points["lr"], "spo.lambda": points["lambda"], "until": points["steps"]}
     rows: dict[str, Any] = {**renamed, "crossed": ["True" if one else "False" for one in points["crossed"]]}
@@ -325,6 +325,24 @@ def test_tables_of_studies_are_read_as_they_are(tmp_path: Path) -> None:
     assert found["columns"]["steps"] == "until" and found["columns"]["lambda"] == "spo.lambda"
     assert (found["points"], found["left_out"]) == (200, 1)
     assert found["stable_lambda"][0]["steps"] == 500
+    assert f"500 steps: lambda = {found['stable_lambda'][0]['lambda']:.3g} keeps a run" in capsys.readouterr().out
+
+
+def test_a_plot_has_the_format_of_its_name_and_budgets_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = write_csv(tmp_path / "points.csv", chinchilla_points())
+    files = [str(points), "--law", "chinchilla", "--out", str(tmp_path / "fit.json"), "--bootstrap", "100"]
+    for name, start in {"fit.png": b"\x89PNG\r\n", "fit.pdf": b"%PDF-", "fit.svg": b"<svg"}.items():
+        assert main(["scaling", "fit", *files, "--plot", str(tmp_path / name), "--flops", "1e21"]) == 0
+        assert (tmp_path / name).read_bytes().startswith(start)
+    best = json.loads((tmp_path / "fit.json").read_text())["compute_optimal"]["at"][0]
+    line = f"1e+21 FLOPs: N = {best['N']:.3g} parameters and D = {best['D']:.3g} tokens give the lowest loss"
+    assert line in capsys.readouterr().out
+    assert main(["scaling", "fit", *files, "--plot", str(tmp_path / "fit.jpg")]) == 2
+    assert "fit.jpg: the name must end in .svg, .png, .pdf" in capsys.readouterr().err
+    assert main(["scaling", "fit", *files[:-3], str(tmp_path), "--bootstrap", "100"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_the_command_line_names_all_laws() -> None:

@@ -21,6 +21,7 @@ from megatron_spo.report.runs import Run
 from megatron_spo.scaling.steps import steps_of
 from megatron_spo.scaling.study import read_study
 from megatron_spo.scaling.table import _cost
+from tests.support.processes import ROOT
 from tests.support.tiny import FAMILIES, tiny_model
 
 
@@ -226,8 +227,8 @@ def test_lines_of_a_job_array(folder: Path, capsys: pytest.CaptureFixture[str]) 
     study = write_study(folder, "array", **spec)
     assert main(["scaling", "study", str(study), "--slurm", "print"]) == 0
     out = folder / "array"
-    command = f"env SPO_CONFIG={folder}/base.yaml SPO_OUT={out} SPO_STUDY={out}/lines.txt bash slurm/array_study.sh"
-    assert capsys.readouterr().out.strip() == command
+    given = f"SPO_HOME={ROOT} SPO_CONFIG={folder}/base.yaml SPO_OUT={out} SPO_STUDY={out}/lines.txt"
+    assert capsys.readouterr().out.strip() == f"env {given} bash {ROOT}/slurm/array_study.sh"
     lines = (out / "lines.txt").read_text()
     words = ["xargs", "-rn1", "printf", "%s\\n"]  # the way the job scripts split a line
     split = subprocess.run(words, input=lines, text=True, capture_output=True, check=True)

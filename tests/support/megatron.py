@@ -27,6 +27,7 @@ def one_process() -> Runtime:
 def load_model(folder: Path, *, recompute: str = "none") -> "PairModel":
     """Returns the fp32 Megatron model of a Hugging Face folder."""
     one_process()
+    from megatron_spo.convert.weights import open_weights
     from megatron_spo.model.build import build_model
     from megatron_spo.model.settings import transformer_config
     from megatron_spo.model.weights import load_hf_weights
@@ -34,7 +35,7 @@ def load_model(folder: Path, *, recompute: str = "none") -> "PairModel":
     shape = read_model_shape(folder)
     parallel = ParallelConfig.model_validate({"recompute": recompute})
     (model,) = build_model(shape, transformer_config(shape, parallel, PrecisionConfig(dtype="fp32")))
-    load_hf_weights(model, shape, folder)
+    load_hf_weights(model, shape, open_weights(folder, shape))
     return model
 
 

@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -108,6 +109,16 @@ def tiny_model(
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return model
+
+
+def tiny_judge(folder: Path, **changes: Any) -> Path:
+    """Saves a random reward model, a sequence classifier with one output; returns its folder."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": 262, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}  # fmt: skip
+    LlamaForSequenceClassification(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+    tiny_tokenizer(folder, chat=True)
+    return folder
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

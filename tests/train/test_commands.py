@@ -1,6 +1,7 @@
 """The commands on a tiny model: cache, training, evaluation, resuming, and the message for each wrong input."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def test_reference_then_train(job, capsys):
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (job / "cache").rglob("*"))
     assert command(job, "train", "logging.report=true") == 0
     metrics = read_metrics(job / "run")
-    assert [key for key in metrics if key[0] == "eval"] == [("eval", "held-out", 2), ("eval", "held-out", 4)]
+    assert [key for key in metrics if key[0] == "eval"] == [("eval", "held-out", step) for step in (0, 2, 4)]
+    assert metrics["eval", "held-out", 0]["loss/preference"] == pytest.approx(0.693147, abs=1e-6)
     first = metrics["train", "", 1]
     assert first["loss/preference"] == pytest.approx(0.693147, abs=1e-6)
     expected = {
@@ -109,6 +111,68 @@ def test_share_of_the_peak_where_the_gpu_is_known(job, monkeypatch):
     assert 0 < h100["mfu"] < 1e-3
 
 
+def test_train_makes_the_missing_cache_and_says_so(job, capsys):
+    """The result is that of a cache made by `reference`, bit for bit."""
+    assert command(job, "reference") == 0
+    assert command(job, "train", f"output={job}/two-commands") == 0
+    shutil.rmtree(job / "cache")
+    capsys.readouterr()
+    assert command(job, "train") == 0
+    assert "has no log-probs of the reference for train, held-out; computing them first" in capsys.readouterr().err
+    assert largest_difference(job / "run", job / "two-commands")[0] == 0
+    assert command(job, "train", f"output={job}/again", "reference.make=false") == 0
+    assert "computing" not in capsys.readouterr().err
+
+
+def test_the_end_says_what_is_next_and_a_finished_run_that_it_is_finished(job, capsys):
+    free = ["loss.name=simpo", "reference.cache=null", "logging.report=true", "checkpoint.best=loss/sft"]
+    assert command(job, "train", *free) == 0
+    said = capsys.readouterr().out
+    assert f"report: {job}/run/report.html" in said
+    assert f"best by loss/sft: megatron-spo convert {job}/run/checkpoints/best {job}/run-best --to hf" in said
+    exports = [line.partition("export: megatron-spo ")[2] for line in said.splitlines() if "export: " in line]
+    assert main(exports[0].split()) == 0
+    before = read_metrics(job / "run")
+    assert command(job, "train", *free) == 0
+    said = capsys.readouterr().out
+    assert "already finished, all 4 steps are done" in said and exports[0] in said
+    assert read_metrics(job / "run") == before
+    assert command(job, "train", *free, "training.steps=6") == 0
+    assert "already finished" not in capsys.readouterr().out
+    assert ("train", "", 6) in read_metrics(job / "run")
+
+
+def test_a_finished_run_is_noticed_before_torch_is_imported(job):
+    free = ["loss.name=simpo", "reference.cache=null"]
+    assert command(job, "train", *free) == 0
+    code = "import sys; from megatron_spo.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    arguments = [sys.executable, "-c", code, "train", str(job / "config.yaml"), *free]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert "already finished" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+    (job / "held-out.jsonl").unlink()
+    done = subprocess.run([*arguments, f"output={job}/new"], capture_output=True, text=True)
+    assert "held-out.jsonl does not exist" in done.stderr and done.stdout == "False\n"
+
+
+def test_step_lines_in_a_log(job, capsys, monkeypatch):
+    """Every `logging.every` steps, the first, the last, and one a minute; the files are not changed by it."""
+    free = ["loss.name=simpo", "reference.cache=null", "training.steps=6", "logging.every=3", "logging.progress=true"]
+    assert command(job, "train", *free, f"output={job}/lines") == 0
+    said = capsys.readouterr().err
+    form = r"^step (\d)/6  loss \S+  acc \d\.\d\d  \S+ s/step  [\d,.]+ tok/s(  left \d+ s)?$"
+    found = re.findall(form, said, re.MULTILINE)
+    assert [step for step, _ in found] == ["1", "3", "6"] and [bool(left) for _, left in found] == [True, True, False]
+    assert re.search(r"^evaluation after step 0 on held-out  loss \S+  acc \S+  \S+ s$", said, re.MULTILINE)
+    assert re.search(r"^saving step 6: \S+ GB$", said, re.MULTILINE)
+    assert re.search(r"^saved step_00000006 in \d+ s$", said, re.MULTILINE)
+    monkeypatch.setattr("megatron_spo.train.step_lines.AT_LEAST", 0.0)
+    assert command(job, "train", *free, f"output={job}/minutes") == 0
+    assert len(re.findall(form, capsys.readouterr().err, re.MULTILINE)) == 6
+    assert command(job, "train", *free, f"output={job}/silent", "logging.progress=false") == 0
+    assert "s/step" not in capsys.readouterr().err
+    assert largest_difference(job / "lines", job / "silent")[0] == 0
+
+
 def test_a_reference_free_loss_needs_no_cache(job):
     assert command(job, "train", "loss.name=simpo", "reference.cache=null") == 0
     assert "spo/gap" not in read_metrics(job / "run")["train", "", 1]
@@ -160,7 +224,7 @@ def test_dropped_rows_are_listed(job, capsys):
 
 def _no_cache(job: Path) -> list[str]:
     shutil.rmtree(job / "cache")
-    return []
+    return ["reference.make=false"]
 
 
 def _other_weights(job: Path) -> list[str]:
@@ -170,12 +234,12 @@ def _other_weights(job: Path) -> list[str]:
 
 def _other_rows(job: Path) -> list[str]:
     write_jsonl(job / "pairs.jsonl", arithmetic_pairs(10, seed=3))
-    return []
+    return ["reference.make=false"]
 
 
 def _other_template(job: Path) -> list[str]:
     tiny_tokenizer(job / "model", chat=True)
-    return []
+    return ["reference.make=false"]
 
 
 def _torn_cache(job: Path) -> list[str]:
@@ -252,7 +316,7 @@ BROKEN = {
     _no_tensor: ["model.norm.weight"],
     _stray_tensor: ["model.extra.weight"],
     _small_tensor: ["lm_head.weight", "(9, 32)"],
-    _nan_tensor: ["step 1", "not a finite number", "pairs.jsonl line"],
+    _nan_tensor: ["step 0", "not a finite number", "held-out.jsonl line"],
     _torn_weights: ["model.safetensors", "damaged"],
     _no_weights: ["no safetensors", "model.init=random"],
     _tokens_beyond: ["pairs.jsonl line 1", "vocabulary of 30"],

@@ -12,7 +12,7 @@ import pytest
 from megatron_spo.cli import main
 from megatron_spo.errors import Anomaly, Stopped
 from megatron_spo.runtime.logs import log_to_stderr
-from megatron_spo.train.sinks import Sinks, WeightsAndBiases
+from megatron_spo.train.sinks import Sinks, WeightsAndBiases, named
 from tests.support.tiny import arithmetic_pairs, tiny_model, tiny_run, write_jsonl
 
 
@@ -130,7 +130,7 @@ def wandb_end(file: Path) -> tuple[int | None, bool]:
 @pytest.mark.parametrize("code", [0, Stopped.code, Anomaly.code])
 def test_wandb_is_told_how_a_run_ended(tmp_path: Path, code: int) -> None:
     sinks = Sinks()
-    sinks.open(WeightsAndBiases, tmp_path, mode="offline", project="test", config={})
+    sinks.open(WeightsAndBiases, tmp_path, mode="offline", project="test", config={}, sets=[])
     sinks.line("train", 1, {"loss": 1.0})
     sinks.close(tmp_path / "report.html", code)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
@@ -154,10 +154,10 @@ def test_wandb_holds_every_line_under_one_id(folder: Path) -> None:
     first, second = (wandb_history(file) for file in files)
     assert [wandb_project(file) for file in files] == ["megatron-spo"] * 2
     assert first[0] == second[0] == (folder / "run/wandb_id").read_text()
-    losses = {row["step"]: row["train/loss"] for row in [*first[1], *second[1]] if "train/loss" in row}
+    losses = {row["train/global_step"]: row["train/loss"] for row in [*first[1], *second[1]] if "train/loss" in row}
     assert losses == {line["step"]: line["loss"] for line in lines(folder, "train")}
     logged = {key for row in second[1] for key in row}
-    assert {"eval/held-out/spo/chosen_shift", "generation/held-out/generation/exact_match"} <= logged
+    assert {"eval/spo/chosen_shift", "eval/rewards/margins", "generation/exact_match"} <= logged
     assert any(key.startswith("worst pairs/held-out") for key in logged)
     assert any(key.startswith("samples/held-out") for key in logged)
     alarms = {key for row in first[1] for key in row if key.startswith("alarm/")}
@@ -165,15 +165,26 @@ def test_wandb_holds_every_line_under_one_id(folder: Path) -> None:
     assert any(name == f"report-{first[0]}" for name in second[2])
 
 
+def test_names_are_those_of_trl() -> None:
+    """With one held-out set as with one `eval_dataset`, with several as with a dict of them."""
+    line = {"name": "eval", "loss": 0.5, "rewards/chosen": 1.0, "policy/entropy": 2.0, "seconds": 3.0}
+    assert named("train", {"loss": 0.5, "grad_norm": 1.0}, ["eval"]) == {"train/loss": 0.5, "train/grad_norm": 1.0}
+    assert named("eval", line, ["eval"]) == {
+        "eval/loss": 0.5, "eval/rewards/chosen": 1.0, "eval/entropy": 2.0, "eval/runtime": 3.0
+    }  # fmt: skip
+    assert {"eval/math_loss", "eval/math_rewards/chosen"} < {*named("eval", {**line, "name": "math"}, ["math", "chat"])}
+    assert named("generation", {"data": "a", "generation/rep_4": 0.1}, ["a"]) == {"generation/rep_4": 0.1}
+
+
 def test_tensorboard_holds_every_line_once(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "run/tensorboard"), purge_orphaned_data=True).Reload()
-    for metric in ("loss", "spo/chosen_shift", "policy/entropy"):
-        found = {event.step: event.value for event in events.Scalars(f"train/{metric}")}
+    for metric, name in {"loss": "loss", "spo/chosen_shift": "spo/chosen_shift", "policy/entropy": "entropy"}.items():
+        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         assert found == pytest.approx({line["step"]: line[metric] for line in lines(folder, "train")}, rel=1e-6)
-        assert len(events.Scalars(f"train/{metric}")) == 6
-    assert {event.step for event in events.Scalars("generation/held-out/generation/malformed")} == {0, 4, 6}
+        assert len(events.Scalars(f"train/{name}")) == 6
+    assert {event.step for event in events.Scalars("generation/malformed")} == {0, 4, 6}
     tags = events.Tags()["tensors"]
     assert any(tag.startswith("alarm/train") for tag in tags)
     assert any(tag.startswith("worst pairs/held-out") for tag in tags)
