@@ -15,7 +15,7 @@ from megatron_spo.cli import main
 from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.schema import DataConfig
 from megatron_spo.convert.card import base_name, hub_id_of, licence_of
-from megatron_spo.convert.export import convert
+from megatron_spo.convert.export import DONE, convert
 from megatron_spo.convert.sides import SideFiles, write_chat_template
 from megatron_spo.data.dataset import build_dataset
 from megatron_spo.data.end_of_turn import end_tokens
@@ -43,7 +43,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def side_files(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("model.safetensors")]
+    own = ("model.safetensors", DONE)
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(own)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
