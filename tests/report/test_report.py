@@ -154,7 +154,7 @@ def test_the_page_names_what_was_trained(tmp_path: Path) -> None:
     ):
         assert fact in text, fact
     steps = re.findall(r"text-anchor: middle[^>]*>([\d.]+)</text>", text)
-    assert set(steps) == {"1", "2", "3", "4"}
+    assert {"1", "2", "3", "4"} <= set(steps) and not {"1.5", "2.5", "3.5"} & set(steps)
 
 
 def test_groups_of_one_name_are_told_apart(tmp_path: Path) -> None:
