@@ -5,7 +5,7 @@ set -euo pipefail
 : "${home:?must be set by the script that sources this file, to the folder of the repository}"
 KNOWN=" SPO_AT_ONCE SPO_ATTEMPTS SPO_CACHE SPO_CONFIG SPO_CONTAINER SPO_DEVICE SPO_EXPORT SPO_GENERATE SPO_HOME SPO_INTERFACE
  SPO_LAYOUT SPO_MIN_FREE_GB SPO_MOUNTS SPO_OUT SPO_OVERRIDES SPO_PROMPTS SPO_PYTHON SPO_REFERENCE_LAYOUT
- SPO_REFERENCE_NODES SPO_STEPS SPO_STUDY SPO_STUDY_PART "
+ SPO_REFERENCE_NODES SPO_REHEARSE SPO_STEPS SPO_STUDY SPO_STUDY_PART "
 
 ALL_STEPS="reference train export evaluate"
 job_log=/dev/null at_start=''
@@ -40,6 +40,7 @@ check_variables() { # and set the defaults
     done
     [[ $SPO_EXPORT == latest || $SPO_EXPORT == best ]] || die 2 "SPO_EXPORT must be latest or best, not $SPO_EXPORT"
     [[ $SPO_DEVICE == gpu || $SPO_DEVICE == cpu ]] || die 2 "SPO_DEVICE must be gpu or cpu, not $SPO_DEVICE"
+    [[ ${SPO_REHEARSE:=0} == [01] ]] || die 2 "SPO_REHEARSE must be 1 or 0, not $SPO_REHEARSE"
     for name in SPO_ATTEMPTS SPO_MIN_FREE_GB SPO_REFERENCE_NODES; do
         [[ ${!name:-1} =~ ^[0-9]+$ ]] || die 2 "$name must be a whole number, not ${!name}"
     done
@@ -232,7 +233,7 @@ step() { # NAME NODES TASKS_PER_NODE ARGUMENTS ...: runs `megatron-spo ARGUMENTS
     say "$name: done"
 }
 
-# Runs the steps of SPO_STEPS (reference, train, export, evaluate) that are not done yet.
+# Runs the rehearsal, if it is wanted, and the steps of SPO_STEPS (reference, train, export, evaluate), unless done.
 run_steps() {
     local common nodes=$SLURM_JOB_NUM_NODES tasks=$SLURM_NTASKS_PER_NODE model name words
     split "${SPO_OVERRIDES:-}"
@@ -240,6 +241,11 @@ run_steps() {
     [[ " $SPO_STEPS " != *" reference "* ]] || : "${SPO_CACHE:=$SPO_OUT/reference}"
     [[ -z ${SPO_CACHE:-} ]] || common+=("reference.cache=$SPO_CACHE")
     common+=("${words[@]}")
+    if [[ $SPO_REHEARSE == 1 ]]; then
+        split "${SPO_LAYOUT:-}"
+        step rehearse 1 1 rehearse --gpus $((nodes * tasks)) "$SPO_CONFIG" "${words[@]}" "${common[@]}"
+        say "rehearse: memory, communication and waits of a step are in $SPO_OUT/logs/rehearse.log"
+    fi
     for name in $SPO_STEPS; do
         case $name in
             reference)

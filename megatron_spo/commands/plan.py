@@ -21,24 +21,29 @@ GPU_NUMBERS = {  # option -> (factor to SI units or bytes, help text)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    add_configuration(parser)
-    parser.add_argument("--gpus", type=positive_integer, required=True, help="number of GPUs")
+    add_run(parser)
     parser.add_argument(
         "--gpu", default="h100", help=f"{', '.join(GPUS)}, or another name with --memory, --bf16, ... [%(default)s]"
     )
     parser.add_argument("--json", type=Path, help="JSON file to write all results to")
-    parser.add_argument("--model", help=f"model to plan for instead of model.path: a folder, or {', '.join(PRESETS)}")
-    parser.add_argument("--prompt-tokens", type=positive_integer, help="assumed median length of prompts, tokens")
-    parser.add_argument("--response-tokens", type=positive_integer, help="assumed median length of responses, tokens")
-    parser.add_argument(
-        "--pairs", type=positive_integer, help="assumed number of pairs of an epoch, if the data is not available"
-    )
     parser.add_argument("--price", type=float, help="price of one GPU hour, in any currency")
     parser.add_argument("--top", type=positive_integer, default=8, help="number of layouts to show [%(default)s]")
     numbers = parser.add_argument_group("properties of the GPU (each replaces the known value of --gpu)")
     for name, (_, text) in GPU_NUMBERS.items():
         numbers.add_argument(f"--{name}", type=positive_number, help=text)
     numbers.add_argument("--per-node", type=positive_integer, help="number of GPUs per node")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that describe a run on GPUs that are not here."""
+    add_configuration(parser)
+    parser.add_argument("--gpus", type=positive_integer, required=True, help="number of GPUs")
+    parser.add_argument("--model", help=f"model to use instead of model.path: a folder, or {', '.join(PRESETS)}")
+    parser.add_argument("--prompt-tokens", type=positive_integer, help="assumed median length of prompts, tokens")
+    parser.add_argument("--response-tokens", type=positive_integer, help="assumed median length of responses, tokens")
+    parser.add_argument(
+        "--pairs", type=positive_integer, help="assumed number of pairs of an epoch, if the data is not available"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

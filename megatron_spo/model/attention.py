@@ -308,7 +308,7 @@ class PairAttention(MegatronModule):
             both = torch.stack([key, value], dim=-1)
             key, value = _GatherOverRanks.apply(both, parallel_state.get_context_parallel_group()).unbind(-1)
         elif self._is_plain and not geometry.narrows(self._window):
-            kernel = varlen_kernel(query.device.type, query.dtype)
+            kernel = varlen_kernel("cuda" if query.is_cuda else "cpu", query.dtype)
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
         if kernel is None:
             return geometry.tiling(q.dtype, self._window).attend(q, k, v, self._scores)[:, None]

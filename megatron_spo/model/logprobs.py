@@ -64,6 +64,7 @@ class VocabParallelLogProb(torch.autograd.Function):
             normaliser[part] = peak + sums[0].log()
             logprobs[part] = sums[1] - normaliser[part]
             entropies[part] = sums[0].log() - sums[2] / sums[0]
+            del logits, shares  # before the logits of the next chunk exist
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.first_row, ctx.group, ctx.softcap = first_row, group, softcap
         ctx.mark_non_differentiable(entropies)
@@ -87,6 +88,7 @@ class VocabParallelLogProb(torch.autograd.Function):
             d_hidden[part] = lowered @ weight
             if d_weight is not None:
                 d_weight += _product(lowered.t(), hidden[part])
+            del logits, d_logits, lowered
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None

@@ -1,4 +1,4 @@
-"""The memory estimate that `train` logs before it builds the model."""
+"""The memory estimate that `train` logs before it builds the model and, on GPUs, compares with the run at its end."""
 
 from collections.abc import Sequence
 
@@ -42,6 +42,21 @@ def shortage(memory: Memory, *, processes: int, available: float) -> str | None:
         f"estimated memory of {_gib(needed)} GiB exceeds the available memory by {_gib(needed - available)} GiB, so "
         "this run will probably run out of memory; use `megatron-spo plan` to find layouts that fit, or set "
         "parallel.recompute=full, a shorter data.row_length or lora.rank"
+    )
+
+
+def peak_line(memory: Memory, *, allocated: float, reserved: float) -> str:
+    """Returns one line: the largest memory of a GPU in a run, compared with the estimate.
+
+    Args:
+        memory: the estimate.
+        allocated, reserved: bytes of tensors, and bytes that torch reserved for tensors.
+    """
+    tensors = memory.total - memory.reserved
+    return (
+        f"peak memory of a GPU: tensors {_gib(allocated)} GiB, {allocated / tensors - 1:+.1%} compared with the "
+        f"estimate of {_gib(tensors)} GiB; {_gib(reserved)} GiB reserved by torch, the estimate with CUDA, NCCL and "
+        f"fragmentation is {_gib(memory.total)} GiB"
     )
 
 

@@ -96,7 +96,7 @@ def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memor
     # After the rows: a gradient of each pass. On a CPU, torch's AdamW also holds the roots of all second moments.
     update = copy * ((spec.passes if spec.passes > 1 else 0) + (setting.kernels == "cpu")) - schedule
     return Memory(
-        weights=setting.item * held.held,
+        weights=setting.item * held.held + _quantized_weights(setting, stage),
         gradients=4 * held.trained,
         optimizer=state * shard,
         activations=activations,
@@ -105,6 +105,16 @@ def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memor
         schedule=schedule,
         reserved=RESERVED[setting.kernels],
     )
+
+
+def _quantized_weights(setting: Setting, stage: int) -> float:
+    """Returns the bytes of the fp8 copies of the layers' weights: Transformer Engine keeps one for the forward pass and
+    its transpose for the backward pass. (Blackwell needs no transpose for tensorwise scales.)"""
+    if setting.config.precision.fp8 is None:
+        return 0
+    shape = setting.shape
+    layers = sum(stages_of(shape, setting.config.parallel)[stage :: setting.topology.pipeline])
+    return 2 * layers * (shape.attention_weights + 3 * shape.hidden * shape.ffn) / setting.topology.tensor
 
 
 def _expert_data(topology: Topology) -> float:
@@ -254,18 +264,23 @@ def _head_norms(setting: Setting, tokens: float, queries: float, keys: float, se
 
 
 def _layer_buffers(setting: Setting, row: RowSize) -> float:
-    """Returns the bytes of the gradients of the widest tensors of a layer during its backward pass."""
-    tokens, shape = row.tokens / setting.topology.context, setting.shape
-    return tokens * setting.item * (3 * shape.active_ffn / setting.topology.tensor + 2 * shape.hidden)
+    """Returns the bytes of the gradients of the widest tensors of a layer during its backward pass, and of its largest
+    weight unless the product adds it to the buffer."""
+    tokens, shape, tensor = row.tokens / setting.topology.context, setting.shape, setting.topology.tensor
+    columns = 3 * shape.active_ffn / tensor + 2 * shape.hidden
+    weight = 0.0
+    if setting.kernels == "torch" and not setting.config.lora.rank:
+        weight = 2 * shape.hidden * (shape.ffn / tensor if shape.experts is None else shape.experts.ffn)
+    return setting.item * (tokens * columns + weight)
 
 
 def _head_buffers(setting: Setting, row: RowSize) -> float:
     """Returns the bytes of the log-prob head: two chunks of logits, gradients of hidden states, and the weight gradient
-    and that of one chunk; in fp32, plus copies in bf16 for a bf16 model."""
+    and that of one chunk; in fp32, plus copies in bf16 for a bf16 model (on a GPU, only of the logits)."""
     hidden, tensor = setting.shape.hidden, setting.topology.tensor
     rows = padded_vocabulary(setting.shape, tensor) // tensor
     entries = row.entries / setting.topology.context
     chunk = min(entries, max(16, LOGITS_PER_CHUNK[setting.kernels] // rows))
     each = 8 + (2 if setting.item == 2 else 0)
-    weight = 0 if setting.config.lora.rank else rows * hidden * each
+    weight = 0 if setting.config.lora.rank else rows * hidden * (each if setting.kernels == "cpu" else 8)
     return chunk * rows * each + entries * hidden * setting.item + weight

@@ -93,3 +93,8 @@ def datasets_cache() -> Path:
     home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     home = os.path.expanduser(os.environ.get("HF_HOME", home))
     return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets")))
+
+
+def hide_gpus() -> None:
+    """Makes this process behave as on a machine without a GPU; call it before torch is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

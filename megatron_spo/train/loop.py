@@ -22,6 +22,7 @@ from megatron_spo.objective.step_plan import Role
 from megatron_spo.runtime.clock import Clock
 from megatron_spo.runtime.progress import Progress
 from megatron_spo.train.anomalies import BadStep, alarm
+from megatron_spo.train.memory import PeakMemory
 from megatron_spo.train.monitor import MonitorState, check, check_answers
 from megatron_spo.train.pair_shifts import Decode, held_out
 from megatron_spo.train.run_directory import RunDirectory
@@ -62,6 +63,7 @@ class Training:
     progress: Progress
     clock: Clock
     lines: StepLines
+    memory: PeakMemory
     at_peak: AtPeak | None
 
 
@@ -302,7 +304,7 @@ def _step(job: Training, state: TrainState) -> tuple[TrainState, dict[str, float
     if job.engine.keeps_statistics and "loss/preference" in metrics:
         statistics = statistics.update(sums["statistic"], sums["statistic_squared"], shares[0].batch.pairs)
     metrics |= _use_of_data(job, state.step, [share.batch for share in shares if share is not None])
-    metrics |= job.clock.read()
+    metrics |= job.clock.read() | job.memory.read()
     metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
     if job.at_peak is not None:
         ideal = sum(job.at_peak(share.data.name, share.batch.indices) for share in shares if share is not None)

@@ -38,7 +38,7 @@ from megatron_spo.runtime.signals import signals
 from megatron_spo.runtime.watchdog import watch
 from megatron_spo.train import loop
 from megatron_spo.train.before import REPORT, check_paths, finished, what_is_next
-from megatron_spo.train.memory import announce_memory
+from megatron_spo.train.memory import PeakMemory, announce_memory
 from megatron_spo.train.run_directory import RunDirectory
 from megatron_spo.train.sample_answers import HeldOutAnswers
 from megatron_spo.train.sinks import TensorBoard, WeightsAndBiases
@@ -90,7 +90,7 @@ def train(config: Config) -> None:
 
 def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Checkpoint | None) -> None:
     inputs = read_inputs(config, runtime)
-    announce_memory(config, inputs, runtime)
+    planned = announce_memory(config, inputs, runtime)
     record = _record(config, inputs)
     changed = changes(found, record["config"], record["data"]) if found else []
     runtime.progress.phase("building and loading", times=4)
@@ -130,6 +130,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
         progress=runtime.progress,
         clock=runtime.clock,
         lines=_step_lines(config, found.step if found else 0, steps, runtime),
+        memory=PeakMemory(runtime.device),
         at_peak=_at_peak(config, inputs, runtime),
     )
     state = _start(config, trainable, found, changed, runtime)
@@ -139,6 +140,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     directory.status("running", state.step, steps=job.steps)
     signals.after_step()
     state = loop.run(job, state)
+    job.memory.compare(planned)
     runtime.progress.phase("report", times=4)
     directory.status("done", state.step, steps=job.steps)
     if runtime.is_main:

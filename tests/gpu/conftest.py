@@ -1,10 +1,17 @@
-"""The runs that the tests of this folder share."""
+"""The runs that the tests of this folder share, and a line for each test in the file SPO_GPU_RESULTS."""
+
+import os
+import re
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
 from megatron_spo.config.fp8 import RECIPES
-from tests.gpu.bench import Bench, Group, has_engine, reference, report_versions, train
+from tests.gpu.bench import DRY, Bench, Group, has_engine, reference, report_versions, train
 
+NEEDS_GPU = re.compile(r"NVIDIA GPU|CUDA|transformer_engine|assert 'cpu'")
+"""What the errors of a machine without a GPU say."""
 FP32, TORCH, ENGINE = "precision.dtype=fp32", "precision.layers=torch", "precision.layers=transformer_engine"
 SIMPO = ["loss.name=simpo", "spo.lambda_unit=token"]
 DUAL = ["loss.name=alpha_dpo", "spo.schedule=dual", "spo.lambda_unit=token"]
@@ -121,3 +128,31 @@ def bench(tmp_path_factory: pytest.TempPathFactory, record_testsuite_property) -
     made.prepare()
     report_versions(record_testsuite_property)
     return made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In a dry run, a test that failed because there is no GPU has done what it can."""
+    report = yield
+    if DRY and report.failed and call.excinfo is not None and NEEDS_GPU.search(str(call.excinfo.value)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, "reached the first call that needs a GPU")
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes the test, its result, and what it measured as soon as it has run."""
+    results = os.environ.get("SPO_GPU_RESULTS")
+    if results is None or not report.nodeid.startswith("tests/gpu/") or (report.when != "call" and report.passed):
+        return
+    names = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
+    result = names[report.outcome]
+    measured = [f"{name} {value}" for name, value in report.user_properties if name != "cpu seconds"]
+    if report.skipped and isinstance(report.longrepr, tuple):
+        measured.append(str(report.longrepr[2]).removeprefix("Skipped: "))
+        result = "reached" if measured[-1].startswith("reached") else result
+    if report.failed:
+        measured.append(str(report.longrepr).strip().splitlines()[-1])
+    with Path(results).open("a") as file:
+        print(report.nodeid.removeprefix("tests/gpu/"), result, ", ".join(measured), sep="\t", file=file)

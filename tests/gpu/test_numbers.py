@@ -52,6 +52,13 @@ def test_adam(bench: Bench, record_property) -> None:
         assert found["adam"].endswith("FusedAdam")
 
 
+def test_memory_is_measured(bench: Bench, record_property) -> None:
+    """The numbers are of the largest GPU, in GiB."""
+    for line in (metrics for (kind, _, _), metrics in bench.metrics("gpu-bf16").items() if kind == "train"):
+        record_property("GiB", f"{line['memory/allocated']:.4f}")
+        assert 0 < line["memory/allocated"] <= line["memory/reserved"] < 16
+
+
 def test_checkpoint_comes_back_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
     bench.metrics("gpu-bf16")
     assert bench.error("resave") == ""

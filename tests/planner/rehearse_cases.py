@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_spo.config.schema import Config
 from megatron_spo.planner.presets import shape_of
-from megatron_spo.train.rehearsal import Rehearsal, check, rehearse, summary
+from megatron_spo.rehearsal.weights import Rehearsal, check, rehearse, summary
 from tests.planner.counted import CONFIG
 
 NAME = "model.layers.3.mlp.down_proj.weight"

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_spo.cli import main
 from megatron_spo.config.load import load_config
-from megatron_spo.planner.at_start import memory_line, shortage
+from megatron_spo.planner.at_start import memory_line, peak_line, shortage
 from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.memory import Memory
 from megatron_spo.planner.presets import PRESETS
@@ -179,3 +179,10 @@ def test_train_says_what_it_needs(
     monkeypatch.setattr("megatron_spo.train.memory.memory_of", lambda device: GIB // 4)
     assert main(["train", str(tiny), "training.steps=3"]) == 0
     assert "warning: estimated memory of" in capsys.readouterr().err
+
+
+def test_the_line_at_the_end_compares_the_peak_with_the_estimate() -> None:
+    assert peak_line(memory(11 * GIB), allocated=11 * GIB, reserved=12.5 * GIB) == (
+        "peak memory of a GPU: tensors 11.0 GiB, +10.0% compared with the estimate of 10.0 GiB; 12.5 GiB reserved by "
+        "torch, the estimate with CUDA, NCCL and fragmentation is 11.0 GiB"
+    )

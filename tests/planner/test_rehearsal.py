@@ -28,7 +28,8 @@ LAYERS = {"llama-8b-uneven": 8, "qwen3-32b-vpp": 16, "qwen3-235b": 2}
 
 @pytest.mark.slow
 def test_the_70b_of_the_example() -> None:
-    done = launch([str(ROOT / "tools" / "rehearse_70b.py"), "--pairs", "2000"], 1)
+    config = str(ROOT / "examples" / "llama3_70b" / "config.yaml")
+    done = launch(["-m", "megatron_spo", "rehearse", config, "--gpus", "32", "--pairs", "2000", "--every-rank"], 1)
     assert done.returncode == 0, done.stderr[-3000:]
     numbers = {line[:32].strip(): line[32:].split()[0] for line in done.stdout.splitlines()}
     assert numbers["Hugging Face tensors"] == "723"
@@ -101,7 +102,7 @@ def test_presets_are_found_by_hub_ids() -> None:
 
 def test_row_plan_counts_every_pair_once() -> None:
     from megatron_spo.planner.rows import assumed_lengths
-    from megatron_spo.train.rehearsal import rehearse_rows
+    from megatron_spo.rehearsal.weights import rehearse_rows
 
     layout = ["parallel.tensor=8", "parallel.pipeline=2", "parallel.virtual_pipeline=null"]  # two replicas
     config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml", layout, elsewhere=True)

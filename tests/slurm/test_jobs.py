@@ -71,7 +71,8 @@ def finish(cluster: Cluster, job: str, seconds: float = 600) -> int:
 @pytest.fixture(scope="module")
 def whole(cluster: Cluster, folder: Path) -> Path:
     """Returns SPO_OUT of an undisturbed job on one node."""
-    job = cluster.submit("spo_8b_single_node.sh", folder / "whole.log", *ONE_NODE, **variables(folder, "whole"))
+    given = variables(folder, "whole", SPO_REHEARSE="1")
+    job = cluster.submit("spo_8b_single_node.sh", folder / "whole.log", *ONE_NODE, **given)
     assert finish(cluster, job) == 0, (folder / "whole.log").read_text()
     assert "evaluate: skipped, because SPO_PROMPTS is not set" in (folder / "whole.log").read_text()
     return folder / "whole"
@@ -93,6 +94,7 @@ def test_a_job_ends_with_a_model(whole: Path) -> None:
     status = json.loads((whole / "run/status.json").read_text())
     assert (status["state"], status["step"]) == ("done", STEPS)
     assert AutoModelForCausalLM.from_pretrained(model_of(whole)).config.num_hidden_layers == 2
+    assert "peak of the tensors" in (whole / "logs/rehearse.log").read_text()
 
 
 @pytest.mark.slow

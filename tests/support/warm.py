@@ -26,7 +26,7 @@ from typing import Any
 
 BUFFER = 1 << 16
 PRELOADED = (
-    "megatron_spo.cli", "megatron_spo.train.run", "megatron_spo.reference.fill", "megatron_spo.train.rehearsal",
+    "megatron_spo.cli", "megatron_spo.train.run", "megatron_spo.reference.fill", "megatron_spo.rehearsal.step",
     "megatron_spo.train.sample_answers", "megatron_spo.convert.export", "megatron_spo.convert.adapters",
     "megatron_spo.planner.plan",
     "megatron_spo.evaluate.generate", "megatron_spo.report.sections", "datasets", "pyarrow.parquet", "scipy.optimize",

@@ -13,15 +13,10 @@ As many layers of a Llama-3.1-8B as fit, random weights, bf16, rows of 4096 toke
 `--tiny` runs everything on a CPU with a small model. This tests the code; the numbers are meaningless.
 """
 
-import contextlib
-import gc
 import json
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +25,19 @@ import measure
 import torch
 import trl_dpo
 from gpu_parts import GpuFacts
+from gpu_run import PROFILED, STEPS, free, observe
 from measure import Result
-from speed import rows_of
-from torch.profiler import ProfilerActivity, profile
-from work import Model, necessary_flops
+from work import Model, necessary_flops, rows_of
 
 from megatron_spo.config.fp8 import RECIPES, obstacle
 from megatron_spo.config.load import load_config
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.rules import installed
+from megatron_spo.planner.gpus import GIB
 from megatron_spo.planner.presets import FOLDER
 from megatron_spo.runtime.device import to_device
-from megatron_spo.train.run_directory import RunDirectory
 
-BATCH, STEPS, ROW = 64, 10, 4096
-SYNCS_AT, PROFILED = 3, 4
-"""Steps in which syncs are counted and kernels are profiled; later steps are timed."""
-
-
-@dataclass
-class Observed:
-    """Measurements of a run: seconds per timed step, syncs in a step, microseconds by kind of kernel, peak bytes."""
-
-    seconds: list[float]
-    syncs: int
-    kernels: dict[str, float] = field(default_factory=dict)
-    peak: int = 0
-
-    @property
-    def step(self) -> float:
-        return statistics.median(self.seconds)
+BATCH, ROW = 64, 4096
 
 
 def main() -> int:
@@ -107,7 +85,7 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
         Result("gpu/tokens", tokens / ours.step, "tokens/s", "without padding, prompts counted once"),
         Result("gpu/MFU", flops / ours.step / facts.peak, "", f"{flops:.3g} necessary operations per step"),
         Result("gpu/host syncs", ours.syncs, "per step"),
-        Result("gpu/peak memory", ours.peak / 2**30, "GiB"),
+        Result("gpu/peak memory", ours.peak / GIB, "GiB"),
     ]
     whole = sum(ours.kernels.values())
     for kind, microseconds in sorted(ours.kernels.items(), key=lambda one: -one[1]):
@@ -119,41 +97,6 @@ def _measure(folder: Path, facts: GpuFacts, layers: int | None) -> list[Result]:
         Result("gpu/TRL", theirs, "pairs/s", "moments of AdamW in the model's precision, ours in fp32"),
         Result("gpu/ours over TRL", batch / ours.step / theirs, "x"),
     ]
-
-
-def observe(config: Path, output: Path, *overrides: str) -> Observed:
-    """Runs `megatron-spo train`; counts syncs in one step, profiles kernels in the next, and times the others."""
-    on_gpu = torch.cuda.is_available()
-    recorder = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
-    log, seconds, syncs = RunDirectory.log, [], 0
-    said: list[str] = []
-
-    def after_step(self: RunDirectory, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        nonlocal syncs
-        log(self, kind, step, metrics)
-        if step == SYNCS_AT - 1 and on_gpu:
-            said.clear()
-            torch.cuda.set_sync_debug_mode("warn")
-        if step == SYNCS_AT:
-            if on_gpu:
-                torch.cuda.set_sync_debug_mode("default")
-            syncs = sum("synchroniz" in text for text in said)
-            recorder.start()
-        if step == PROFILED:
-            recorder.stop()
-        if step > PROFILED:
-            seconds.append(metrics["seconds"])
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(measure.replaced(RunDirectory, "log", after_step))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("always")
-        stack.enter_context(measure.replaced(warnings, "showwarning", lambda message, *_: said.append(str(message))))
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        measure.command("train", str(config), f"output={output}", *overrides)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return Observed(seconds, syncs, gpu_parts.by_kind(recorder.key_averages(), on_gpu=on_gpu), peak)
 
 
 def _fp8(folder: Path, config: Path, bf16_step: float, raw: dict[str, Any]) -> list[Result]:
@@ -176,7 +119,7 @@ def _attention(folder: Path, config: Path, row: Any) -> list[Result]:
     """Measures forward and backward of the attention on one row in milliseconds, in a model of one layer."""
     from megatron_spo.model.attention import row_to_device
 
-    _free()
+    free()
     raw = json.loads((folder / "model" / "config.json").read_text())
     (folder / "one-layer").mkdir()
     (folder / "one-layer" / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 1}))
@@ -204,15 +147,8 @@ def _trl(model: Path, raw: dict[str, Any], pairs: list[dict[str, str]], batch: i
         made.save_pretrained(model)
     machine = trl_dpo.Machine(time.perf_counter, dtype, on_gpu=not facts.is_tiny)
     turn = trl_dpo.steps(model, pairs[: 6 * batch], batch=batch, lr=1e-6, precomputed=False, machine=machine)
-    _free()
+    free()
     return batch / statistics.median(turn.seconds[1:])
-
-
-def _free() -> None:
-    """Frees memory that earlier parts held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,7 @@ import measure
 import plain
 import trl_dpo
 from measure import MIXES, Result, Turn
-from transformers import PreTrainedTokenizerFast
-
-from megatron_spo.config.load import load_config
-from megatron_spo.data.dataset import build_dataset
-from megatron_spo.data.loader import Loader
-from megatron_spo.data.rows import PackedRow
+from work import rows_of
 
 LR, BATCH = 1e-4, 16
 
@@ -64,15 +59,6 @@ def _mix(folder: Path, mix: str, options: argparse.Namespace) -> list[Result]:
     }
     turns = measure.take_turns({name: ways[name] for name in options.ways}, options.rounds)
     return _results(mix, turns, BATCH * (options.steps - 1))
-
-
-def rows_of(config: Path, steps: int, batch: int) -> list[list[PackedRow]]:
-    """Returns the rows that `train` packs from the pairs, by step."""
-    loaded = load_config(config, [], world_size=1)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(loaded.model.path)
-    dataset = build_dataset(loaded.data.train, loaded.data, tokenizer)
-    loader = Loader(dataset, loaded.data, global_batch_size=batch, seed=0)
-    return [loader.batch(step).rows for step in range(steps)]
 
 
 def _results(mix: str, turns: dict[str, list[Turn]], pairs: int) -> list[Result]:

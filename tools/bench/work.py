@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
 
 from megatron_spo.config.load import load_config
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
+from megatron_spo.data.dataset import build_dataset
+from megatron_spo.data.loader import Loader
 from megatron_spo.data.rows import Example, PackedRow, build_row
 from megatron_spo.planner.flops import forward_flops, step_flops
 from megatron_spo.planner.rows import RowSize, segments_of
@@ -98,3 +101,12 @@ class Model:
             clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm=1.0, total_norm=norm)
         optimizer.step_with_ready_grads()
         return float(torch.stack(losses).sum())
+
+
+def rows_of(config: Path, steps: int, batch: int) -> list[list[PackedRow]]:
+    """Returns the rows that `train` packs from the pairs, by step."""
+    loaded = load_config(config, [], world_size=1)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(loaded.model.path)
+    dataset = build_dataset(loaded.data.train, loaded.data, tokenizer)
+    loader = Loader(dataset, loaded.data, global_batch_size=batch, seed=0)
+    return [loader.batch(step).rows for step in range(steps)]
