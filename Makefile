@@ -55,7 +55,7 @@ lint: venv
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@if command -v shellcheck >/dev/null; then echo "== shellcheck"; shellcheck -x slurm/*.sh tools/*.sh tools/bench/*.sh .ci/run; fi
+	@if command -v shellcheck >/dev/null; then echo "== shellcheck"; shellcheck -x slurm/*.sh docker/*.sh tools/*.sh tools/bench/*.sh .ci/run; fi
 
 bench: venv
 	@$(BIN)/python tools/bench/run.py $(if $(MODEL),--model $(MODEL))

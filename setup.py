@@ -20,8 +20,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["megatron_spo", "megatron_spo.*"]),
-    package_data={"megatron_spo": ["py.typed"], "megatron_spo.planner.presets": ["*/config.json"]},
+    packages=[*find_packages(include=["megatron_spo", "megatron_spo.*"]), "megatron_spo.slurm"],
+    package_dir={"megatron_spo.slurm": "slurm"},  # the job scripts, for megatron-spo slurm submit
+    package_data={
+        "megatron_spo": ["py.typed"],
+        "megatron_spo.planner.presets": ["*/config.json"],
+        "megatron_spo.slurm": ["*.sh"],
+    },
     entry_points={"console_scripts": ["megatron-spo = megatron_spo.cli:main"]},
     install_requires=[
         "torch>=2.8",

@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "score answers, or a model on preference pairs or benchmark tasks",
     "plan": "estimate memory, time and cost of a run and list the layouts that fit, without a GPU",
     "rehearse": "build a layout rank by rank without its GPUs, and check it",
+    "slurm": "check a configuration and submit it as a SLURM job",
     "scaling": "fit scaling laws and run scaling studies",
     "status": "show where a run, a job or a study stands: step, time left, speed, alarms, what it waits for",
     "report": "plot one or more runs into one HTML page",

@@ -4,8 +4,8 @@ set -euo pipefail
 
 : "${home:?must be set by the script that sources this file, to the folder of the repository}"
 KNOWN=" SPO_AT_ONCE SPO_ATTEMPTS SPO_CACHE SPO_CONFIG SPO_CONTAINER SPO_DEVICE SPO_EXPORT SPO_GENERATE SPO_HOME SPO_INTERFACE
- SPO_LAYOUT SPO_MIN_FREE_GB SPO_MOUNTS SPO_OUT SPO_OVERRIDES SPO_PROMPTS SPO_PYTHON SPO_REFERENCE_LAYOUT
- SPO_REFERENCE_NODES SPO_REHEARSE SPO_STEPS SPO_STUDY SPO_STUDY_PART "
+ SPO_LAYOUT SPO_MIN_FREE_GB SPO_MIN_LINK_GB_S SPO_MOUNTS SPO_OUT SPO_OVERRIDES SPO_PROMPTS SPO_PYTHON
+ SPO_REFERENCE_LAYOUT SPO_REFERENCE_NODES SPO_REHEARSE SPO_STEPS SPO_STUDY SPO_STUDY_PART SPO_WEBHOOK "
 
 ALL_STEPS="reference train export evaluate"
 job_log=/dev/null at_start=''
@@ -15,7 +15,17 @@ say() {
 
 die() { # CODE MESSAGE
     say "error: $2"
+    notify "failed with code $1: $2"
     exit "$1"
+}
+
+# Posts one line to SPO_WEBHOOK, if it is set and the job has started: {"text": ...}, which Slack, Mattermost and others read.
+notify() { # TEXT
+    local text="${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID:-}: $1"
+    [[ -n ${SPO_WEBHOOK:-} && $job_log != /dev/null ]] || return 0
+    text=${text//\\/\\\\} text=${text//\"/\\\"} text=${text//[[:cntrl:]]/ }
+    curl -fsS -m 20 -H 'Content-Type: application/json' -d "{\"text\": \"$text\"}" "$SPO_WEBHOOK" >/dev/null ||
+        say "SPO_WEBHOOK could not be reached"
 }
 
 # Sets `words` to the words of a text; quotes and backslashes work as in a shell, but nothing is expanded or run.
@@ -41,14 +51,18 @@ check_variables() { # and set the defaults
     [[ $SPO_EXPORT == latest || $SPO_EXPORT == best ]] || die 2 "SPO_EXPORT must be latest or best, not $SPO_EXPORT"
     [[ $SPO_DEVICE == gpu || $SPO_DEVICE == cpu ]] || die 2 "SPO_DEVICE must be gpu or cpu, not $SPO_DEVICE"
     [[ ${SPO_REHEARSE:=0} == [01] ]] || die 2 "SPO_REHEARSE must be 1 or 0, not $SPO_REHEARSE"
-    for name in SPO_ATTEMPTS SPO_MIN_FREE_GB SPO_REFERENCE_NODES; do
+    for name in SPO_ATTEMPTS SPO_MIN_FREE_GB SPO_MIN_LINK_GB_S SPO_REFERENCE_NODES; do
         [[ ${!name:-1} =~ ^[0-9]+$ ]] || die 2 "$name must be a whole number, not ${!name}"
     done
 }
 
 # Checks the variables, claims SPO_OUT and checks the nodes; MIN_FREE_GB is the default of SPO_MIN_FREE_GB.
-begin() { # MIN_FREE_GB
-    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job script; submit it with: sbatch slurm/${0##*/}"
+begin() { # MIN_FREE_GB [ARGUMENTS OF THE SCRIPT ...]
+    if [[ ${2:-} == --check ]]; then
+        check_only "$1" "${@:3}"
+        exit 0
+    fi
+    [[ -n ${SLURM_JOB_ID:-} ]] || die 2 "this is a job script; submit it with: sbatch slurm/${0##*/}, or check it with: bash slurm/${0##*/} --check"
     [[ -n ${SLURM_NTASKS_PER_NODE:-} ]] || die 2 "the number of tasks per node is not set; submit with --ntasks-per-node, one task for each GPU of a node"
     check_variables
     mkdir -p "$SPO_OUT/logs" "$SPO_OUT/done" || die 2 "SPO_OUT=$SPO_OUT cannot be created or written to"
@@ -59,6 +73,47 @@ begin() { # MIN_FREE_GB
     set_start_options
     say "starts on $SLURM_JOB_NODELIST; logs in $SPO_OUT/logs"
     check_nodes "${SPO_MIN_FREE_GB:-$1}"
+    check_links
+}
+
+# Checks what can be checked on a login node, and submits nothing: variables, SLURM's options, free space, and with
+# `train --check` configuration, layout, model, data and memory. Number of nodes and tasks: as in the script's header.
+check_only() { # MIN_FREE_GB [--nodes=N] [--ntasks-per-node=N] [further options of sbatch ...]
+    local free_gb=${SPO_MIN_FREE_GB:-$1} place option nodes tasks words
+    shift
+    nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0") tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
+    for option in "$@"; do
+        case $option in
+            --nodes=*) nodes=${option#*=} ;;
+            --ntasks-per-node=*) tasks=${option#*=} ;;
+        esac
+    done
+    [[ $nodes =~ ^[1-9][0-9]*$ && $tasks =~ ^[1-9][0-9]*$ ]] || die 2 "--nodes and --ntasks-per-node must be whole numbers"
+    check_variables
+    [[ -z ${SPO_PROMPTS:-} || -r $SPO_PROMPTS ]] || die 2 "cannot read SPO_PROMPTS=$SPO_PROMPTS"
+    [[ -z ${SPO_CONTAINER:-} || $SPO_CONTAINER != /* || -r $SPO_CONTAINER ]] || die 2 "cannot read SPO_CONTAINER=$SPO_CONTAINER"
+    echo "ok     variables      SPO_CONFIG=$SPO_CONFIG SPO_OUT=$SPO_OUT"
+    if ! command -v sbatch >/dev/null; then
+        echo "note   SLURM          sbatch is not installed on this machine"
+    elif words=$(sbatch --test-only "$@" "$0" 2>&1); then
+        echo "ok     SLURM          ${words##*sbatch: }"
+    else
+        die 2 "SLURM would not accept the job: ${words##*error: }"
+    fi
+    place=$SPO_OUT
+    until [[ -e $place ]]; do place=$(dirname "$place"); done
+    [[ -w $place ]] || die 2 "SPO_OUT=$SPO_OUT: $place cannot be written to"
+    place=$(df -Pk "$place" | awk 'NR == 2 {print int($4 / 1048576)}')
+    ((place >= free_gb)) || die 2 "$place GB are free for SPO_OUT=$SPO_OUT, but SPO_MIN_FREE_GB requires $free_gb; free some space or lower it"
+    echo "ok     free space     $place GB for SPO_OUT, $free_gb required"
+    choose_python
+    if [[ -n ${SPO_CONTAINER:-} ]] && ! "$SPO_PYTHON" -c "import megatron_spo" 2>/dev/null; then
+        echo "note   configuration  not checked, because megatron_spo is only installed in the container"
+        return
+    fi
+    set_common
+    split "${SPO_LAYOUT:-}"
+    "$SPO_PYTHON" -m megatron_spo train "$SPO_CONFIG" "${words[@]}" "${common[@]}" --check --gpus "$((nodes * tasks))"
 }
 
 own_the_folder() { # two jobs in one folder would write over each other
@@ -77,13 +132,8 @@ set_start_options() {
     MASTER_ADDR=$(scontrol -o show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p') # an address, because names may not resolve
     # Below Linux's ephemeral ports (from 32768); a different one after each requeue, as the old one may still be in use.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 12000))
-    if [[ -z ${SPO_PYTHON:-} ]]; then
-        SPO_PYTHON=python3
-        [[ -n ${SPO_CONTAINER:-} || ! -x $home/.venv/bin/python ]] || SPO_PYTHON=$home/.venv/bin/python
-    fi
-    PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
-    PYTHONUNBUFFERED=1
-    export MASTER_ADDR MASTER_PORT PYTHONPATH PYTHONUNBUFFERED SPO_PYTHON
+    choose_python
+    export MASTER_ADDR MASTER_PORT
     set_nccl
     export SLURM_WAIT=${SLURM_WAIT:-60} # seconds that srun waits for other ranks after the first has ended: a node may be lost
     srun_options=(
@@ -93,13 +143,28 @@ set_start_options() {
         --label
     )
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun no longer inherits it (22.05)
-    if [[ -n ${SPO_CONTAINER:-} ]]; then
+    container=()
+    if [[ ${SPO_CONTAINER:-} == *.sif ]]; then
+        container=(apptainer exec --bind "$home,$PWD,$SPO_OUT${SPO_MOUNTS:+,$SPO_MOUNTS}" --pwd "$PWD")
+        [[ $SPO_DEVICE == cpu ]] || container+=(--nv)
+        container+=("$SPO_CONTAINER")
+    elif [[ -n ${SPO_CONTAINER:-} ]]; then
         [[ $(srun --help) == *--container-image* ]] || die 2 "SPO_CONTAINER is set, but this cluster's srun has no --container-image; it requires pyxis"
         srun_options+=(
             --container-image="$SPO_CONTAINER" --container-workdir="$PWD" --no-container-mount-home
             --container-mounts="$home:$home,$PWD:$PWD,$SPO_OUT:$SPO_OUT${SPO_MOUNTS:+,$SPO_MOUNTS}"
         )
     fi
+}
+
+choose_python() {
+    if [[ -z ${SPO_PYTHON:-} ]]; then
+        SPO_PYTHON=python3
+        [[ -n ${SPO_CONTAINER:-} || ! -x $home/.venv/bin/python ]] || SPO_PYTHON=$home/.venv/bin/python
+    fi
+    [[ ! -d $home/megatron_spo ]] || PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # the repository; else the package is installed
+    PYTHONUNBUFFERED=1
+    export PYTHONPATH PYTHONUNBUFFERED SPO_PYTHON
 }
 
 set_nccl() { # keeps values that are already set
@@ -133,7 +198,7 @@ launch() { # NODES TASKS_PER_NODE LOG COMMAND ...: returns the exit code of the 
     local nodes=$1 tasks=$2 log=$3 code=127 now
     shift 3
     forwarded=''
-    srun "${srun_options[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" "$@" >>"$log" 2>&1 &
+    srun "${srun_options[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" "${container[@]}" "$@" >>"$log" 2>&1 &
     child=$!
     forward
     while true; do
@@ -155,6 +220,19 @@ check_nodes() { # FREE_GB
         [[ -z $warned ]] || again "the time limit is near"
         die 2 "the node check failed, no step was started:"$'\n'"$(sed -n 's/^ *[0-9]*: error: /  /p' "$log" | grep . || tail -n5 "$log")"
     fi
+}
+
+# Measures the bandwidth between the nodes, because one bad cable or a wrong interface slows down the whole job.
+check_links() {
+    local log=$SPO_OUT/logs/links.log least=${SPO_MIN_LINK_GB_S:-1}
+    [[ $SPO_DEVICE == gpu || -n ${SPO_MIN_LINK_GB_S:-} ]] || return 0
+    ((SLURM_JOB_NUM_NODES > 1 && least > 0)) || return 0
+    : >"$log"
+    if ! launch "$SLURM_JOB_NUM_NODES" 1 "$log" bash "$home/slurm/launch.sh" doctor --links --at-least "$least"; then
+        [[ -z $warned ]] || again "the time limit is near"
+        die 2 "the check of the links between the nodes failed, no step was started: $(sed -n 's/^ *[0-9]*: error: //p' "$log" | head -n1 | grep . || tail -n1 "$log") (SPO_MIN_LINK_GB_S=0 skips it)"
+    fi
+    say "$(sed -n 's/^ *[0-9]*: links: /links: /p' "$log" | head -n1)"
 }
 
 status() { # KEY: its value in the run's status.json, which has one key on each line
@@ -233,14 +311,19 @@ step() { # NAME NODES TASKS_PER_NODE ARGUMENTS ...: runs `megatron-spo ARGUMENTS
     say "$name: done"
 }
 
-# Runs the rehearsal, if it is wanted, and the steps of SPO_STEPS (reference, train, export, evaluate), unless done.
-run_steps() {
-    local common nodes=$SLURM_JOB_NUM_NODES tasks=$SLURM_NTASKS_PER_NODE model name words
+set_common() { # sets `common` to the overrides of all steps
+    local words
     split "${SPO_OVERRIDES:-}"
     common=("output=$SPO_OUT/run")
     [[ " $SPO_STEPS " != *" reference "* ]] || : "${SPO_CACHE:=$SPO_OUT/reference}"
     [[ -z ${SPO_CACHE:-} ]] || common+=("reference.cache=$SPO_CACHE")
     common+=("${words[@]}")
+}
+
+# Runs the rehearsal, if it is wanted, and the steps of SPO_STEPS (reference, train, export, evaluate), unless done.
+run_steps() {
+    local common nodes=$SLURM_JOB_NUM_NODES tasks=$SLURM_NTASKS_PER_NODE model name words
+    set_common
     if [[ $SPO_REHEARSE == 1 ]]; then
         split "${SPO_LAYOUT:-}"
         step rehearse 1 1 rehearse --gpus $((nodes * tasks)) "$SPO_CONFIG" "${words[@]}" "${common[@]}"
@@ -269,6 +352,7 @@ run_steps() {
         esac
     done
     say "all steps are done"
+    notify "all steps are done; results in $SPO_OUT"
 }
 
 exported() { # prints the folder of the exported model of the chosen checkpoint

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -14,10 +15,14 @@ import pytest
 
 from megatron_spo import cli
 from megatron_spo.config.schema import Config, keys_of, section_class
+from megatron_spo.data.pairs import parse_row
 from tests.support.tiny import arithmetic_pairs, tiny_judge, tiny_model, write_jsonl
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "tools/bench/README.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "docker/README.md", "tools/bench/README.md")
+]
 PAGES += sorted((ROOT / "docs").glob("*.md")) + sorted(ROOT.glob("examples/**/README.md"))
 OURS = re.compile(r"^(?:torchrun .*-m megatron_spo|python -m megatron_spo|megatron-spo) (.*)$")
 
@@ -75,6 +80,16 @@ def test_the_tests_that_the_table_of_reports_names_exist() -> None:
             path = ROOT / "tests" / file
             definition = f"def {name}(" if name else "def test_"
             assert path.is_file() and definition in path.read_text(), f"{file}::{name}"
+
+
+def test_the_pairs_of_the_first_example_are_valid() -> None:
+    seen = set()
+    for name in ("pairs", "held-out"):
+        for line in (ROOT / f"examples/own_pairs/{name}.jsonl").read_text().splitlines():
+            pair = parse_row(json.loads(line), kind="preference")
+            assert isinstance(pair.prompt, list)
+            seen.add(pair.prompt[0]["content"])
+    assert len(seen) == 69 + 11  # no prompt is in both files
 
 
 WORDS = {
@@ -146,6 +161,8 @@ CODES = {
     "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --by method --out fit.json --plot fit.pdf": 2,
 }
 """What is not run, as it fetches data from the hub or takes minutes (None), and what is refused for four points."""
+STAND_INS = {"Qwen/Qwen2.5-0.5B-Instruct": "model", "examples/own_pairs/": ""}
+"""What is not on the desk, and what is there in its place."""
 CONFIG = """
 output: runs/mine
 model: {path: model}
@@ -207,6 +224,8 @@ def test_commands_run(page: str, desk: Path, tmp_path: Path, monkeypatch: pytest
         shutil.rmtree("my-model")
     for command in lines:
         words, code = shlex.split(command), CODES.get(command, 0)
+        for absent, present in STAND_INS.items():
+            command = command.replace(absent, present)
         if (found := OURS.match(command)) and code is not None:
             arguments, _, file = found[1].partition(" '>' ")
             with contextlib.redirect_stdout(io.StringIO()) as printed:

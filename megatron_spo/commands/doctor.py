@@ -1,4 +1,4 @@
-"""`megatron-spo doctor`: shows which packages and devices are available, and what is missing."""
+"""`megatron-spo doctor`: shows which packages and devices are available, and what is missing; measures links."""
 
 import argparse
 import importlib.metadata
@@ -27,12 +27,26 @@ class Finding(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds no options."""
+    """Adds the options of the command."""
+    parser.add_argument("--links", action="store_true", help="measure the bandwidth between nodes instead; start it "
+                        "with srun or torchrun, one process per node")  # fmt: skip
+    parser.add_argument("--at-least", type=float, default=0.0, metavar="GB/S", help="with --links: fail if a link is "
+                        "slower")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the table."""
-    print(report())
+    """Prints the table, or the bandwidth of the links.
+
+    Raises:
+        UserError: a link is too slow.
+    """
+    if not options.links:
+        print(report())
+        return
+    from megatron_spo.runtime.links import measure_links
+
+    if text := measure_links(options.at_least):
+        print(text)
 
 
 def report() -> str:

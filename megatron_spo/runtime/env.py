@@ -83,6 +83,16 @@ def local_world_size() -> int:
     return _integer("LOCAL_WORLD_SIZE", 1)
 
 
+def node_name() -> str:
+    """Returns the name of this node in SLURM, or "" outside of a job."""
+    return os.environ.get("SLURMD_NODENAME", "")
+
+
+def job_variables() -> dict[str, str]:
+    """Returns the variables of the job scripts (SPO_*) that are set."""
+    return {name: value for name, value in os.environ.items() if name.startswith("SPO_")}
+
+
 def wandb_project() -> str:
     """Returns the project of Weights & Biases to log to: WANDB_PROJECT, or "megatron-spo" if that is not set."""
     return os.environ.get("WANDB_PROJECT") or "megatron-spo"

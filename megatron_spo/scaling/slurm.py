@@ -8,8 +8,14 @@ from megatron_spo.errors import UserError
 from megatron_spo.scaling.steps import is_done, steps_of
 from megatron_spo.scaling.study import Study, StudyRun
 
-SCRIPT = Path(__file__).parents[2] / "slurm/array_study.sh"
+SCRIPT = "array_study.sh"
 CACHE = "reference.cache="
+
+
+def scripts_home() -> Path:
+    """Returns the folder with the job scripts in `slurm/`: the root of the repository, or the installed package."""
+    package = Path(__file__).parents[1]
+    return package if (package / "slurm" / "lib.sh").is_file() else package.parent
 
 
 def submit(study: Study, *, really: bool) -> None:
@@ -19,8 +25,7 @@ def submit(study: Study, *, really: bool) -> None:
     `after` and writes the table. The array's first job fills a reference cache for all runs.
 
     Raises:
-        UserError: If a step of `before` is neither done nor a reference pass, only some runs share a cache, or the
-            script does not exist.
+        UserError: If a step of `before` is neither done nor a reference pass, or only some runs share a cache.
     """
     _check_before(study)
     caches = [_cache(run) for run in study.runs]
@@ -34,22 +39,16 @@ def submit(study: Study, *, really: bool) -> None:
              for run in study.runs]  # fmt: skip
     study.out.mkdir(parents=True, exist_ok=True)
     (study.out / "lines.txt").write_text("".join(f"{line}\n" for line in lines))
-    out = study.out.absolute()
-    given = {
-        "SPO_HOME": SCRIPT.parents[1],
-        "SPO_CONFIG": study.base.absolute(),
-        "SPO_OUT": out,
-        "SPO_STUDY": out / "lines.txt",
-    }
-    command = ["env", *(f"{name}={value}" for name, value in given.items()), "bash", str(SCRIPT)]
+    script = scripts_home() / "slurm" / SCRIPT
+    given = {"SPO_HOME": scripts_home(), "SPO_CONFIG": study.base.absolute(), "SPO_OUT": study.out.absolute(),
+             "SPO_STUDY": study.out.absolute() / "lines.txt"}  # fmt: skip
+    command = ["env", *(f"{name}={value}" for name, value in given.items()), "bash", str(script)]
     if not really:
         print(shlex.join(command))
         return
-    if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} does not exist; install from a checkout of the repository: pip install -e .")
     done = subprocess.run(command)
     if done.returncode:
-        raise UserError(f"{SCRIPT} failed with exit code {done.returncode}; see its output above")
+        raise UserError(f"{script} failed with exit code {done.returncode}; see its output above")
 
 
 def _check_before(study: Study) -> None:

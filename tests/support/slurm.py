@@ -133,10 +133,10 @@ class Cluster:
             command = ("setpriv", "--pdeathsig=KILL", *command)  # even if the tests are killed
             self._daemons.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
 
-    def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs a command of the cluster in the repository's root, with more variables set."""
+    def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command of the cluster, by default in the repository's root, with more variables set."""
         environment = {**self._environment, **variables}
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
     def submit(self, script: str, log: Path, *options: str, **variables: str) -> str:
         """Submits slurm/SCRIPT with `log` as its output; returns the job's number."""
