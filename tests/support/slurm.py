@@ -133,7 +133,7 @@ class Cluster:
             command = ("setpriv", "--pdeathsig=KILL", *command)  # even if the tests are killed
             self._daemons.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
 
-    def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, cwd: Path | str = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
         """Runs a command of the cluster, by default in the repository's root, with more variables set."""
         environment = {**self._environment, **variables}
         return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
