@@ -81,7 +81,10 @@ def _speeds(device: torch.device, size: int) -> list[float]:
             dist.barrier()
             start = time.perf_counter()
             if 0 <= first < ranks - 1:
-                dist.send(block, first + 1) if rank == first else dist.recv(block, first)
+                if rank == first:
+                    dist.send(block, first + 1)
+                else:
+                    dist.recv(block, first)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
