@@ -36,12 +36,12 @@ def import_without_triton() -> None:
 
     The kernels belong to the key `moe_paged_stash` of Megatron's configuration, which this package does not set.
     """
-    package = importlib.util.find_spec("megatron.core")
+    package = importlib.util.find_spec("megatron")  # "megatron.core" would import this one
     if package is None or importlib.util.find_spec("triton") is not None:
         return
     for folder in package.submodule_search_locations or []:
         for name in _KERNELS:
-            if Path(folder, *name.split(".")).with_suffix(".py").exists():
+            if Path(folder, "core", *name.split(".")).with_suffix(".py").exists():
                 module = f"megatron.core.{name}"
                 sys.modules.setdefault(module, _WithoutTriton(module))
                 return
