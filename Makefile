@@ -1,24 +1,27 @@
-# make quickstart   run the quickstart, from an untrained model to a table of results (about 5 minutes on 2 cores)
-# make test         run the tests of every feature
-# make test-all     run all tests: also large parameter grids, benchmarks and long jobs
-# make lint         check style, types and import contracts
-# make bench        run the benchmarks
-# make docs         write build/docs/index.html, the documentation of the Python API
+# make quickstart     run the quickstart, from an untrained model to a table of results (about 5 minutes on 2 cores)
+# make test           run the tests of every feature
+# make test-all       run all tests: also large parameter grids, benchmarks and long jobs
+# make test-megatron  run the tests that depend on Megatron-Core with the oldest and the newest supported version
+# make lint           check style, types and import contracts
+# make bench          run the benchmarks
+# make docs           write build/docs/index.html, the documentation of the Python API
 #
 # Each target creates .venv if it does not exist. Variables:
-#   PYTHON=python3.12        interpreter for .venv (default: the first of python3.12, python3.11, python3 that fits)
+#   PYTHON=python3.12        interpreter for .venv (default: the first of python3.12, python3.11, python3.13, python3 that fits)
 #   TORCH=torch==2.13.0      PyTorch to install (default: the installed one, else a CUDA or CPU build)
 #   PIP_TORCH_ARGS="..."     further arguments of pip install for PyTorch, such as --index-url
 #   JOBS=2                   number of test processes
+#   MEGATRON="0.17.1 0.18.2" versions for make test-megatron; the installed one is skipped
 
 PYTHON ?=
 TORCH ?=
 PIP_TORCH_ARGS ?=
 JOBS ?= 2
+MEGATRON ?= 0.16.1 0.19.2
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: quickstart test test-all lint bench docs venv
+.PHONY: quickstart test test-all test-megatron lint bench docs venv
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -40,6 +43,9 @@ test: venv
 
 test-all: venv
 	@$(PYTEST) -m ""
+
+test-megatron: venv
+	@for version in $(MEGATRON); do bash tools/test_megatron.sh $$version -n $(JOBS) --dist loadscope --no-loadscope-reorder || exit; done
 
 lint: venv
 	@echo "== ruff, mypy, import contracts"

@@ -19,13 +19,13 @@ setup(
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_spo", "megatron_spo.*"]),
     package_data={"megatron_spo": ["py.typed"], "megatron_spo.planner.presets": ["*/config.json"]},
     entry_points={"console_scripts": ["megatron-spo = megatron_spo.cli:main"]},
     install_requires=[
         "torch>=2.8",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",  # 0.17 and later require Python 3.12,
         "transformers>=5,<6",
         "tokenizers>=0.21",
         "datasets>=4,<6",
@@ -44,8 +44,12 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # the range that megatron-core 0.16.1 requires; its torch part is compiled by pip install --no-build-isolation
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # Its torch part is compiled by pip install --no-build-isolation. megatron-core 0.16.1, the only version for
+        # Python 3.11, requires this range; later versions allow any.
+        "gpu": [
+            "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[core_cu13,pytorch]>=2.9,<3; python_version >= '3.12'",
+        ],
         # not needed to convert NeMo checkpoints; 3.0 has no LLM collection, whose requirements are not included here
         "nemo": ["nemo-toolkit>=2.7,<3"],
         "wandb": ["wandb>=0.18"],

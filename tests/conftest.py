@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cost import Costs
-from tests.support.processes import ROOT, WARM_SOCKET
+from tests.support.processes import PYTHONPATH, WARM_SOCKET
 
 _server = pytest.StashKey[subprocess.Popen[bytes]]()
 
@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # a pytest-xdist worker uses the server of the main process
         return
     os.environ[WARM_SOCKET] = f"{tempfile.mkdtemp()}/warm"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
     script = Path(__file__).parent / "support" / "warm.py"
     config.stash[_server] = subprocess.Popen([sys.executable, str(script), os.environ[WARM_SOCKET]], env=environment)
     while not os.path.exists(os.environ[WARM_SOCKET]):  # created when the server listens

@@ -6,17 +6,17 @@ cd "$(dirname "$0")/.."
 
 say() { echo "== $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
-suits() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; }
+suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
 find_python() {
     local name
-    for name in ${PYTHON:-python3.12 python3.11 python3}; do
+    for name in ${PYTHON:-python3.12 python3.11 python3.13 python3}; do
         if command -v "$name" >/dev/null && suits "$name"; then
             command -v "$name"
             return
         fi
     done
-    fail "Python 3.11 or 3.12 not found (tried: ${PYTHON:-python3.12 python3.11 python3});" \
+    fail "Python 3.11, 3.12 or 3.13 not found (tried: ${PYTHON:-python3.12 python3.11 python3.13 python3});" \
         "install it (on Debian: apt-get install python3 python3-venv), or set it: make PYTHON=/path/to/python3.12 ..."
 }
 
@@ -55,7 +55,7 @@ install_torch() {
 }
 
 [ -x .venv/bin/python ] || make_venv
-suits .venv/bin/python || fail ".venv has a Python other than 3.11 or 3.12; remove it and run make again"
+suits .venv/bin/python || fail ".venv has a Python other than 3.11, 3.12 or 3.13; remove it and run make again"
 if .venv/bin/python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null && [ -z "${TORCH:-}" ]; then
     say "keeping the installed PyTorch"
 else

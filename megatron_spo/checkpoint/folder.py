@@ -25,6 +25,8 @@ from megatron_spo.files import write_whole
 
 LATEST, BEST = "latest", "best"
 SEAL = "trainer.json"
+COMMON = "common.pt"
+"""Megatron's file for what is not sharded. megatron-core 0.19 writes none, but still reads it if it is there."""
 FORMAT = 2
 _METADATA = ".metadata"
 _CLASSES = {
@@ -221,7 +223,7 @@ def _check_index(folder: Path, *, scales: bool) -> None:
                 if isinstance(content, torch.Tensor) and content.numel() and not scales:
                     raise Damaged(f"{folder / _METADATA} has an entry {key.fqn} of pickled bytes, which only a run "
                                   "with precision.fp8 may load")  # fmt: skip
-        torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        torch.load(folder / COMMON, map_location="cpu", weights_only=True)
     except Damaged:
         raise
     except Exception as error:  # many kinds, as above

@@ -21,18 +21,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_spo.checkpoint import folder as checkpoint_folder
 from megatron_spo.checkpoint.contents import contents, weights
-from megatron_spo.checkpoint.folder import BEST, LATEST, step_name
+from megatron_spo.checkpoint.folder import BEST, COMMON, LATEST, step_name
 from megatron_spo.files import write_whole
 from megatron_spo.model.optimizer import Trainable
+from megatron_spo.runtime.megatron_versions import own_writer
 from megatron_spo.runtime.processes import on_main
 
 _BACKEND = ("torch_dist", 1)
+_FILES = 2
+"""Files that a rank writes."""
 
 
 class SaveFailed(Exception):
@@ -94,10 +96,10 @@ class Saver:
         everything = weights(self._trainable) if self._weights_only else contents(self._trainable, loading=False)[0]
         sharded, common = save_preprocess(everything)
         self._check_room(sharded)
-        strategy = _Strategy(*_BACKEND)
-        on_main(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, str(partial)), SaveFailed)
+        strategy = _Strategy(*_BACKEND, thread_count=_FILES)
+        on_main(lambda: torch.save(common, partial / COMMON), SaveFailed)
         filesystem_async._results_queue = queue.SimpleQueue()  # Megatron's own would start a process
-        request = strategy.async_save(sharded, str(partial))
+        request = strategy.async_save(sharded, str(partial), **own_writer())
         live = {_storage(tensor.data) for tensor in _sharded_tensors(sharded)}
         files = _Files(request, strategy.writer, live if in_background else None)
         self._open = _Writing(state, partial, strategy, files)
@@ -188,9 +190,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
     the main process cannot write the index.
     """
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *more: Any) -> AsyncRequest:
         self.writer, self.index = writer, planned[1]
-        return super()._get_save_and_finalize_callbacks(writer, planned)
+        return super()._get_save_and_finalize_callbacks(writer, planned, *more)
 
 
 class _Files:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from megatron_spo.config.fp8 import RECIPES, obstacle
 from megatron_spo.config.rules import installed
+from megatron_spo.runtime.megatron_versions import TESTED
 
 
 class Finding(NamedTuple):
@@ -40,7 +41,7 @@ def report() -> str:
         _python(),
         _package("torch", "torch", "required for all commands; run make venv", required=True),
         gpu,
-        _package("megatron-core", "megatron.core", "required for training; run pip install -e .", required=True),
+        _megatron(),
         _package(
             "transformers",
             "transformers",
@@ -66,12 +67,12 @@ def report() -> str:
 
 
 def _python() -> Finding:
-    suits = sys.version_info[:2] in ((3, 11), (3, 12))
+    suits = (3, 11) <= sys.version_info[:2] <= (3, 13)
     return Finding(
         "python",
         "ok" if suits else "wrong",
         platform.python_version(),
-        "" if suits else "Python 3.11 or 3.12 is required",
+        "" if suits else "Python 3.11, 3.12 or 3.13 is required",
     )
 
 
@@ -79,6 +80,19 @@ def _package(name: str, module: str, without: str, *, required: bool = False) ->
     if not installed(module):
         return Finding(name, "missing", "-", without if required else f"optional; without it {without}")
     return Finding(name, "ok", _version(name), "")
+
+
+def _megatron() -> Finding:
+    found = _package("megatron-core", "megatron.core", "required for training; run pip install -e .", required=True)
+    if found.state != "ok" or found.found in TESTED:
+        return found._replace(follows=found.follows or "tested with this version")
+    if _minor(found.found) in map(_minor, TESTED):
+        return found._replace(follows=f"not tested with this version; tested: {', '.join(TESTED)}")
+    return found._replace(state="wrong", follows=f"not supported; install a tested version: {', '.join(TESTED)}")
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def _version(name: str) -> str:
@@ -130,7 +144,7 @@ def _apex() -> Finding:
 
 
 def _adam(apex: Finding) -> Finding:
-    """Returns which Adam Megatron-Core 0.16.1 uses (optimizer/__init__.py); it depends on the installed packages."""
+    """Returns which Adam Megatron-Core uses (optimizer/__init__.py); it depends on the installed packages."""
     if installed("transformer_engine"):
         return Finding("Adam", "ok", "Transformer Engine's, fused", "")
     if apex.state == "ok":

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from megatron_spo.checkpoint.folder import SEAL
+from megatron_spo.checkpoint.folder import COMMON, SEAL
 from megatron_spo.config.model_folder import (
     CONFIG,
     GENERATION_CONFIG,
@@ -29,7 +29,7 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
               TEMPLATES, "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*", "*.spm")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.npz",
             "*.index.json")  # fmt: skip
-_MEGATRON = ("common.pt", "metadata.json", SEAL, "*.distcp")
+_MEGATRON = (COMMON, "metadata.json", SEAL, "*.distcp")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from megatron.core.fp8_utils import TE_LINEAR_TYPES
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -22,6 +21,7 @@ from megatron_spo.model.attention import RowOnDevice
 from megatron_spo.model.experts import dispatch_without_gpu
 from megatron_spo.model.layers import block_spec
 from megatron_spo.model.logprobs import LogProbHead
+from megatron_spo.runtime.megatron_versions import mark_tensor_parallel
 
 
 class RowRotary(RotaryEmbedding):
@@ -152,14 +152,14 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, vp_stage: int | N
 def _mark_tensor_parallel(model: PairModel) -> None:
     """Marks the weights that are parts of a larger one, so that the gradient norm does not treat them as duplicates.
 
-    Experts are marked too, even whole ones, as their optimizer has a shard of each on one rank only. megatron-core
-    0.16.1 marks weights only if it initialises them itself; Transformer Engine's layers are always marked.
+    Experts are marked too, even whole ones, as their optimizer has a shard of each on one rank only. Transformer
+    Engine's layers are always marked.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+            mark_tensor_parallel(module.weight, axis=0)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+            mark_tensor_parallel(module.weight, axis=1)
 
 
 def _accumulate_in_place(model: PairModel) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.model.attention import PairAttention
 from megatron_spo.model.experts import BalancedRouter
+from megatron_spo.runtime.megatron_versions import submodules
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -81,7 +82,7 @@ def block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | Non
         layer = spec.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
         if experts:
-            layer.mlp.submodules.router = BalancedRouter
+            submodules(layer.mlp).router = BalancedRouter
             layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # no linear layer follows that could include it
     layer.self_attention.submodules.core_attention = partial(PairAttention, shape=shape)
     if shape.qk_norm:

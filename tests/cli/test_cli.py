@@ -10,6 +10,7 @@ import pytest
 from megatron_spo import cli
 from megatron_spo.config.schema import Config
 from megatron_spo.errors import UserError
+from tests.support.processes import PYTHONPATH
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "reference", "convert", "generate", "evaluate", "plan", "report", "doctor")
@@ -155,6 +156,6 @@ def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("tool", ["precompute_reference", "convert_checkpoint"])
 def test_tools(tool: str) -> None:
     command = [sys.executable, str(ROOT / f"tools/{tool}.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH})
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout

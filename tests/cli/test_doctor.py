@@ -7,6 +7,7 @@ import pytest
 
 from megatron_spo import cli
 from megatron_spo.commands import doctor
+from megatron_spo.runtime.megatron_versions import TESTED
 
 
 def state_of(name: str) -> str:
@@ -73,6 +74,28 @@ def test_which_adam_and_which_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unable.startswith("mxfp8: it requires a GPU of compute capability 10.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 0))
     assert doctor._fp8(gpu)[1:3] == ("missing", "this GPU supports none")
+
+
+@pytest.mark.parametrize(
+    "version, state, follows",
+    [
+        ("0.16.1", "ok", "tested with this version"),
+        ("0.19.2", "ok", "tested with this version"),
+        ("0.18.0", "ok", "not tested with this version; tested: 0.16.1, "),
+        ("0.15.3", "wrong", "not supported; install a tested version: 0.16.1, "),
+        ("0.20.0", "wrong", "not supported; install a tested version: 0.16.1, "),
+    ],
+)
+def test_versions_of_megatron(monkeypatch: pytest.MonkeyPatch, version: str, state: str, follows: str) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    found = state_of("megatron-core").split(maxsplit=3)
+    assert found[1:3] == [state, version] and found[3].startswith(follows)
+
+
+def test_the_package_allows_the_tested_versions() -> None:
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    oldest, newest = TESTED[0], TESTED[-1].split(".")
+    assert f'"megatron-core>={oldest},<{newest[0]}.{int(newest[1]) + 1}"' in setup
 
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from megatron_spo.runtime.clock import PHASES
 from tests.support import cost
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""Where the processes of the tests find modules: a folder of the caller, such as that of another Megatron-Core, too."""
 WORKER = ROOT / "tests" / "parallel" / "worker.py"
 WARM_SOCKET = "SPO_TESTS_WARM_SOCKET"
 """Environment variable with the socket of this pytest run's server (tests/conftest.py); without it, all processes are
@@ -80,7 +82,7 @@ Process = WarmProcess | subprocess.Popen[bytes]
 
 
 def _environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **variables}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", **variables}
 
 
 def _of_rank(rank: int, count: int, port: int) -> dict[str, str]:
@@ -152,11 +154,12 @@ def _code_of_all(ranks: Sequence[WarmProcess], timeout: float) -> int:
     return next((process.returncode for process in ranks if process.returncode), 0) or 0
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, *, cold: bool = False) -> None:
-    """Runs train and reference commands one after another in one launch; fails with their output."""
+def run_jobs(jobs: Sequence[Job], processes: int, *, cold: bool = False, **variables: str) -> None:
+    """Runs train and reference commands one after another in one launch, with more variables set; fails with their
+    output."""
     if not jobs:
         return
-    done = launch([str(WORKER), json.dumps(jobs)], processes, timeout=3600, cold=cold)
+    done = launch([str(WORKER), json.dumps(jobs)], processes, timeout=3600, cold=cold, **variables)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 

@@ -199,12 +199,12 @@ def test_reference_stops_at_once_and_goes_on(folder: Path) -> None:
 def test_torchrun_hands_on_its_signals(folder: Path) -> None:
     import subprocess
 
-    from tests.support.processes import ROOT, sys
+    from tests.support.processes import PYTHONPATH, sys
 
     run = folder / "torchrun"
     arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     arguments += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "megatron_spo", "train", str(folder / "config.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     agent = subprocess.Popen(
         [sys.executable, *arguments, f"output={run}"], env=environment, stderr=subprocess.PIPE, text=True
     )

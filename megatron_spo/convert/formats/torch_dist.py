@@ -100,7 +100,7 @@ class TorchDist:
         """Writes the files next to the torch_dist files, whose checksums are `sums`; returns messages for the user."""
         notes = model.sides.write(folder)
         (folder / CONFIG).write_text(model.config, encoding="utf-8")
-        torch.save({}, folder / "common.pt")
+        torch.save({}, folder / checkpoint_folder.COMMON)
         checkpoint_folder.seal(folder, {}, {"model": model.shape.family}, sums)
         return notes
 
