@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_spo.model.optimizer import Trainable
 
 Gradient = list[Tensor]
+CHUNK = 2**24
+"""Numbers of a gradient that are converted to fp64 at a time (128 MiB)."""
 
 
 def clear(trainable: Trainable) -> None:
@@ -46,9 +48,23 @@ def dot(trainable: Trainable, a: Gradient, b: Gradient) -> float:
     for parameter, left, right in zip(_parameters(trainable), a, b, strict=True):
         group = parallel_state.get_tensor_model_parallel_group()
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, group):
-            total += (left.double() * right.double()).sum()
+            for some, others in zip(left.split(CHUNK), right.split(CHUNK), strict=True):
+                total += some.double() @ others.double()
     dist.all_reduce(total)
     return float(total)
+
+
+def norm(trainable: Trainable) -> float:
+    """Returns the norm of the optimizer's gradient over all ranks, counting each parameter once.
+
+    The process waits for the GPU once. Megatron's own function waits once per parameter if neither Transformer Engine
+    nor apex is installed (megatron-core 0.16.1, utils.py, local_multi_tensor_l2_norm).
+    """
+    own = [one for inner in trainable.optimizer.chained_optimizers for one in inner.get_main_grads_for_grad_norm()]
+    device = next(trainable.chunks[0].parameters()).device
+    squared = torch.nn.utils.get_total_norm(own).square() if own else torch.zeros((), device=device)
+    dist.all_reduce(squared)
+    return float(squared.sqrt())
 
 
 @contextmanager
