@@ -88,8 +88,10 @@ def described(config: Mapping[str, str]) -> list[str]:
     if train := known.get("data.train"):
         words.append(f"data {label(train)}")
     forms = {
-        "optimizer.lr": "lr {:g}",
-        "training.global_batch_size": "{:g} pairs per step",
-        "lora.rank": "LoRA rank {:g}",
+        "optimizer.lr": "lr {}",
+        "training.global_batch_size": "{} pairs per step",
+        "lora.rank": "LoRA rank {}",
     }
-    return words + [form.format(known[key]) for key, form in forms.items() if is_number(known.get(key)) and known[key]]
+    return words + [
+        form.format(label(known[key])) for key, form in forms.items() if is_number(known.get(key)) and known[key]
+    ]

@@ -37,7 +37,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align:
 th { font-weight: 600; vertical-align: bottom; }
 table:not(.words) td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-table td:first-child { white-space: normal; min-width: min(12rem, 32vw); max-width: 16rem; overflow-wrap: anywhere; }
+table td:first-child { white-space: normal; min-width: min(14rem, 32vw); max-width: 20rem; overflow-wrap: anywhere; }
 table.words td, table.words th { text-align: left; }
 table.words td:not(:first-child) { max-width: 28rem; overflow-wrap: break-word; }
 table.words td:nth-child(2), table.words td:last-child { min-width: 12rem; }

@@ -109,7 +109,7 @@ def natural(name: str) -> list[tuple[float, str]]:
 
 
 def _by_keys(runs: Sequence[Run]) -> list[str]:
-    """Returns names made from what differs between the runs, such as "simpo, lr 1e-06"; "" for all if they are long."""
+    """Returns names made from what differs between the runs, such as "simpo, lr 1e-6"; "" for all if they are long."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config if key not in NOT_NAMING))
     differing = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
     if len({run.group for run in runs}) < len(runs):
@@ -131,7 +131,9 @@ def label(value: Any) -> str:
         return "+".join(label(one) for one in value)
     if isinstance(value, str):
         return value.rstrip("/").rpartition("/")[2] or value
-    return f"{value:g}" if is_number(value) and not isinstance(value, bool) else json.dumps(value)
+    if is_number(value) and not isinstance(value, bool):
+        return f"{value:g}".replace("e-0", "e-").replace("e+0", "e+")  # 1e-6
+    return json.dumps(value)
 
 
 def _by_path(folders: Sequence[Path]) -> list[str]:

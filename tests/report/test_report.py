@@ -113,8 +113,8 @@ def test_runs_of_a_study_are_named_by_what_differs_and_in_natural_order(tmp_path
     text = (tmp_path / "out").read_text()
     assert "<h1>SPO: 18 runs</h1>" in text
     runs = list(read_runs([tmp_path / f"{i}/run" for i in range(1, 19)]))
-    assert runs[:3] == ["beta 0.5, lr 3e-07", "beta 0.5, lr 6e-07", "beta 0.5, lr 9e-07"]
-    assert runs[-1] == "beta 10, lr 1.6e-06" and len(set(runs)) == 18
+    assert runs[:3] == ["beta 0.5, lr 3e-7", "beta 0.5, lr 6e-7", "beta 0.5, lr 9e-7"]
+    assert runs[-1] == "beta 10, lr 1.6e-6" and len(set(runs)) == 18
     assert "differs: loss.beta, optimizer.lr" in text and "(dashed)" in text
     assert list(read_runs([make_run(tmp_path / f"run{i}", beta=0.1) for i in (10, 9)])) == ["run9", "run10"]
 
