@@ -41,6 +41,8 @@ class Inputs:
     train: TokenizedSet
     sft: TokenizedSet | None
     evals: dict[str, TokenizedSet]
+    reference: Path | None = None
+    """folder of reference.model; None: the model itself is the reference"""
 
     def named_sets(self) -> dict[str, TokenizedSet]:
         """Returns all data sets by name, training sets first."""
@@ -95,7 +97,8 @@ def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     sft = build(config.spo.sft_data, "sft") if config.spo.sft_data else None
     names = _eval_names(config.data.eval, reserved=(TRAIN,) if sft is None else (TRAIN, SFT))
     evals = {name: build([source]) for name, source in zip(names, config.data.eval, strict=True)}
-    inputs = Inputs(folder, shape, tokenizer, build(config.data.train), sft, evals)
+    reference = config.reference.model and locate_model(config.reference.model, "reference.model")
+    inputs = Inputs(folder, shape, tokenizer, build(config.data.train), sft, evals, reference or None)
     if len(tokenizer) > shape.vocab:  # common, and harmless unless the data contains the extra tokens
         for dataset in inputs.named_sets().values():
             ModelLimits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)

@@ -66,6 +66,8 @@ class ReferenceConfig(Section):
 
     cache: str | None = None
     """cache folder that `megatron-spo reference` fills; null: no cache (with lora: run the model without adapters)"""
+    model: str | None = None
+    """folder or hub id of the reference, with the tokenizer of the model; requires a cache; null: model.path"""
 
 
 class LossConfig(Section):
@@ -306,6 +308,15 @@ class Config(Section):
     def runs_reference(self) -> bool:
         """Whether the reference is the model without its adapters, because there is no cache."""
         return self.lora.rank > 0 and self.reference.cache is None and self.spo.spec.preference
+
+    @property
+    def of_reference(self) -> "Config":
+        """The configuration whose model is the reference, with the same tokenizer."""
+        if self.reference.model is None:
+            return self
+        tokenizer = self.model.tokenizer or self.model.path
+        model = ModelConfig(path=self.reference.model, tokenizer=tokenizer)
+        return self.model_copy(update={"model": model})
 
     @property
     def has_reference(self) -> bool:

@@ -29,7 +29,7 @@ _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktok
 """Patterns of the files of a hub repository that a model folder needs."""
 
 
-def locate_model(path: str) -> Path:
+def locate_model(path: str, key: str = "model.path") -> Path:
     """Returns the folder of a model: `path` itself, or the local copy of a hub id, which is downloaded if not cached.
 
     Raises:
@@ -45,7 +45,7 @@ def locate_model(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.path = {path!r} is neither a folder nor a model that could be downloaded from the hub "
+            f"{key} = {path!r} is neither a folder nor a model that could be downloaded from the hub "
             f"({type(error).__name__}); give the path of a Hugging Face model folder"
         ) from error
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_spo.config.model_folder import shard_files
+from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import Config, PrecisionConfig
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.dataset import TokenizedSet
@@ -35,7 +37,7 @@ def numerics(precision: PrecisionConfig, *, experts: bool) -> str:
 
 
 def weights_fingerprint(config: Config, inputs: Inputs) -> str:
-    """Returns the SHA-256 of the model's weights and shape; the ranks share the reading.
+    """Returns the SHA-256 of the model's weights and shape.
 
     For random weights it covers shape and seed, which determine them.
     """
@@ -43,8 +45,13 @@ def weights_fingerprint(config: Config, inputs: Inputs) -> str:
         digest = hashlib.sha256(json.dumps(inputs.shape.raw, sort_keys=True).encode())
         digest.update(f"random, seed {config.training.seed}".encode())
         return digest.hexdigest()
-    files = shard_files(inputs.folder)
+    return stored_fingerprint(inputs.folder, inputs.shape)
+
+
+def stored_fingerprint(folder: Path, shape: ModelShape) -> str:
+    """Returns the SHA-256 of the weights and shape of a model folder; the ranks share the reading."""
+    files = shard_files(folder)
     mine = {file.name: file_digest(file) for file in files[dist.get_rank() :: dist.get_world_size()]}
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
-    return weights_digest(inputs.shape.raw, {name: content for part in parts for name, content in part.items()})
+    return weights_digest(shape.raw, {name: content for part in parts for name, content in part.items()})

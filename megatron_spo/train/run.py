@@ -14,6 +14,7 @@ from megatron_spo.checkpoint.folder import LATEST, Checkpoint
 from megatron_spo.checkpoint.load import find, load
 from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.load import dump_config, plain
+from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import Config
 from megatron_spo.data import packing
 from megatron_spo.data.chat_template import template_date
@@ -28,7 +29,7 @@ from megatron_spo.planner.rows import lengths_of
 from megatron_spo.planner.utilisation import Utilisation, peak_of
 from megatron_spo.prepare import SFT, TRAIN, Inputs, join, make_model, read_inputs
 from megatron_spo.reference.cache import ReferenceStore, open_reference
-from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
+from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, stored_fingerprint, weights_fingerprint
 from megatron_spo.reference.sources import AdaptersOff, CachedSums, ReferenceSums
 from megatron_spo.runtime.device import name_of
 from megatron_spo.runtime.env import wandb_project
@@ -147,6 +148,8 @@ def _open_references(config: Config, inputs: Inputs, weights: str | None) -> dic
     """Opens the reference cache of every data set; returns {} if the config has none."""
     if config.reference.cache is None or weights is None:
         return {}
+    if inputs.reference is not None:
+        weights = stored_fingerprint(inputs.reference, read_model_shape(inputs.reference))
     stores: dict[str, ReferenceStore] = {}
     with agreed():
         for name, dataset in inputs.named_sets().items():
