@@ -16,7 +16,6 @@
 import itertools
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_spo.config.load import load_config
 from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError
+from megatron_spo.subcommands import OURS, PYTHON
 
-PROGRAMS = {"megatron-spo": [sys.executable, "-m", "megatron_spo"], "python": [sys.executable]}
+PROGRAMS = {"megatron-spo": OURS, "python": PYTHON}
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w./]*)\}")
 NAME = re.compile(r"[\w.+=-]+")
 

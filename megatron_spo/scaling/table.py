@@ -13,8 +13,9 @@ from tabulate import tabulate
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
 from megatron_spo.report.runs import Run, read_run
-from megatron_spo.scaling.steps import STOPPED, is_done, status, steps_of
+from megatron_spo.scaling.steps import is_done, status, steps_of
 from megatron_spo.scaling.study import CrossingSpec, Study, StudyRun
+from megatron_spo.subcommands import STOPPED
 
 Row = dict[str, Any]
 SHOWN = ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/spo/chosen_shift")
