@@ -26,6 +26,7 @@ COMMANDS = {
     "reference": "compute the reference's log-probs of every data set into reference.cache; resumes if interrupted",
     "convert": "convert a checkpoint or a model to another format",
     "generate": "generate a model's answers to the prompts in a file",
+    "pairs": "score sampled answers and choose preference pairs from them",
     "evaluate": "score answers, or a model on preference pairs or benchmark tasks",
     "plan": "estimate memory, time and cost of a run and list the layouts that fit, without a GPU",
     "rehearse": "build a layout rank by rank without its GPUs, and check it",

@@ -42,6 +42,8 @@ class Inputs:
     train: TokenizedSet
     sft: TokenizedSet | None
     evals: dict[str, TokenizedSet]
+    reference: Path | None = None
+    """folder of reference.model; None: the model itself is the reference"""
 
     def named_sets(self) -> dict[str, TokenizedSet]:
         """Returns all data sets by name, training sets first."""
@@ -99,7 +101,8 @@ def _read_inputs(config: Config, *, is_main: bool) -> Inputs:
     train = build(config.data.train)
     if config.data.rows is not None:
         train = train.drawn(config.data.rows, config.training.seed)
-    inputs = Inputs(folder, shape, tokenizer, train, sft, evals)
+    reference = config.reference.model and locate_model(config.reference.model, "reference.model")
+    inputs = Inputs(folder, shape, tokenizer, train, sft, evals, reference or None)
     if len(tokenizer) > shape.vocab:  # common, and harmless unless the data contains the extra tokens
         for dataset in inputs.named_sets().values():
             ModelLimits(folder, shape.vocab, shape.max_positions).check_pairs(dataset)

@@ -316,6 +316,10 @@ RULES: tuple[Rule, ...] = (
     ),
     # objective
     Rule(
+        lambda c, shape: c.reference.model is not None and c.reference.cache is None,
+        "reference.model = {c.reference.model} requires a cache of its log-probs; set reference.cache",
+    ),
+    Rule(
         lambda c, shape: any(
             term.spec.name == "exo_pair" and term.parameters["label_smoothing"] == 0 for term in c.loss.terms()
         ),

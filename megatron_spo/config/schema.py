@@ -70,6 +70,8 @@ class ReferenceConfig(Section):
     """cache folder, filled by `reference` or `train`; null: no cache (with lora: run the model without adapters)"""
     make: bool = True
     """`train` computes a missing cache before step 1; false: a missing cache is an error"""
+    model: str | None = None
+    """folder or hub id of the reference, with the tokenizer of the model; requires a cache; null: model.path"""
 
 
 class LossConfig(Section):
@@ -310,6 +312,15 @@ class Config(Section):
     def runs_reference(self) -> bool:
         """Whether the reference is the model without its adapters, because there is no cache."""
         return self.lora.rank > 0 and self.reference.cache is None and self.spo.spec.preference
+
+    @property
+    def of_reference(self) -> "Config":
+        """The configuration whose model is the reference, with the same tokenizer."""
+        if self.reference.model is None:
+            return self
+        tokenizer = self.model.tokenizer or self.model.path
+        model = ModelConfig(path=self.reference.model, tokenizer=tokenizer)
+        return self.model_copy(update={"model": model})
 
     @property
     def has_reference(self) -> bool:

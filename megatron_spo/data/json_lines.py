@@ -1,13 +1,13 @@
-"""Reads JSON lines files, in the same way for every command. A byte order mark, CRLF and blank lines are accepted.
+"""Reads and writes JSON lines files, in the same way for every command.
 
-Lines are counted from 1, including blank lines. Only a line feed ends a line, because strings may contain other
-separators.
+A byte order mark, CRLF and blank lines are accepted. Lines are counted from 1, including blank lines. Only a line feed
+ends a line, because strings may contain other separators.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megatron_spo.errors import UserError
+from megatron_spo.files import write_output
 
 BLOCK = 1 << 20
 DEEPEST = 100
@@ -108,6 +109,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise problem.at(path, line) from problem
     if not found:
         raise UserError(f"{path} is empty")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON lines, atomically, and creates the folder; raises UserError if the file cannot be written."""
+    write_output(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def check_text(value: Any, field: str) -> None:

@@ -1,6 +1,6 @@
 """Reads, scores and compares files of answers, and converts them for AlpacaEval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,23 @@ def read_answers(path: Path) -> Answers:
     Raises:
         UserError: If a line is not a row of answers; the message names the line.
     """
-    lines, rows = [], []
+    numbers, found = zip(*answer_rows(path), strict=True)
+    lines, rows = list(numbers), list(found)
+    scores = score(rows, [row["responses"] for row in rows], [row["finished"] for row in rows])
+    return Answers(path, lines, rows, scores)
+
+
+def answer_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line, row) for each row of a file of answers written by `generate`.
+
+    Raises:
+        UserError: If a line is not a row of answers; the message names the line.
+    """
     for line, row in read_rows(path):
         check_prompt(row, path, line)
         if problem := _problem(row.get("responses"), row.get("finished")):
             raise UserError(f"{path} line {line}: {problem}; use a file written by `megatron-spo generate`")
-        lines.append(line)
-        rows.append(row)
-    scores = score(rows, [row["responses"] for row in rows], [row["finished"] for row in rows])
-    return Answers(path, lines, rows, scores)
+        yield line, row
 
 
 def _problem(responses: Any, finished: Any) -> str | None:

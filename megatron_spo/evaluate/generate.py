@@ -6,7 +6,6 @@ of the file change it.
 
 import importlib.util
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_spo.config.model_folder import check_folder, count_numbers, is_needless, is_tied, read_config, shard_files
 from megatron_spo.data import tokenize
+from megatron_spo.data.json_lines import write_rows
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import config_of, does_not_load, limits_of
-from megatron_spo.files import check_output, write_output
+from megatron_spo.files import check_output
 from megatron_spo.meter import Meter
 
 ROOM_FOR_WEIGHTS = 0.7
@@ -321,8 +321,3 @@ def cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: set[in
     end = next((i for i, token in enumerate(tokens) if token in stops), None)
     text = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Response(str(text), finished=end is not None)
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows as JSONL, atomically."""
-    write_output(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

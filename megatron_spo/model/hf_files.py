@@ -28,7 +28,7 @@ SHARD_BYTES = 5 * 2**30
 DTYPES = dict(zip(FLOATS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
-def locate_model(path: str) -> Path:
+def locate_model(path: str, key: str = "model.path") -> Path:
     """Returns the folder of a model: `path` itself, or the local copy of a hub id, which is downloaded if not cached.
 
     Raises:
@@ -37,7 +37,7 @@ def locate_model(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    return hub.download(path, "model.path")
+    return hub.download(path, key)
 
 
 def model_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, StoredTensor], list[str]]:

@@ -21,7 +21,7 @@ from megatron_spo.runtime.processes import Runtime, agreed
 
 
 def fill(config: Config) -> None:
-    """Scores every pair of every data set with the model of `config.model` and writes the sums to `reference.cache`.
+    """Scores every pair of every data set with the reference model and writes the sums to `reference.cache`.
 
     Chunks of pairs are distributed over the data-parallel ranks; the rank that scores a chunk writes it. Chunks from an
     earlier call are kept, and a complete cache is not changed.
@@ -31,6 +31,7 @@ def fill(config: Config) -> None:
     """
     if config.reference.cache is None:
         raise UserError("reference.cache is not set; set it to the folder for the reference's log-probs")
+    config = config.of_reference
     runtime = join(config)
     inputs = read_inputs(config, runtime)
     runtime.progress.phase("building and loading", times=4)

@@ -36,7 +36,7 @@ def numerics(precision: PrecisionConfig, *, experts: bool) -> str:
 
 
 def weights_fingerprint(config: Config, inputs: Inputs) -> str:
-    """Returns the SHA-256 of the model's weights and shape; the ranks share the reading.
+    """Returns the SHA-256 of the model's weights and shape.
 
     For random weights it covers shape and seed, which determine them.
     """

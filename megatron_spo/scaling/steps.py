@@ -1,29 +1,19 @@
-"""Runs the commands of a study as subprocesses, each only once, and records which are done.
+"""Runs the commands of a study, each only once, and records which are done."""
 
-The lock of a command is held by the command itself: if the study is killed, its running commands continue to their end,
-and the next call waits for them instead of starting them again.
-"""
-
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import subprocess
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_spo.files import write_whole
 from megatron_spo.scaling.study import PROGRAMS, Step, Study, StudyRun, run_name, varied_names
+from megatron_spo.subcommands import Subcommands, reason
 
 LOG = logging.getLogger(__name__)
-
-STOPPED = 75
-"""Exit code of `train` if it was stopped and the same command resumes it."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +76,10 @@ def status(run: StudyRun) -> dict[str, Any]:
 
 
 @dataclass
-class Runner:
+class Runner(Subcommands):
     """Runs steps, called from several threads; `threads` is the number of threads of each command."""
 
-    threads: int
-    stopping: threading.Event = field(default_factory=threading.Event)
-    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    threads: int = 1
     _failed: dict[Path, Failure] = field(default_factory=dict)
 
     def run(self, study: Study, run: StudyRun) -> None:
@@ -111,21 +99,15 @@ class Runner:
         record.unlink(missing_ok=True)
         LOG.info(f"{name}: done, {time.monotonic() - begin:.0f} s")
 
-    def stop(self) -> None:
-        """Terminates all commands once; `train` then saves and can be resumed."""
-        self.stopping.set()
-        for process in list(self._processes):
-            process.terminate()
-
     def _step(self, run: StudyRun, step: Step, place: Place, name: str) -> Failure | None:
         place.mark.parent.mkdir(parents=True, exist_ok=True)
-        with self._held(place.lock) as lock:
+        with self.held(place.lock) as lock:
             if self.stopping.is_set() or is_done(run, step, place):
                 return None
             if place.mark in self._failed:  # a shared step that failed in this call is not tried again
                 return self._failed[place.mark]
             LOG.info(f"{name}: {step.name}; log in {place.log}")
-            code = self._call(self._words(step), place.log, lock)
+            code = self.call(self._words(step), place.log, lock)
             if code == 0:
                 write_whole(place.mark, place.key)
                 return None
@@ -137,41 +119,3 @@ class Runner:
     def _words(self, step: Step) -> Sequence[str]:
         limited = (f"training.threads={self.threads}",) if step.name == "train" else ()
         return ("env", f"OMP_NUM_THREADS={self.threads}", *step.words, *limited)
-
-    def _call(self, words: Sequence[str], log: Path, lock: int) -> int:
-        with log.open("wb") as file:
-            file.write(f"$ {' '.join(words)}\n".encode())
-            file.flush()
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                pass_fds=[lock],
-                start_new_session=True,  # Ctrl-C reaches only the study, which forwards it once
-            )
-        self._processes.add(process)
-        if self.stopping.is_set():
-            process.terminate()
-        code = process.wait()
-        self._processes.discard(process)
-        return code
-
-    @contextlib.contextmanager
-    def _held(self, path: Path) -> Iterator[int]:
-        """Yields the lock's file descriptor once no other thread, call or command of a killed call holds it."""
-        with path.open("a") as file:
-            while not self.stopping.is_set():
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.2)
-            yield file.fileno()
-
-
-def reason(log: Path) -> str:
-    """Returns a command's error message, or else the last line of its log."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return own[0] if own else lines[-1]

@@ -3,7 +3,6 @@
 import itertools
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from megatron_spo.config.load import load_config
 from megatron_spo.config.yaml_text import format_yaml
 from megatron_spo.errors import UserError
 from megatron_spo.scaling.spec import FULL, StepSpec, StudySpec, read_spec
+from megatron_spo.subcommands import OURS, PYTHON
 
-PROGRAMS = {"megatron-spo": [sys.executable, "-m", "megatron_spo"], "python": [sys.executable]}
+PROGRAMS = {"megatron-spo": OURS, "python": PYTHON}
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w./]*)\}")
 NAME = re.compile(r"[\w.+=-]+")
 

@@ -14,8 +14,9 @@ from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.errors import UserError
 from megatron_spo.report.runs import Run, read_run
 from megatron_spo.scaling.spec import CrossingSpec
-from megatron_spo.scaling.steps import STOPPED, is_done, status, steps_of
+from megatron_spo.scaling.steps import is_done, status, steps_of
 from megatron_spo.scaling.study import Study, StudyRun
+from megatron_spo.subcommands import STOPPED
 
 Row = dict[str, Any]
 SHOWN = ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/spo/chosen_shift")

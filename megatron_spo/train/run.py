@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_spo.checkpoint.folder import Checkpoint
 from megatron_spo.checkpoint.load import find, load
 from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.load import dump_config, plain
+from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import Config, TrainingConfig
 from megatron_spo.data import packing
 from megatron_spo.data.chat_template import template_date
@@ -161,9 +163,14 @@ def _open_references(
     config: Config, inputs: Inputs, weights: str | None, runtime: Runtime
 ) -> dict[str, ReferenceStore]:
     """Opens the reference cache of every data set, and makes what is absent; returns {} if the config has none."""
-    if config.reference.cache is None or weights is None:
+    cache = config.reference.cache
+    if cache is None or weights is None:
         return {}
-    sets, cache = inputs.named_sets(), config.reference.cache
+    if inputs.reference is not None:
+        config = config.of_reference
+        inputs = replace(inputs, folder=inputs.reference, shape=read_model_shape(inputs.reference))
+        weights = weights_fingerprint(config, inputs)
+    sets = inputs.named_sets()
     prints = {name: reference_fingerprint(config, inputs, dataset, weights) for name, dataset in sets.items()}
     absent = on_main(lambda: [name for name in sets if is_absent(cache, name, prints[name])], UserError)
     if absent and config.reference.make:
