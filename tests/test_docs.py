@@ -155,6 +155,7 @@ FROM_NOTHING = ("README.md", "docs/train.md")
 """Pages that make the run and the model which the others find."""
 CODES = {
     "megatron-spo evaluate --model my-model --tasks arc_easy my_task.yaml --out benchmarks.json": None,
+    "megatron-spo rehearse examples/llama3_70b/config.yaml --gpus 32": None,
     "megatron-spo scaling study examples/studies/sizes_data.yaml --scale tiny --workers 2": None,
     "megatron-spo scaling report examples/studies/sizes_data.yaml --scale tiny": None,
     "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --column loss=eval/loss --out fit.json": 2,
