@@ -132,9 +132,9 @@ def test_world_size_comes_from_the_launcher(
 def test_train_gets_the_configuration(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr("megatron_spo.train.run.train", seen.append)
-    pairs = run_file.with_name("pairs.jsonl")
-    pairs.touch()
-    assert cli.main(["train", str(run_file), "training.seed=5", f"data.train={pairs}"]) == 0
+    monkeypatch.chdir(run_file.parent)
+    Path("a.jsonl").touch()
+    assert cli.main(["train", str(run_file), "training.seed=5"]) == 0
     assert seen[0].training.seed == 5
 
 

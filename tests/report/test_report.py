@@ -7,7 +7,7 @@ import pytest
 
 from megatron_spo.errors import UserError
 from megatron_spo.report import write_report
-from megatron_spo.report.figures import ALARM, MAX_POINTS, PALETTE, SIDES, draw_bars, thinned
+from megatron_spo.report.figures import ALARM, MAX_POINTS, PALETTE, SIDES, Curve, draw_bars, draw_curves, thinned
 from megatron_spo.report.page import DARK, LIGHT
 from megatron_spo.report.results import group_runs, summary
 from megatron_spo.report.runs import read_runs
@@ -153,8 +153,12 @@ def test_the_page_names_what_was_trained(tmp_path: Path) -> None:
         "8 pairs per step",
     ):
         assert fact in text, fact
-    steps = re.findall(r"text-anchor: middle[^>]*>([\d.]+)</text>", text)
-    assert {"1", "2", "3", "4"} <= set(steps) and not {"1.5", "2.5", "3.5"} & set(steps)
+
+
+def test_steps_are_whole_numbers() -> None:
+    svg = draw_curves([Curve("run", PALETTE[0], [(1, 0.5), (2, 0.6)])], "Loss")
+    steps = svg.partition('id="matplotlib.axis_1"')[2].partition('id="matplotlib.axis_2"')[0]
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", steps) == ["1", "2", "step"]
 
 
 def test_groups_of_one_name_are_told_apart(tmp_path: Path) -> None:
