@@ -13,7 +13,7 @@ TASKS: dict[str, tuple[Task, Scale]] = {
     "sums": (task, Scale()),
     "six-digits": (six_digits, Scale(sft_problems=600, sft_steps=1000)),
     "programs": (programs, Scale(pair_problems=1200, held_out_problems=240)),  # two thirds of the problems give a pair
-    "programs-2400": (programs, Scale(pair_problems=4400, held_out_problems=440, pairs=2400, held_out_pairs=200)),
+    "programs-2400": (programs, Scale(pair_problems=4400, held_out_problems=240, pairs=2400, test_problems=500)),
 }
 
 

@@ -33,6 +33,8 @@ CPU_EFFICIENCY = 0.35
 """Share of the rate of a large fp32 matrix product that training of small models reaches."""
 CPU_BANDWIDTH = 8e9
 """Assumed memory bandwidth of a core, bytes per second."""
+CPU_START = 4.0
+"""Assumed seconds until the first step, on a CPU; on GPUs the time to load a model is not included."""
 CPU_STEP = 0.02
 """Assumed seconds of a step that do not depend on its size, on a CPU."""
 LEGEND = (
@@ -127,7 +129,9 @@ def _estimate(job: PlannedRun) -> Estimate:
     d = float(tokens.mean()) * (epochs * pairs + min(rest * size, pairs))
     if plan.speed is None:
         return Estimate(job.shape.parameters, d, min(d, float(tokens.sum())), steps, 0.0, 0.0, plan.problems[0])
-    seconds = steps * (plan.speed.step.total + (CPU_STEP if job.gpu.name == CPU else 0.0))
+    seconds = steps * plan.speed.step.total
+    if job.gpu.name == CPU:
+        seconds += CPU_START + steps * CPU_STEP
     return Estimate(
         n=job.shape.parameters,
         d=d,

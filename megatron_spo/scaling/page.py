@@ -1,5 +1,6 @@
 """The page of a study: what varies, how the metrics depend on it, the fits, and all runs."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ DRAWN = {
 }
 """Metrics that are drawn if the study does not list `metrics`, with their meaning."""
 SEED = "training.seed"
-MOST_LINES = 8
 COLUMNS = ("N", "D", "U", "training_steps", "seconds")
 
 
@@ -109,10 +109,10 @@ def _metric_panel(rows: Sequence[Row], metric: str, x: str, line: str | None) ->
     """Draws the mean over the runs of a setting, with the range over seeds and other choices as a bar."""
 
     def draw(axes: Axes) -> None:
-        names = list(dict.fromkeys(row[line] if line else "" for row in rows))[:MOST_LINES]
+        names = list(dict.fromkeys(row[line] if line else "" for row in rows))
         places = {value: i for i, value in enumerate(dict.fromkeys(row[x] for row in rows))}
         numeric = all(isinstance(value, int | float) for value in places)
-        for name, colour in zip(names, figures.PALETTE, strict=False):
+        for name, colour in zip(names, itertools.cycle(figures.PALETTE), strict=False):
             found: dict[float, list[float]] = {}
             for row in rows:
                 if not line or row[line] == name:
@@ -145,7 +145,7 @@ def _scatter(one: ScatterSpec, rows: Sequence[Row]) -> str:
 
     def draw(axes: Axes) -> None:
         for name, colour in zip(dict.fromkeys(str(row[one.by]) if one.by else "" for row in known),
-                                figures.PALETTE * 2, strict=False):  # fmt: skip
+                                itertools.cycle(figures.PALETTE), strict=False):  # fmt: skip
             chosen = sorted((row[one.x], row[one.y]) for row in known if not one.by or str(row[one.by]) == name)
             axes.plot(*zip(*chosen, strict=True), "o", color=colour, markersize=5, label=name)
         axes.set(xlabel=one.x, ylabel=one.y)
@@ -154,9 +154,10 @@ def _scatter(one: ScatterSpec, rows: Sequence[Row]) -> str:
             axes.legend(fontsize=8, frameon=False)
 
     x, y = (np.array([row[name] for row in known], dtype=float) for name in (one.x, one.y))
-    rank = float(spearmanr(x, y).statistic) if len(known) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
-    said = f"One point per run ({len(known)}); rank correlation {rank:.2f}."
-    return section(title, paragraph(said), grid(_picture(draw)))
+    said = f"One point per run ({len(known)})"
+    if len(known) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
+        said += f"; rank correlation {float(spearmanr(x, y).statistic):.2f}"
+    return section(title, paragraph(f"{said}."), grid(_picture(draw)))
 
 
 def _extremes(rows: Sequence[Row], metric: str, meaning: str, axes: Sequence[str]) -> str:
@@ -167,6 +168,8 @@ def _extremes(rows: Sequence[Row], metric: str, meaning: str, axes: Sequence[str
 
     low, high = (pick(rows, key=lambda row: row[metric]) for pick in (min, max))
     first = meaning[:1].upper() + meaning[1:]
+    if low[metric] == high[metric]:
+        return f"{first}: {low[metric]:.3g} in all runs."
     return f"{first}: from {low[metric]:.3g} ({named(low)}) to {high[metric]:.3g} ({named(high)})."
 
 

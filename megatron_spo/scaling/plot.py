@@ -1,5 +1,6 @@
 """Figures of fits: the law over its points with a band, profiles of equal compute, residuals, parameters by group."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -221,13 +222,14 @@ def _parameter_panel(axes: Axes, fits: Mapping[str, Fit], name: str) -> None:
         face = colour if fit.refusal is None else "none"
         axes.plot(fit.values[name], place, "o", color=colour, markerfacecolor=face)
     axes.set_yticks(range(len(groups)), groups)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set(title=name, xlabel=f"{name}, with interval of {LEVEL:.0%}", ylim=(-0.6, len(groups) - 0.4))
     axes.grid(alpha=0.2, axis="x")
 
 
 def reward_panel(axes: Axes, fits: Mapping[str, Fit]) -> None:
     """Draws over-optimization of several groups in one panel: reward over the KL divergence, with the peak marked."""
-    for (name, fit), colour in zip(fits.items(), figures.PALETTE * 2, strict=False):
+    for (name, fit), colour in zip(fits.items(), itertools.cycle(figures.PALETTE), strict=False):
         kl, reward = fit.points["kl"], fit.points["reward"]
         axes.scatter(kl, reward, s=14, color=colour, label=name)
         if fit.values is not None:

@@ -110,13 +110,18 @@ def varied_names(runs: Sequence[StudyRun]) -> list[str]:
 
 
 def interleaved(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """Returns the runs in the order in which to start them, so that different shared commands can run at once."""
-    places: dict[tuple[str, ...], int] = {}
+    """Returns the runs in the order in which to start them, so that different shared commands can run at once.
+
+    Runs take turns by the first command of `before` that not all of them share, such as the SFT of their model.
+    """
+    names = [[step.name for step in run.before] for run in runs]
+    everywhere = set.intersection(*map(set, names)) if names else set()
+    places: dict[str, int] = {}
     ranked = []
-    for run in runs:
-        shared = tuple(step.name for step in run.before)
-        places[shared] = places.get(shared, -1) + 1
-        ranked.append((places[shared], run))
+    for run, own in zip(runs, names, strict=True):
+        first = next((name for name in own if name not in everywhere), "")
+        places[first] = places.get(first, -1) + 1
+        ranked.append((places[first], run))
     return [run for _, run in sorted(ranked, key=lambda one: one[0])]
 
 

@@ -15,7 +15,7 @@ from megatron_spo.errors import UserError
 from megatron_spo.report.runs import Run, read_run
 from megatron_spo.scaling.spec import CrossingSpec
 from megatron_spo.scaling.steps import is_done, status, steps_of
-from megatron_spo.scaling.study import Study, StudyRun
+from megatron_spo.scaling.study import Study, StudyRun, varied_names
 from megatron_spo.subcommands import STOPPED
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def shown(study: Study, rows: Sequence[Row]) -> str:
     """Returns the main columns as a table for the terminal."""
     after = [name for name in dict.fromkeys(name for one in rows for name in one)
              if any(name.startswith(f"{step.name}/") for step in study.runs[0].after)]  # fmt: skip
-    names = ["run", *study.runs[0].choices, "state", *after, *SHOWN]
+    names = ["run", *varied_names(study.runs), "state", *after, *SHOWN]
     names = [name for name in dict.fromkeys(names) if any(name in one for one in rows)]
     cells = [names, *([_cell(one.get(name)) for name in names] for one in rows)]
     reasons = ["", *(f"  <- {one['reason']}" if one["reason"] else "" for one in rows)]

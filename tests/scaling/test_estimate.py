@@ -120,7 +120,11 @@ def test_runs_start_with_different_shared_commands(folder: Path) -> None:
         "models": {"like": str(folder / "model"), "sizes": SIZES},
         "set": {"model.path": "{out}/models/{model}"},
         "vary": {"spo.lambda": [1.0, 2.0, 3.0]},
-        "before": [{"name": "sft-{model}", "run": "true"}],
+        "before": [
+            {"name": "data", "run": "true"},
+            {"name": "sft-{model}", "run": "true"},
+            {"name": "reference-{model}-{spo.lambda}", "run": "true"},
+        ],
     }
     runs = read_study(write_study(folder, "order", **spec)).runs
     assert [run.number for run in interleaved(runs)] == [1, 4, 2, 5, 3, 6]
