@@ -11,7 +11,7 @@ from importlib import import_module
 
 from megatron_spo import __version__
 from megatron_spo.commands.configuration import CommandParser
-from megatron_spo.errors import Anomaly, LostRank, NotSaved, Stopped, UserError
+from megatron_spo.errors import Anomaly, LostRank, NotSaved, StageFailed, Stopped, UserError
 from megatron_spo.runtime.env import rank, world_size
 from megatron_spo.runtime.logs import log_to_stderr
 from megatron_spo.runtime.quiet import quiet_third_parties
@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "convert a checkpoint or a model to another format",
     "generate": "generate a model's answers to the prompts in a file",
     "pairs": "score sampled answers and choose preference pairs from them",
+    "rounds": "sample, make pairs, train and evaluate, round after round",
     "evaluate": "score answers, or a model on preference pairs or benchmark tasks",
     "plan": "estimate memory, time and cost of a run and list the layouts that fit, without a GPU",
     "rehearse": "build a layout rank by rank without its GPUs, and check it",
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         except KeyboardInterrupt:
             return 130
-        except (UserError, Anomaly, LostRank, NotSaved, Stopped) as error:
+        except (UserError, Anomaly, LostRank, NotSaved, StageFailed, Stopped) as error:
             return _ended(error)
         except BaseException as error:  # some of PyTorch's errors are not an Exception
             if world_size() > 1 and not isinstance(error, SystemExit):
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _ended(error: UserError | Anomaly | LostRank | NotSaved | Stopped) -> int:
+def _ended(error: UserError | Anomaly | LostRank | NotSaved | StageFailed | Stopped) -> int:
     stopped_at_once = isinstance(error, Stopped) and not signals.is_over
     watch().explain(error, ours=not stopped_at_once)  # torchrun sends a signal to the processes whose peer has died
     signals.over(error.code)

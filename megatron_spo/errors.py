@@ -28,6 +28,14 @@ class NotSaved(Exception):
     code = 5
 
 
+class StageFailed(Exception):
+    """A command that this command has started failed; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Stopped(BaseException):
     """A signal or the time limit requested the stop; the same command resumes from here.
 

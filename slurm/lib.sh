@@ -195,20 +195,26 @@ forward() {
 trap warn USR1
 
 launch() { # NODES TASKS_PER_NODE LOG COMMAND ...: returns the exit code of the step, the highest of its tasks'
-    local nodes=$1 tasks=$2 log=$3 code=127 now
+    local nodes=$1 tasks=$2 log=$3 code
     shift 3
     forwarded=''
     srun "${srun_options[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" "${container[@]}" "$@" >>"$log" 2>&1 &
     child=$!
     forward
+    await
+    return "$code"
+}
+
+await() { # waits for `child` and sets `code` to its exit code
+    local now
+    code=127
     while true; do
         interrupted=''
         wait "$child" && now=0 || now=$?
-        ((now == 127)) || code=$now # 127: the step had already been waited for when the signal arrived
+        ((now == 127)) || code=$now # 127: it had already been waited for when the signal arrived
         [[ -n $interrupted ]] || break
     done
     child=''
-    return "$code"
 }
 
 check_nodes() { # FREE_GB
@@ -261,7 +267,12 @@ meaning() { # NAME CODE STATUS_BEFORE
 }
 
 progress() { # a checksum that changes when a step, a checkpoint or a part of the cache was finished
-    { cat "$SPO_OUT"/done/* || true; status checkpoint; find "${SPO_CACHE:-$SPO_OUT/reference}" -type f || true; } 2>/dev/null | cksum
+    {
+        cat "$SPO_OUT"/done/* || true
+        status checkpoint
+        find "${SPO_CACHE:-$SPO_OUT/reference}" -type f || true
+        find "$SPO_OUT"/rounds -path '*/stages/*.json' -o -path '*/reference/*' -o -path '*/checkpoints/*' -prune || true
+    } 2>/dev/null | cksum
 }
 
 # Requeues the job, unless it made no progress in several attempts or somebody else has ended it.
@@ -309,6 +320,34 @@ step() { # NAME NODES TASKS_PER_NODE ARGUMENTS ...: runs `megatron-spo ARGUMENTS
     esac
     echo "$key" >"$marker.new" && mv "$marker.new" "$marker"
     say "$name: done"
+}
+
+# Runs `megatron-spo rounds` on the first node; it starts its commands as steps of the job, and records which are done.
+run_rounds() {
+    local words options start shared one log=$SPO_OUT/logs/rounds.log code=0 begin reason
+    split "${SPO_LAYOUT:-} ${SPO_OVERRIDES:-}"
+    for start in "${srun_options[@]}"; do # without labels, as `rounds` reads the error messages of its commands
+        [[ $start == --label || $start == --relative=0 ]] || options+=("$start")
+    done
+    shared=(srun "${options[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_NTASKS" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" "${container[@]}")
+    one=(srun "${options[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --exclusive "${container[@]}")
+    [[ -z $warned ]] || again "the time limit is near"
+    say "rounds: megatron-spo rounds $SPO_CONFIG --out $SPO_OUT/rounds ${words[*]}"
+    touch "$log"
+    begin=$(stat -c %s "$log") forwarded=''
+    "$SPO_PYTHON" -m megatron_spo rounds "$SPO_CONFIG" --out "$SPO_OUT/rounds" --at-once "$SLURM_JOB_NUM_NODES" \
+        --launch "${shared[*]@Q} bash ${home@Q}/slurm/launch.sh" --launch-one "${one[*]@Q} bash ${home@Q}/slurm/launch.sh" \
+        "${words[@]}" >>"$log" 2>&1 &
+    child=$!
+    forward
+    await
+    reason=$(tail -c "+$((begin + 1))" "$log" | sed -n 's/^error: //p' | head -n1)
+    case $code in
+        0) say "all rounds are done; table and report are in $SPO_OUT/rounds" ;;
+        75) again "rounds stopped and can be resumed" ;;
+        4) again "rounds lost a process${reason:+: $reason}" ;;
+        *) die "$code" "rounds ended with code $code: ${reason:-$(tail -n1 "$log")} (see $log)" ;;
+    esac
 }
 
 set_common() { # sets `common` to the overrides of all steps

@@ -68,11 +68,12 @@ def run_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def draw_curves(curves: Sequence[Curve], title: str) -> str:
-    """Returns an SVG of curves over optimizer steps."""
+def draw_curves(curves: Sequence[Curve], title: str, over: str = "step") -> str:
+    """Returns an SVG of curves over optimizer steps, or over what `over` says."""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure()
         plot_curves(axes, curves, title)
+        axes.set_xlabel(over)
         return page_svg(figure)
 
 

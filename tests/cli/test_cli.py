@@ -13,7 +13,7 @@ from megatron_spo.errors import UserError
 from tests.support.processes import PYTHONPATH
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "reference", "convert", "generate", "pairs", "evaluate", "plan", "report", "doctor")
+COMMANDS = ("train", "reference", "convert", "generate", "pairs", "rounds", "evaluate", "plan", "report", "doctor")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
