@@ -201,6 +201,38 @@ def test_a_study_file_is_submitted_and_its_table_made(cluster: Cluster, folder: 
     assert all(float(row["eval/loss"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_rounds_resume_by_themselves(cluster: Cluster, folder: Path) -> None:
+    """Two parts are sampled on two nodes, and both nodes train; a warning in the middle of the training."""
+    (folder / "likes.py").write_text(
+        "def it(prompts, completions, **others):\n    return [sum(map(ord, text)) % 7 for text in completions]\n"
+    )
+    write_jsonl(folder / "many.jsonl", [{"prompt": f"{i}+{i}="} for i in range(8)])
+    spec = {
+        "base": str(folder / "config.yaml"),
+        "out": "replaced",
+        "rounds": 1,
+        "prompts": str(folder / "many.jsonl"),
+        "sampling": {"samples": 4, "max_new_tokens": 6, "parts": 2},
+        "pairs": {"scorer": "function=likes:it", "unfinished": "reject"},
+    }
+    (folder / "rounds.yaml").write_text(json.dumps(spec))
+    given = variables(folder, "rounds", SPO_CONFIG=str(folder / "rounds.yaml"), PYTHONPATH=str(folder))
+    out, log = folder / "rounds", folder / "rounds.log"
+    at = out / "rounds/round-1"
+    job = cluster.submit("spo_rounds.sh", log, *TWO_NODES, **given)
+    cluster.wait_for(lambda: steps_done(at / "run") >= 30)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert finish(cluster, job) == 0, log.read_text()
+    said = log.read_text()
+    assert "rounds stopped and can be resumed; requeueing the job" in said
+    assert "all rounds are done" in said
+    assert "resuming from step_" in (at / "stages/train.log").read_text()
+    assert "parallel" in (at / "run/config.yaml").read_text()
+    assert AutoModelForCausalLM.from_pretrained(at / "model").config.num_hidden_layers == 2
+    assert "stages" in (out / "logs/rounds.log").read_text()
+
+
 REFUSED = {
     "no config": ({"SPO_CONFIG": ""}, "SPO_CONFIG is not set"),
     "no folder": ({"SPO_OUT": ""}, "SPO_OUT is not set"),
@@ -274,10 +306,10 @@ def test_two_jobs_do_not_share_a_folder(cluster: Cluster, folder: Path) -> None:
     cluster.run("scancel", holder)
 
 
-@pytest.mark.parametrize("script", ["spo_70b.sh", "spo_8b_single_node.sh", "array_study.sh"])
+@pytest.mark.parametrize("script", ["spo_70b.sh", "spo_8b_single_node.sh", "spo_rounds.sh", "array_study.sh"])
 def test_slurm_accepts_the_header(cluster: Cluster, script: str) -> None:
     cluster.wait_for(lambda: cluster.nodes_up() >= {"n1", "n2", "n4"})
-    fewer = [] if "n3" in cluster.nodes_up() or script != "spo_70b.sh" else ["--nodes=3"]
+    fewer = [] if "n3" in cluster.nodes_up() or script not in ("spo_70b.sh", "spo_rounds.sh") else ["--nodes=3"]
     done = cluster.run("sbatch", "--test-only", *fewer, f"slurm/{script}")
     assert done.returncode == 0, done.stderr
 
