@@ -102,11 +102,11 @@ def test_the_shipped_table_follows_from_the_result_files(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model answers: with many end tokens it is often finished, and sometimes right by chance."""
+    """A random model answers: with many end tokens (not digits) it often finishes, and is sometimes right by chance."""
     tiny_model(model := tmp_path / "model", num_hidden_layers=1, max_position_embeddings=1024)
     tiny_tokenizer(model, chat=True)
     settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(1, 120, 2))}))
+    (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(140, 256, 4))}))
     problems = [{"question": f"{i}?", "answer": str(i % 10)} for i in range(40)]
     files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
              for name, rows in (("train", problems[:30]), ("test", problems))]  # fmt: skip
