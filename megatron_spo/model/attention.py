@@ -57,11 +57,15 @@ class RowOnDevice(PackedSeqParams):
     entries: Tensor | None = None  # [E] indices of these entries among the row's
     padding: Tensor | None = None  # [1, T] bool, true for padding tokens
     geometry: "Geometry | None" = None
+    exchanged: int = 0
+    """Number of tokens that pipeline stages exchange for each row of a pass, at least T."""
 
 
-def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1) -> RowOnDevice:
+def row_to_device(
+    row: PackedRow, device: torch.device, *, rank: int = 0, ranks: int = 1, longest: int = 0
+) -> RowOnDevice:
     """Copies a row, or the share of context-parallel rank `rank` of `ranks`, to `device` and computes the geometry of
-    its attention once for all layers."""
+    its attention once for all layers. `longest`: length of the longest row of the pass, if this is not the only one."""
     length = len(row.tokens)
     owner = _owners(length, ranks)
     here = np.flatnonzero(owner == rank)
@@ -80,6 +84,7 @@ def row_to_device(row: PackedRow, device: torch.device, *, rank: int = 0, ranks:
         entries=put(entries),
         padding=put(here >= row.real_tokens)[None],
         geometry=Geometry(segments_of(row.segments, length, here), here, gathered, device),
+        exchanged=max(longest, length) // ranks,
     )
 
 

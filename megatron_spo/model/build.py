@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fp8_utils import TE_LINEAR_TYPES
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -71,11 +72,22 @@ class PairModel(GPTModel):
             self.output_layer.softcap = shape.gemma.logit_softcap if shape.gemma else None
 
     def forward(self, row: RowOnDevice) -> Tensor:
-        """Returns log-probs and entropies [2, E] of the row's entries (last stage) or hidden states [T, 1, h]."""
+        """Returns log-probs and entropies [2, E] of the row's entries (last stage) or hidden states [T, 1, h].
+
+        Stages exchange hidden states of one length for all rows of a pass, padded with zeros that no layer sees. With
+        the rows' own lengths, Megatron would first exchange the shapes, and wait for the GPU twice per exchange.
+        """
         if self.post_process:
             self.output_layer.row = row
         padding = self._padding(row) if self.config.num_moe_experts else None
-        return super().forward(row.tokens, None, None, packed_seq_params=row, padding_mask=padding)
+        split = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        assert row.tokens is not None
+        if not self.pre_process and row.exchanged > row.tokens.shape[1]:
+            self.set_input_tensor(self.decoder.input_tensor[: row.tokens.shape[1] // split])
+        out: Tensor = super().forward(row.tokens, None, None, packed_seq_params=row, padding_mask=padding)
+        if self.post_process or row.exchanged == row.tokens.shape[1]:
+            return out
+        return F.pad(out, (0, 0, 0, 0, 0, row.exchanged // split - len(out)))
 
     def _padding(self, row: RowOnDevice) -> Tensor:
         """Returns the row's padding mask [1, T] for the routers; under sequence parallelism, this rank's part.
@@ -92,7 +104,7 @@ class PairModel(GPTModel):
 def scale_by(factor: float) -> Callable[..., Tensor]:
     """Returns a forward hook that scales the embedding; the factor is rounded to the model's precision, as in
     transformers."""
-    return lambda module, inputs, hidden: hidden * torch.tensor(factor, dtype=hidden.dtype, device=hidden.device)
+    return lambda module, inputs, hidden: hidden * float(torch.tensor(factor, dtype=hidden.dtype))
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_r
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
+
+from megatron_spo.runtime.device import to_device
 
 Load = list[list[float]]
 """[layers][E] share of each layer's assignments that each expert gets."""
@@ -83,7 +86,7 @@ def balancing(chunks: Sequence[torch.nn.Module], load: Load | None, scale: float
     for layer, router in _routers(chunks):
         count, device = router.num_experts, router.weight.device
         shares = [0.0] * count if load is None else load[layer]
-        router.pull = torch.tensor(shares, device=device) * (scale * count)
+        router.pull = to_device(np.array(shares, dtype=np.float32), device) * (scale * count)
         router.seen = torch.zeros(2, count, dtype=torch.float64, device=device)
     try:
         yield

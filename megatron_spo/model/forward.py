@@ -65,11 +65,13 @@ def run_rows(
         The values that `function` collected for each row on the last pipeline stage; [] elsewhere.
     """
 
+    longest = max(len(row.tokens) for row in rows)
+
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
         row = next(remaining)  # type: ignore[call-overload]
         runtime.progress.tick()
         on_device: RowOnDevice = row_to_device(
-            row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context
+            row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context, longest=longest
         )
 
         def finish(measured: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ def run_rows(
             data_iterator=[iter(rows) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(rows),
-            seq_length=len(rows[0].tokens),
+            seq_length=longest,
             micro_batch_size=1,
             forward_only=not backward,
         )

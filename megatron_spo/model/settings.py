@@ -61,8 +61,9 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,  # rows have different lengths
-        moe_token_dispatcher_type="alltoall",  # required by variable lengths, even without experts
+        variable_seq_lengths=False,  # rows are padded for the exchange between stages (build.py)
+        batch_p2p_sync=False,  # against an error of old versions of torch; it waits for the GPU at each exchange
+        moe_token_dispatcher_type="alltoall",
         **_experts(shape, parallel),
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # weights.py fills every tensor

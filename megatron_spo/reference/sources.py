@@ -12,6 +12,7 @@ from megatron_spo.model.forward import score_rows
 from megatron_spo.model.lora import adapters_off
 from megatron_spo.model.optimizer import Trainable
 from megatron_spo.reference.cache import ReferenceStore
+from megatron_spo.runtime.device import to_device
 from megatron_spo.runtime.processes import Runtime
 
 
@@ -36,7 +37,7 @@ class CachedSums:
 
     def of(self, row: PackedRow) -> Tensor:
         """Returns the sums of the row's pairs."""
-        return torch.from_numpy(np.stack(self._store.get(row.pairs), axis=1)).to(self._device)
+        return to_device(np.stack(self._store.get(row.pairs), axis=1), self._device)
 
 
 class AdaptersOff:

@@ -230,7 +230,8 @@ class Engine:
             share = owners[id(row)]
             pairs = _pair_logprobs(row, sums[..., 0], share.data.reference)
             if per_pair is not None and self._runtime.holds_results:
-                per_pair[row.pairs] = torch.stack([pairs.chosen_ratio, pairs.rejected_ratio], 1).detach().double()
+                shifts = torch.stack([pairs.chosen_ratio, pairs.rejected_ratio], 1).detach().double()
+                per_pair.index_copy_(0, to_device(row.pairs, per_pair.device), shifts)
             value, _ = objective(
                 pairs,
                 pass_,
@@ -275,7 +276,7 @@ class Engine:
     def _apply(self, lr: float, shares: Sequence[Share], largest_norm: float) -> float:
         """Clips the gradient and steps the optimizer; returns the gradient norm before clipping."""
         optimizer = self._trainable.optimizer
-        norm = float(optimizer.get_grad_norm())
+        norm = gradients.norm(self._trainable)
         if not norm <= largest_norm or math.isinf(norm):  # the same norm on all ranks; NaN compares false
             spike = f"the gradient's norm {norm:.4g} exceeds {largest_norm:.4g} (training.spike_factor)"
             reason = spike if math.isfinite(norm) else "the gradient is not a finite number"
