@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from megatron_spo.config.fp8 import RECIPES, obstacle
 from megatron_spo.config.rules import installed
+from megatron_spo.runtime import env
 from megatron_spo.runtime.megatron_versions import TESTED
 
 
@@ -55,6 +56,7 @@ def report() -> str:
             "torch computes the layers, without fp8; run pip install --no-build-isolation -e '.[gpu]' on a GPU machine",
         ),
         apex,
+        _compiler(gpu),
         _adam(apex),
         _fp8(gpu),
         _package("nemo-toolkit", "nemo", "NeMo 2 checkpoints are still converted (docs/convert.md)"),
@@ -143,13 +145,28 @@ def _apex() -> Finding:
     return Finding("apex", "ok", _version("apex"), "")
 
 
+def _compiler(gpu: Finding) -> Finding:
+    """Checks for what torch.compile needs to make kernels for a GPU: Triton, which compiles C code when it starts."""
+    compiler = env.c_compiler()
+    found = {"triton": _version("triton") if installed("triton") else None, "C compiler": compiler}
+    absent = [name for name, value in found.items() if value is None]
+    if not absent:
+        return Finding("torch.compile", "ok", f"triton {found['triton']}, {compiler}", "")
+    remedies = {"triton": "pip install triton", "C compiler": "install gcc or set CC"}
+    remedy = " and ".join(remedies[name] for name in absent)
+    if gpu.state != "ok":
+        return Finding("torch.compile", "missing", f"no {', no '.join(absent)}", "optional; only used with a GPU")
+    follows = f"optional; without it SwiGLU is not fused, which takes more memory and time; {remedy}"
+    return Finding("torch.compile", "missing", f"no {', no '.join(absent)}", follows)
+
+
 def _adam(apex: Finding) -> Finding:
     """Returns which Adam Megatron-Core uses (optimizer/__init__.py); it depends on the installed packages."""
     if installed("transformer_engine"):
         return Finding("Adam", "ok", "Transformer Engine's, fused", "")
     if apex.state == "ok":
         return Finding("Adam", "ok", "apex's, fused", "")
-    return Finding("Adam", "ok", "torch's", "")
+    return Finding("Adam", "ok", "torch's, fused on a GPU", "")
 
 
 def _fp8(gpu: Finding) -> Finding:

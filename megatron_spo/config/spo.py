@@ -29,7 +29,8 @@ class ScheduleSpec:
         one_term: whether a step computes only one of the two terms, preference loss or SFT loss.
         needs_gap: whether the schedule always needs the gap g - v.
         passes: number of forward and backward passes over the rows of a step.
-        gradients_kept: number of fp32 copies of a rank's gradient shard that are kept within a step.
+        gradients_kept: number of fp32 copies of a rank's shard of gradients or weights that are kept during the last
+            pass. After it, a schedule with several passes holds a gradient of each.
     """
 
     name: str
@@ -66,9 +67,9 @@ _SPECS = (
     _spec("alternating", "some steps on the SFT loss, then some steps on the preference loss",
           "sft_steps preference_steps sft_data", one_term=True),
     _spec("lookahead", "the preference loss after an inner SFT step", "lambda lookahead_lr sft_data",
-          passes=2, gradients_kept=3),
+          passes=2, gradients_kept=2),
     _spec("barrier", "the preference loss, plus enough of the SFT gradient to make the SFT loss fall (dynamic barrier)",
-          "epsilon barrier_rate sft_data", needs_gap=True, passes=2, gradients_kept=2),
+          "epsilon barrier_rate sft_data", needs_gap=True, passes=2, gradients_kept=1),
 )  # fmt: skip
 SCHEDULE_SPECS: Mapping[str, ScheduleSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 ScheduleName = Literal["none", "sft", "penalty", "dual", "alternating", "lookahead", "barrier"]

@@ -1,8 +1,10 @@
 """AdamW that keeps its step count in the parameter group."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 
@@ -27,7 +29,7 @@ class GroupStepAdamW(torch.optim.AdamW):
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            count = torch.tensor(float(group["step"]))
+            count = float(group["step"])
             group["step"] += 1
             if not parameters:
                 continue
@@ -37,8 +39,8 @@ class GroupStepAdamW(torch.optim.AdamW):
                 [self.state[p]["exp_avg"] for p in parameters],
                 [self.state[p]["exp_avg_sq"] for p in parameters],
                 [],
-                [count.clone() for _ in parameters],
-                foreach=len(parameters) > 1,
+                list(parameters[0].new_full((len(parameters),), count).unbind()),
+                **_kernel(parameters),
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -47,6 +49,12 @@ class GroupStepAdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def _kernel(parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns the kind of torch's kernel. On a GPU it is the fused one, because `foreach` holds the square roots of all
+    second moments at once."""
+    return {"fused": True} if parameters[0].is_cuda else {"foreach": len(parameters) > 1}
 
 
 def keep_step_in_group(optimizer: Any) -> None:

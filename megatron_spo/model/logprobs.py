@@ -58,7 +58,7 @@ class VocabParallelLogProb(torch.autograd.Function):
                 local, here = _local(targets[part], first_row, len(weight))
                 target_logit = torch.where(here, logits.gather(1, local)[:, 0], 0.0)
             shares = logits.sub_(peak[:, None]).exp()
-            sums = torch.stack([shares.sum(-1), target_logit, torch.einsum("ev,ev->e", shares, logits)])
+            sums = torch.stack([shares.sum(-1), target_logit, logits.mul_(shares).sum(-1)])
             if group is not None:
                 dist.all_reduce(sums, group=group)
             normaliser[part] = peak + sums[0].log()
@@ -137,5 +137,7 @@ class LogProbHead(ColumnParallelLinear):
         real = min(max(self.vocab - first_row, 0), rows)
         tensor_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if tensor_parallel else None
-        arguments = (hidden, weight[:real], self.row.targets, first_row, group, self.softcap)
+        if real < rows:  # otherwise the slice's backward pass would copy the gradient
+            weight = weight[:real]
+        arguments = (hidden, weight, self.row.targets, first_row, group, self.softcap)
         return torch.stack(VocabParallelLogProb.apply(*arguments), dim=1), None

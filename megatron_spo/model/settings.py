@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import ParallelConfig, PrecisionConfig
 from megatron_spo.config.topology import expert_tensor, stages_of
-from megatron_spo.runtime.device import uses_transformer_engine
+from megatron_spo.runtime.device import can_compile, uses_transformer_engine
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -71,8 +71,9 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         **_fp8(precision),
         gradient_accumulation_fusion=False,  # build.py enables it where possible
         masked_softmax_fusion=False,  # part of Megatron's own attention, which is replaced
-        # Compiled by torch; keeps one tensor less for the backward pass.
-        bias_activation_fusion=engine and shape.gemma is None,
+        # Compiled by torch; keeps two tensors less for the backward pass. Not for experts, as each of their numbers of
+        # tokens could be compiled again.
+        bias_activation_fusion=can_compile() and shape.gemma is None and shape.experts is None,
         bias_dropout_fusion=False,  # there is no dropout
         # Expects angles [T, 1, 1, d] by the token's index in the row, as RowRotary returns them.
         apply_rope_fusion=engine,

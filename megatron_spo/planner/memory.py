@@ -57,7 +57,7 @@ class Memory:
         activations: activations of all rows in flight, kept for the backward pass.
         head: chunks of logits and gradients of the log-prob head.
         buffers: temporary memory of a layer's backward pass, or of the optimizer step beyond activations and head.
-        schedule: gradients that lookahead and barrier keep.
+        schedule: gradients that lookahead and barrier keep during the last pass.
         reserved: memory of the process without tensors.
     """
 
@@ -91,8 +91,10 @@ def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memor
     shard = held.trained_dense / (topology.data * topology.context) + held.trained_experts / _expert_data(topology)
     activations = stage_activations(setting, stage, row, rows)
     head = _head_buffers(setting, row) if stage == topology.pipeline - 1 else 0
-    # AdamW of torch holds the square roots of all second moments at once, after the rows; that of the engine does not
-    update = 0 if setting.kernels == "engine" else 4 * shard
+    copy, spec = 4 * shard, config.spo.spec
+    schedule = copy * spec.gradients_kept
+    # After the rows: a gradient of each pass. On a CPU, torch's AdamW also holds the roots of all second moments.
+    update = copy * ((spec.passes if spec.passes > 1 else 0) + (setting.kernels == "cpu")) - schedule
     return Memory(
         weights=setting.item * held.held,
         gradients=4 * held.trained,
@@ -100,7 +102,7 @@ def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memor
         activations=activations,
         head=head,
         buffers=max(_layer_buffers(setting, row), update - activations - head),
-        schedule=4 * shard * config.spo.spec.gradients_kept,
+        schedule=schedule,
         reserved=RESERVED[setting.kernels],
     )
 
@@ -194,7 +196,8 @@ def _feed_forward(setting: Setting, tokens: float) -> float:
     if experts is None:
         columns = shape.ffn / setting.topology.tensor
         into = _input(setting, tokens * shape.hidden / setting.split, ("gate_proj", "up_proj"))
-        gated = (2 if setting.kernels == "engine" else 4) * tokens * columns * item
+        fused = setting.kernels != "cpu" and shape.gemma is None
+        gated = (2 if fused else 4) * tokens * columns * item
         return into + gated + _input(setting, tokens * columns, ("down_proj",))
     # with whole experts, a rank routes its own tokens; with split experts, all tokens of its tensor-parallel group
     tokens /= setting.split / setting.topology.expert_tensor

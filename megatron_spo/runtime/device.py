@@ -1,6 +1,7 @@
 """The device of this process: its name, its memory, what it can run, and copying arrays to it."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_spo.config.fp8 import obstacle
 from megatron_spo.config.schema import PrecisionConfig
 from megatron_spo.errors import UserError
+from megatron_spo.runtime import env
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files with the memory limit of a container, in bytes (cgroup versions 2 and 1); "max" means no limit."""
@@ -47,8 +49,14 @@ def check_device(precision: PrecisionConfig) -> None:
     """Checks that this process can run the configured layers and fp8 recipe.
 
     Raises:
-        UserError: there is no GPU, it does not support the recipe, or Transformer Engine cannot be imported.
+        UserError: there is no GPU, it does not support the recipe, Transformer Engine cannot be imported, or torch is
+            too old.
     """
+    if torch.cuda.is_available() and precision.dtype == "bf16" and find_spec("torch.nn.attention.varlen") is None:
+        raise UserError(
+            f"bf16 on a GPU requires the attention kernel of torch 2.10 or later, but torch is {torch.__version__}; "
+            "upgrade it, or set precision.dtype=fp32"
+        )
     if not uses_transformer_engine(precision):
         return
     remedy = "set precision.fp8=null precision.layers=torch"
@@ -69,6 +77,11 @@ def check_device(precision: PrecisionConfig) -> None:
             f"precision.fp8 = {precision.fp8} cannot run on this {torch.cuda.get_device_name()} (compute capability "
             f"{capability[0]}.{capability[1]}): {why}; choose one of the recipes that megatron-spo doctor lists"
         )
+
+
+def can_compile() -> bool:
+    """Returns whether torch.compile can make kernels for the GPU of this process."""
+    return torch.cuda.is_available() and find_spec("triton") is not None and env.c_compiler() is not None
 
 
 def have_engine() -> bool:

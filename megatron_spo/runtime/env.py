@@ -1,6 +1,7 @@
 """Reads environment variables, such as those set by a launcher (torchrun, srun). No other module reads them."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def one_queue_per_gpu() -> None:
     tensor_parallel/layers.py). The variable is read when the GPU is first used.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def use_fp32() -> None:
+    """Unsets NVIDIA_TF32_OVERRIDE=1, with which cuBLAS would compute fp32 products in TF32, whatever torch is set to.
+
+    The variable is read when the GPU is first used.
+    """
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        del os.environ["NVIDIA_TF32_OVERRIDE"]
+
+
+def c_compiler() -> str | None:
+    """Returns the path of the C compiler that Triton would use: CC, else gcc or clang; None if there is none."""
+    given = os.environ.get("CC")
+    return shutil.which(given) if given else shutil.which("gcc") or shutil.which("clang")
 
 
 def local_world_size() -> int:

@@ -63,7 +63,7 @@ def test_what_is_missing_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_which_adam_and_which_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed", lambda module: False)
-    assert state_of("Adam").split(maxsplit=2)[2] == "torch's"
+    assert state_of("Adam").split(maxsplit=2)[2] == "torch's, fused on a GPU"
     monkeypatch.setattr(doctor, "installed", lambda module: True)
     assert state_of("Adam").split(maxsplit=2)[2] == "Transformer Engine's, fused"
     gpu = doctor.Finding("CUDA", "ok", "13.0: 1 x NVIDIA H100", "")
@@ -96,6 +96,23 @@ def test_the_package_allows_the_tested_versions() -> None:
     setup = (Path(__file__).parents[2] / "setup.py").read_text()
     oldest, newest = TESTED[0], TESTED[-1].split(".")
     assert f'"megatron-core>={oldest},<{newest[0]}.{int(newest[1]) + 1}"' in setup
+
+
+def test_what_torch_compile_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, no_gpu = doctor.Finding("CUDA", "ok", "", ""), doctor.Finding("CUDA", "missing", "", "")
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setattr(doctor, "installed", lambda module: True)
+    monkeypatch.setattr(doctor, "_version", lambda name: "3.7.1")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._compiler(gpu)[1:] == ("ok", f"triton 3.7.1, {tmp_path}/gcc", "")
+    monkeypatch.setenv("CC", "absent-compiler")
+    assert doctor._compiler(gpu)[1:3] == ("missing", "no C compiler")
+    assert doctor._compiler(gpu).follows.endswith("takes more memory and time; install gcc or set CC")
+    monkeypatch.setattr(doctor, "installed", lambda module: False)
+    assert doctor._compiler(gpu).follows.endswith("pip install triton and install gcc or set CC")
+    assert doctor._compiler(no_gpu)[2:] == ("no triton, no C compiler", "optional; only used with a GPU")
 
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
