@@ -47,6 +47,7 @@ setup(
         # Its torch part is compiled by pip install --no-build-isolation. megatron-core 0.16.1, the only version for
         # Python 3.11, requires this range; later versions allow any.
         "gpu": [
+            "torch>=2.10",  # has the attention kernel for variable lengths
             "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
             "transformer-engine[core_cu13,pytorch]>=2.9,<3; python_version >= '3.12'",
         ],

@@ -107,7 +107,9 @@ set_nccl() { # keeps values that are already set
     # 4 us x 2^22 = 17 s for each of 7 tries of an InfiniBand message, so that a short link failure does not end the job.
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
     # Rows differ in length from step to step; fixed segments would fragment the memory that long ones need.
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    # PYTORCH_ALLOC_CONF is its name since torch 2.9, PYTORCH_CUDA_ALLOC_CONF the one before.
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-$PYTORCH_CUDA_ALLOC_CONF}
 }
 
 # The batch script receives the warning before the time limit (#SBATCH --signal=B:USR1), so that it also takes effect

@@ -1,7 +1,7 @@
 """GPU attention kernels for segments of variable length, with causal masks aligned at the end of the keys.
 
-Uses torch's kernel (FlashAttention) if there is one, else Transformer Engine's. Both take q [queries of all segments,
-heads, d], k and v [keys of all segments, groups, d] and the bounds of the segments in queries and keys.
+They take q [queries of all segments, heads, d], k and v [keys of all segments, groups, d] and the bounds of the
+segments in queries and keys.
 """
 
 import inspect
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from megatron_spo.runtime.device import have_engine
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Varlen"], Tensor]
 """(q, k, v, segments) -> [queries of all segments, heads, d]."""
@@ -43,18 +41,21 @@ def varlen_kernel(device: str, dtype: torch.dtype) -> Kernel | None:
     """Returns the kernel for tensors of this device and dtype, or None if there is none (on a CPU, in fp32)."""
     if device != "cuda" or dtype == torch.float32:
         return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
-        return of_engine() if have_engine() else None
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later, see device.check_device
+
     return of_torch(varlen_attn)
 
 
 def of_torch(function: Callable[..., Any]) -> Kernel:
     """Returns a kernel from torch.nn.attention.varlen.varlen_attn, whose arguments for causal masks and grouped heads
-    differ between versions; all of them align the mask at the end."""
+    differ between versions; all of them align the mask at the end.
+
+    Later versions promise that a segment is computed alike whatever the others are, if its keys are not split.
+    """
     known = inspect.signature(function).parameters
-    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    fixed: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "num_splits" in known:
+        fixed["num_splits"] = 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Varlen) -> Tensor:
         grouped = {}
@@ -65,31 +66,7 @@ def of_torch(function: Callable[..., Any]) -> Kernel:
                 repeats = q.shape[1] // k.shape[1]
                 k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         bounds = (segments.queries, segments.keys, segments.most_queries, segments.most_keys)
-        out: Tensor = function(q, k, v, *bounds, **causal, **grouped)
+        out: Tensor = function(q, k, v, *bounds, **fixed, **grouped)
         return out
-
-    return attend
-
-
-def of_engine() -> Kernel:
-    """Returns Transformer Engine's kernel. It uses Transformer Engine's name of the mask, as Megatron's AttnMaskType
-    (megatron-core 0.16.1) has no member for it and its "causal" is aligned at the start."""
-    from transformer_engine.pytorch import DotProductAttention
-
-    modules: dict[tuple[int, int, int], Any] = {}  # not part of the model, as they have no parameters
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Varlen) -> Tensor:
-        heads, groups, width = q.shape[1], k.shape[1], q.shape[2]
-        if (heads, groups, width) not in modules:
-            modules[heads, groups, width] = DotProductAttention(
-                heads, width, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd",
-                attn_mask_type="padding_causal_bottom_right",
-            )  # fmt: skip
-        out: Tensor = modules[heads, groups, width](
-            q, k, v,
-            cu_seqlens_q=segments.queries, cu_seqlens_kv=segments.keys,
-            max_seqlen_q=segments.most_queries, max_seqlen_kv=segments.most_keys,
-        )  # fmt: skip
-        return out.view(q.shape)
 
     return attend

@@ -69,6 +69,7 @@ def make_trainable(
             overlap_param_gather=overlap,
         ),
         wrapped,
+        use_gloo_process_groups=False,
     )
     if overlap:
         no_sync = [chunk.no_sync for chunk in wrapped]

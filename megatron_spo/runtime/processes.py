@@ -71,6 +71,9 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
     on_gpu = not cpu_bridge.install()
     device = torch.device("cuda", env.local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
+        env.use_fp32()
+        torch.set_float32_matmul_precision("highest")  # NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
+        torch.backends.cudnn.allow_tf32 = False
         torch.cuda.set_device(device)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // env.local_world_size()))
     store = _store(hang_minutes)
@@ -87,7 +90,12 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         gc.freeze()  # what was imported stays: the collector need not look through it again
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=env.rank(), world_size=env.world_size(), timeout=COLLECTIVES)
-    lay_groups(topology, distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60))
+    with _groups_of("nccl" if on_gpu else "gloo"):
+        lay_groups(
+            topology,
+            distributed_timeout_minutes=round(COLLECTIVES.total_seconds() / 60),
+            create_gloo_process_groups=False,
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Runtime(
@@ -101,6 +109,21 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         progress=watch().progress,
         clock=Clock(device),
     )
+
+
+@contextlib.contextmanager
+def _groups_of(backend: str) -> Iterator[None]:
+    """Gives new process groups one backend only within the context.
+
+    On a GPU the default group also has gloo, for objects. Megatron's groups, about 15 per rank, exchange tensors on the
+    GPU only, but would inherit gloo and connect all of their members by it.
+    """
+    new_group = dist.new_group
+    dist.new_group = lambda *ranks, **options: new_group(*ranks, **{**options, "backend": backend})
+    try:
+        yield
+    finally:
+        dist.new_group = new_group
 
 
 def lay_groups(topology: Topology, **more: Any) -> None:

@@ -1,10 +1,9 @@
 """Compares the kernel for variable lengths with torch's masked attention; tests the time of a step's phases."""
 
-import pytest
 import torch
 
 from megatron_spo.model.attention import ScoreRule, row_to_device
-from megatron_spo.model.kernels import of_engine, varlen_kernel
+from megatron_spo.model.kernels import varlen_kernel
 from megatron_spo.runtime.clock import Clock
 from tests.gpu.bench import needs_gpu
 from tests.model.test_attention import geometry, row
@@ -12,12 +11,10 @@ from tests.model.test_attention import geometry, row
 pytestmark = needs_gpu
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("engine", marks=pytest.mark.engine)])
-def test_kernel_equals_masked_attention(backend: str, record_property) -> None:
+def test_kernel_equals_masked_attention(record_property) -> None:
     device = torch.device("cuda")
-    kernel = varlen_kernel("cuda", torch.bfloat16) if backend == "auto" else of_engine()
-    if kernel is None:
-        pytest.skip("neither torch 2.10 nor Transformer Engine")
+    kernel = varlen_kernel("cuda", torch.bfloat16)
+    assert kernel is not None
     one = row((70, 300, 90), (5, 3, 7), (200, 150, 260), multiple=16)
     torch.manual_seed(0)
     exact = [torch.randn(len(one.tokens), heads, 64, device=device, requires_grad=True) for heads in (8, 2, 2)]
@@ -41,8 +38,7 @@ def test_a_pair_is_computed_alike_whatever_is_in_its_row() -> None:
     """The forward pass is equal bit for bit, so step 1 is ln 2 though cache and training pack rows differently."""
     device, pair = torch.device("cuda"), (37, 90, 61)
     kernel = varlen_kernel("cuda", torch.bfloat16)
-    if kernel is None:
-        pytest.skip("neither torch 2.10 nor Transformer Engine")
+    assert kernel is not None
     alone, among = row(pair), row((5, 3, 7), pair, (70, 400, 90))
     torch.manual_seed(0)
     q, k, v = (torch.randn(len(among.tokens), n, 64, device=device, dtype=torch.bfloat16) for n in (8, 2, 2))

@@ -78,9 +78,10 @@ def by_flag(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
 
 
 def by_window(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-              window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> Tensor:  # fmt: skip
+              window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+              num_splits: int | None = None) -> Tensor:  # fmt: skip
     """Signature of torch 2.13."""
-    assert window_size == (-1, 0) and enable_gqa and (q.shape[1], k.shape[1]) == (HEADS, GROUPS)
+    assert window_size == (-1, 0) and num_splits == 1 and enable_gqa and (q.shape[1], k.shape[1]) == (HEADS, GROUPS)
     k, v = (part.repeat_interleave(HEADS // GROUPS, dim=1) for part in (k, v))
     return one_by_one(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
 

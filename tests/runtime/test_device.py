@@ -1,14 +1,16 @@
 """Without a GPU, layers are torch's, and settings that need a GPU are refused."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_spo.config.schema import PrecisionConfig
 from megatron_spo.errors import UserError
-from megatron_spo.runtime import cpu_bridge
+from megatron_spo.runtime import cpu_bridge, device, env, processes
 from megatron_spo.runtime.device import check_device, to_device, uses_transformer_engine
 from tests.support.processes import launch
 
@@ -32,6 +34,34 @@ def test_to_device() -> None:
     cpu_bridge.install()
     tensor = to_device(np.arange(6)[::2], torch.device("cpu"), torch.float32)
     assert tensor.dtype == torch.float32 and tensor.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("given", "left"), [("1", None), ("0", "0"), (None, None)])
+def test_tf32_cannot_be_forced(given: str | None, left: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", given)
+    env.use_fp32()
+    assert os.environ.get("NVIDIA_TF32_OVERRIDE") == left
+
+
+def test_groups_of_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron asks for no backend, so that its groups would inherit all those of the default group."""
+    asked = []
+    monkeypatch.setattr(dist, "new_group", lambda *ranks, **options: asked.append((ranks, options)))
+    with processes._groups_of("nccl"):
+        dist.new_group([0, 1], backend=None, timeout=None)
+    dist.new_group(ranks=[0])
+    assert asked == [(([0, 1],), {"backend": "nccl", "timeout": None}), ((), {"ranks": [0]})]
+
+
+def test_bf16_on_a_gpu_requires_its_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"requires the attention kernel of torch 2.10 or later, but torch is \d"):
+        check_device(PrecisionConfig(dtype="bf16", layers="torch"))
+    check_device(PrecisionConfig(dtype="fp32", layers="torch"))
+    assert not device.can_compile()  # without Triton
 
 
 def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> None:
