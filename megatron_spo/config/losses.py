@@ -16,8 +16,10 @@ from typing import Literal
 
 Statistic = Literal["sum", "mean"]
 ROUNDING = 4e-6
-"""Relative rounding error of an fp32 sum of log-probs. A policy that equals its reference differs from it by this much
-in another layout or with other pairs in its row. If the sign of a difference matters, smaller ones count as 0."""
+"""Relative rounding error of a sum of log-probs in fp32. A policy that equals its reference differs from it by this
+much in another layout or with other pairs in its row. If the sign of a difference matters, smaller ones count as 0."""
+BF16_ROUNDING = 2e-3
+"""The same in bf16."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spo.config.losses import ROUNDING
 from megatron_spo.objective.losses import PairLogprobs
 from megatron_spo.objective.terms import GlobalCounts
 from megatron_spo.runtime.processes import Runtime
@@ -35,13 +34,13 @@ class PairValues:
     rewards_are_ratios: bool
 
 
-def row_sums(objective: Tensor, values: PairValues) -> Tensor:
-    """Returns the sums of one row, fp64 [len(SUMS)]."""
+def row_sums(objective: Tensor, values: PairValues, rounding: float) -> Tensor:
+    """Returns the sums of one row, fp64 [len(SUMS)]. `rounding`: relative rounding error of a log-prob."""
     pairs = values.pairs
     zero = torch.zeros_like(pairs.chosen)
     out: dict[str, Tensor] = {"chosen": pairs.chosen, "rejected": pairs.rejected}
     out |= {"entropy": values.entropies, "scored_tokens": pairs.chosen_tokens + pairs.rejected_tokens}
-    noise = ROUNDING * pairs.chosen.abs(), ROUNDING * pairs.rejected.abs()
+    noise = rounding * pairs.chosen.abs(), rounding * pairs.rejected.abs()
     if values.preference is not None:
         out["preference"] = values.preference
     if values.rewards is not None:

@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_spo.config.losses import BF16_ROUNDING, ROUNDING
 from megatron_spo.config.schema import LossConfig
 from megatron_spo.config.spo import SpoConfig
 from megatron_spo.data.loader import Batch, Loader
@@ -82,6 +83,7 @@ class Engine:
     ) -> None:
         self._trainable, self._runtime, self._router_aux_loss = trainable, runtime, router_aux_loss
         self._losses, self._spo = loss.terms(), spo
+        self._rounding = BF16_ROUNDING if trainable.config.bf16 else ROUNDING
         self._needs_reference = bool(loss.needing_reference)
         self.keeps_statistics = any(name in TRACKED for name in loss.names)
         reduce_gradients = trainable.config.finalize_model_grads_func
@@ -241,7 +243,8 @@ class Engine:
                 statistics=statistics,
                 role=share.role,
             )
-            return value, row_sums(value, self._values(pairs, sums[..., 1].detach(), share.data, statistics))
+            values = self._values(pairs, sums[..., 1].detach(), share.data, statistics)
+            return value, row_sums(value, values, self._rounding)
 
         rows = [row for share in shares for row in share.batch.rows]
         per_row = run_rows(self._trainable.wrapped, rows, row_objective, runtime=self._runtime, backward=backward)
