@@ -10,11 +10,13 @@
 #   TORCH=torch==2.13.0      PyTorch to install (default: the installed one, else a CUDA or CPU build)
 #   PIP_TORCH_ARGS="..."     further arguments of pip install for PyTorch, such as --index-url
 #   JOBS=2                   number of test processes
+#   MODEL=folder             make bench: also compare a real model in Hugging Face format with TRL
 
 PYTHON ?=
 TORCH ?=
 PIP_TORCH_ARGS ?=
 JOBS ?= 2
+MODEL ?=
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
@@ -50,7 +52,7 @@ lint: venv
 	@if command -v shellcheck >/dev/null; then echo "== shellcheck"; shellcheck -x slurm/*.sh tools/*.sh tools/bench/*.sh .ci/run; fi
 
 bench: venv
-	@$(BIN)/python tools/bench/run.py
+	@$(BIN)/python tools/bench/run.py $(if $(MODEL),--model $(MODEL))
 
 # pdoc takes the public names for all there is of the package; the modules behind them have to be named.
 MODULES := $(patsubst megatron_spo/%.py,megatron_spo.%,$(filter-out megatron_spo/__%,$(wildcard megatron_spo/*.py)))

@@ -134,6 +134,22 @@ def test_make_bench_measures_all_that_has_a_floor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_comparison_on_a_real_model(tmp_path: Path) -> None:
+    """On random weights: with an SFT term, full training and TRL have the same losses, and so has LoRA's first step."""
+    out = tmp_path / "real.json"
+    command = [sys.executable, str(ROOT / "tools/bench/real.py"), "--quick", "--dtype", "fp32", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {result["name"]: result for result in json.loads(out.read_text())["results"]}
+    for name in ("loss", "logps/chosen", "logps/rejected"):
+        apart = [one["value"] for key, one in results.items() if f"/{name} apart" in key]
+        assert len(apart) == 4 and max(apart) < 1e-3, (name, apart)
+    for kind in ("full", "lora"):
+        assert results[f"real/{kind} fp32/share of the peak"]["value"] > 0
+        assert results[f"real/{kind} fp32/ours/memory"]["value"] > 100
+
+
+@pytest.mark.slow
 def test_trl_and_plain_compute_what_we_compute(tmp_path: Path) -> None:
     """All four programs train the same way: their losses agree to 1e-4 (which speed.py asserts)."""
     out = tmp_path / "speed.json"

@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what to run [all]")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results [%(default)s]")
     parser.add_argument("--data", type=Path, help="preference pairs for fill and balance")
+    parser.add_argument("--model", type=Path, help="model folder in Hugging Face format: also run real.py with it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes to test the code, not compared with limits")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -36,9 +37,10 @@ def main() -> int:
         "schedules": ["--no-memory"],
         "layouts": ["--data", str(options.data)] if options.data else [],
         "curves": ["--svg", str(options.out / "curves.svg")],
+        "real": ["--model", str(options.model)],
     }
     begin, failed = time.perf_counter(), False
-    for name in options.only:
+    for name in [*options.only, *(["real"] if options.model else [])]:
         print(f"\n== {name}", flush=True)
         found = _run(name, [*more.get(name, []), *(["--quick"] if options.quick else [])])
         failed |= found is None
