@@ -5,6 +5,7 @@ of the file change it.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,10 +267,33 @@ def respond(
         noise = [np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs]
         uniform = torch.from_numpy(np.stack(noise))
         choosers.append(TemperatureSampler(uniform, sampling.temperature, ids.shape[1]))
-    output: torch.Tensor = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=choosers
-    )
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    rows = [row for row, _ in jobs]
+    cache = shared_cache(model, ids, mask, rows) if len(set(rows)) < len(rows) and ids.shape[1] > 1 else {}
+    output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, logits_processor=choosers, **cache)
     return output[:, ids.shape[1] :].tolist()
+
+
+def shared_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int]) -> dict[str, Any]:
+    """Returns the KV cache of all prompt tokens but the last, as an argument of the model's `generate`.
+
+    Equal `rows` have equal prompts, whose tokens are computed once.
+    """
+    # transformers 5 renamed `past_key_values`, in one of its minor versions
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    first = list(dict.fromkeys(rows))
+    where = [rows.index(row) for row in first]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(
+        input_ids=ids[where, :-1],
+        attention_mask=mask[where, :-1],
+        position_ids=positions[where, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = getattr(output, name)
+    cache.batch_select_indices(torch.tensor([first.index(row) for row in rows]))
+    return {name: cache}
 
 
 class TemperatureSampler(LogitsProcessor):

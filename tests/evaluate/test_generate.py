@@ -47,13 +47,14 @@ def test_greedy_equals_one_by_one(model_dir: Path, prompts: Path, tmp_path: Path
 
 def test_samples_do_not_depend_on_batching_or_on_other_rows(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     written = []
-    for name, batch_size, rows in (("a", 2, 5), ("b", 64, 5), ("c", 64, 3)):
+    for name, batch_size, rows, samples in (("a", 2, 5, 3), ("b", 64, 5, 3), ("c", 64, 3, 3), ("d", 64, 5, 1)):
         some = write_jsonl(tmp_path / f"{name}.in", rows_of(prompts)[:rows])
-        options: dict[str, Any] = {"samples": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5}
+        options: dict[str, Any] = {"samples": samples, "temperature": 1.0, "max_new_tokens": 6, "seed": 5}
         generate_file(model_dir, some, tmp_path / name, batch_size=batch_size, **options)
         written.append(rows_of(tmp_path / name))
     assert written[0] == written[1]
     assert written[1][:3] == written[2]
+    assert [row["responses"][:1] for row in written[0]] == [row["responses"] for row in written[3]]
     assert len(set(written[0][0]["responses"])) > 1
 
 
