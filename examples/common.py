@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_spo.errors import UserError
+
 LOG_TAIL = 15  # number of lines shown of a failed command's log
 PENALTY = ("spo.schedule=penalty", "spo.lambda_unit=relative")
 
@@ -22,14 +24,18 @@ class StageFailed(Exception):
     """Raised if a stage cannot be run, or its output folder belongs to something else; the message is for the user."""
 
 
-def parse_arguments(description: str, default_out: str, *files: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options of all examples; `files` are names of positional paths."""
+def parse_arguments(description: str, default_out: str, *files: str, jobs: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with the options of all examples; `files` are names of positional paths.
+
+    `jobs`: whether the example runs several trainings in parallel.
+    """
     parser = argparse.ArgumentParser(description=description)
     for file in files:
         parser.add_argument(file, type=Path)
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder to write [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="seed of problems, weights and sampling [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=2, help="number of runs in parallel, one core each [%(default)s]")
+    if jobs:
+        parser.add_argument("--jobs", type=int, default=2, help="runs in parallel, one core each [%(default)s]")
     parser.add_argument("--fresh", action="store_true", help="delete OUT and start over instead of resuming")
     return parser
 
@@ -65,11 +71,12 @@ class Stages:
 
     out: Path
     jobs: int
+    threads: int = 1  # CPU threads of a process
     started: float = field(default_factory=time.perf_counter)
     _printing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, out: Path, jobs: int, settings: Mapping[str, Any], *, fresh: bool) -> "Stages":
+    def open(cls, out: Path, jobs: int, settings: Mapping[str, Any], *, fresh: bool, threads: int = 1) -> "Stages":
         """Creates the folder or resumes in it; raises StageFailed if it has other content or other settings."""
         record = out / "settings.json"
         if out.exists() and any(out.iterdir()) and not record.is_file():
@@ -80,7 +87,7 @@ class Stages:
             raise StageFailed(f"{out} was written with other settings ({there}); use --fresh, or another --out")
         (out / "logs").mkdir(parents=True, exist_ok=True)
         write_text(record, json.dumps(dict(settings)))
-        return cls(out, jobs)
+        return cls(out, jobs, threads)
 
     def file(self, name: str) -> Path:
         """Returns OUT/NAME.jsonl, a file that one stage writes and another reads."""
@@ -92,7 +99,7 @@ class Stages:
             print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
 
     def command(self, name: str, *arguments: str | Path, done: bool, processes: int = 1) -> None:
-        """Runs `python -m megatron_spo ARGUMENTS` unless `done`, with one thread per process.
+        """Runs `python -m megatron_spo ARGUMENTS` unless `done`.
 
         Output goes to logs/NAME.log. Several data-parallel processes are started by torchrun.
 
@@ -109,7 +116,7 @@ class Stages:
         begin = time.perf_counter()
         with log.open("w") as file:
             print("$", " ".join(command), file=file, flush=True)
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code != 0:
             raise StageFailed(f"{name} failed with exit code {code}; from {log}:\n{reason(log)}")
@@ -118,7 +125,7 @@ class Stages:
     def train(self, name: str, config: Path, overrides: Sequence[str], *, processes: int = 1) -> Path:
         """Trains into OUT/NAME; returns that run directory."""
         run = self.out / name
-        options = [f"output={run}", "training.threads=1", *overrides]
+        options = [f"output={run}", f"training.threads={self.threads}", *overrides]
         finished = run_state(run) == "done"
         self.command(f"train-{name}", "train", config, *options, done=finished, processes=processes)
         return run
@@ -186,7 +193,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Runs an example's main function; a failed stage ends the program with its message and exit code 1."""
     try:
         main()
-    except StageFailed as error:
+    except (StageFailed, UserError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to resume")

@@ -1,168 +1,277 @@
-"""Real pairs: does the held-out chosen log-prob collapse on GSM8K answers, and does SPO prevent it?
+"""Collapse and rescue of a real chat model on GSM8K: pairs from its own answers, runs, answers to held-out problems.
 
-A small Llama with its own tokenizer is trained on solved problems. Then the control, and DPO and SimPO without and
-with SPO, are trained on pairs of model answers. Some problems are held out with all their pairs.
+Every finished part leaves files in the folder of results, which is committed: the sampled answers until there are
+pairs, the pairs, and one small JSON file per run. What is there is not done again, so that the study can be spread
+over many sessions and machines.
 """
 
+import argparse
+import hashlib
 import json
-import random
+import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # for `import examples`: a script has only its own folder on the path
 
 from examples import common  # noqa: E402
-from examples.common import Stages, read_jsonl, write_jsonl, write_text  # noqa: E402
-from examples.styles import write_llama  # noqa: E402
+from examples.common import StageFailed, Stages, metrics_lines, read_jsonl, write_jsonl, write_text  # noqa: E402
+from examples.gsm8k import page  # noqa: E402
+from examples.gsm8k.study import (  # noqa: E402
+    OTHER_PROMPT,
+    PROMPT,
+    SAMPLING_TEMPERATURE,
+    TINY,
+    Run,
+    Scale,
+    all_runs,
+    draw,
+    other_questions,
+    prompt_row,
+    read_problems,
+)
+from megatron_spo.evaluate.answers import read_answers  # noqa: E402
+from megatron_spo.evaluate.generate import load_tokenizer  # noqa: E402
+from megatron_spo.evaluate.scores import split_words  # noqa: E402
+from megatron_spo.model.hf_files import locate_model  # noqa: E402
 
-LOSSES = {"dpo": ("loss.beta=0.1",), "simpo": ("loss.beta=2.5", "loss.gamma_beta_ratio=0.3")}
-SPO_LAMBDA = 1.0
-VARIANTS = common.variants(LOSSES, SPO_LAMBDA)
-COLUMNS = {
-    "chosen_ce": ("CE chosen", ".2f"),
-    "chosen_shift": ("d log p chosen", "+.1f"),
-    "rejected_shift": ("d log p rejected", "+.1f"),
-    "both_down": ("both fell", ".2f"),
-    "accuracy": ("pairwise accuracy", ".2f"),
-    "seconds": ("training, s", ".0f"),
-}
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+EVALUATED = (
+    "loss/sft", "spo/gap", "spo/chosen_shift", "spo/rejected_shift", "spo/both_down", "rewards/accuracies",
+    "policy/entropy", "pairs", "chosen_tokens",
+)  # fmt: skip
+"""Metrics of the held-out pairs that a result file keeps."""
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Sizes of the data and lengths of the training."""
+class Study:
+    """What all stages need: `results` is the folder of result files, `model` that of the model."""
 
-    vocabulary: int = 1024
-    sft_steps: int = 400
-    sft_warmup: int = 20
-    steps: int = 100
-    warmup: int = 20
-    eval_every: int = 20
-    held_out_problems: int = 32
+    stages: Stages
+    results: Path
+    model: Path
+    scale: Scale
+    seed: int
+
+    def answer(self, name: str, model: Path, prompts: str, **options: Any) -> Path:
+        """Generates answers to OUT/`prompts`.jsonl into OUT/NAME.jsonl; returns that file."""
+        settings = {"max-new-tokens": self.scale.max_new_tokens, "batch-size": self.scale.batch_size, **options}
+        given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+        return self.stages.generate(name, model, self.stages.file(prompts), *given)
 
 
-def main(arguments: Sequence[str] | None = None, scale: Scale = Scale()) -> None:
-    parser = common.parse_arguments("SPO on pairs of real answers.", "runs/gsm8k", "pairs", "sft")
-    options = parser.parse_args(arguments)
-    settings = {
-        "pairs": str(options.pairs),
-        "sft": str(options.sft),
-        "seed": options.seed,
-        "scale": asdict(scale),
-        "variants": VARIANTS,
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    scale = TINY if options.tiny else Scale()
+    model = locate_model(options.model)
+    settings = {"model": str(model), "train": str(options.problems), "test": str(options.test), "tiny": options.tiny,
+                "seed": options.seed}  # fmt: skip
+    stages = Stages.open(options.out, 1, settings, fresh=options.fresh, threads=options.threads)
+    results = options.results or HERE / "results" / Path(options.model).name.lower()
+    study = Study(stages, results, model, scale, options.seed)
+    results.mkdir(parents=True, exist_ok=True)
+    write_prompts(study, options.problems, options.test)
+    identify(study)
+    make_pairs(study)
+    runs = [run for run in all_runs() if not options.only or run.key in options.only]
+    wanted = [run for run in runs if not (results / f"{run.key}.json").is_file()]
+    stages.say(f"{len(runs) - len(wanted)} of {len(runs)} runs have a result file in {results}")
+    if not (results / "base.json").is_file():
+        base(study)
+    for run in wanted if options.runs is None else wanted[: options.runs]:
+        train(study, run)
+    print("\n" + page.write(results) + "\n")
+    stages.say(f"done: {results / 'table.md'}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = common.parse_arguments(__doc__.splitlines()[0], "runs/gsm8k", "problems", "test", jobs=False)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face folder or hub id [%(default)s]")
+    parser.add_argument("--results", type=Path, help="folder of pairs and result files [results/NAME OF THE MODEL]")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run [%(default)s]")
+    parser.add_argument("--runs", type=int, help="stop after so many runs [all]")
+    parser.add_argument("--only", nargs="+", choices=[run.key for run in all_runs()], metavar="RUN", help="runs to do, "
+                        "by the name of their result file, such as dpo-lr2e-5 [all]")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="sizes that only test the code")
+    return parser.parse_args(arguments)
+
+
+def write_prompts(study: Study, train_file: Path, test_file: Path) -> None:
+    """Writes the prompts of training, test and other problems; no test problem is a training problem."""
+    scale, stages = study.scale, study.stages
+    train_problems = read_problems(train_file)
+    known = {question for question, _ in train_problems}
+    test = [one for one in read_problems(test_file) if one[0] not in known]
+    chat = load_tokenizer(study.model).chat_template is not None
+    drawn = {
+        "train": draw(train_problems, scale.pair_problems, study.seed, "training"),
+        "test": draw(test, scale.test_problems, study.seed, "test"),
     }
-    stages = Stages.open(options.out, options.jobs, settings, fresh=options.fresh)
-    write_data(stages, options.pairs, options.sft, scale, options.seed)
-    train(stages, scale, options.seed)
-    rows = [before(stages), *(measure(stages, name) for name in VARIANTS)]
-    write_text(options.out / "results.json", json.dumps({"rows": rows}, indent=1))
-    page = options.out / "index.html"
-    stages.command("report", "report", *(stages.out / name for name in VARIANTS), "--out", page, done=False)
-    print(f"\n{rows[0]['pairs']} held-out pairs\n{results_table(rows)}\n")
-    stages.say(f"done: {page}")
+    for name, problems in drawn.items():
+        rows = [prompt_row(question, right, chat=chat) for question, right in problems]
+        write_jsonl(stages.file(f"{name}_problems"), rows)
+    rows = [prompt_row(*one, chat=chat, prompt=OTHER_PROMPT) for one in other_questions(scale.other_problems)]
+    write_jsonl(stages.file("other_problems"), rows)
 
 
-def write_data(stages: Stages, pairs_file: Path, sft_file: Path, scale: Scale, seed: int) -> None:
-    """Writes the untrained model with its tokenizer, and training and held-out pairs of different problems."""
-    pairs, solved = read_input(pairs_file, "rejected"), read_input(sft_file, "completion")
-    problems = sorted({row["prompt"] for row in pairs})
-    held_out = set(random.Random(f"held out {seed}").sample(problems, scale.held_out_problems))
-    solved = [row for row in solved if row["prompt"] not in held_out]
-    write_jsonl(stages.file("sft"), solved)
-    write_jsonl(stages.file("pairs"), [row for row in pairs if row["prompt"] not in held_out])
-    write_jsonl(stages.file("pairs_heldout"), [row for row in pairs if row["prompt"] in held_out])
-    write_model(stages.out / "model", [row["prompt"] + row["completion"] for row in solved], scale.vocabulary)
-
-
-def read_input(path: Path, field: str) -> list[dict[str, Any]]:
-    """Reads a file whose rows must have `prompt` and `field`."""
+def identify(study: Study) -> None:
+    """Writes what all result files have in common; raises StageFailed if the folder belongs to something else."""
+    prompts = {name: digest(study.stages.file(f"{name}_problems")) for name in ("train", "test", "other")}
+    weights = sorted(study.model.glob("*.safetensors"))
+    identity = {
+        "model": study.model.name,
+        "weights": digest(*weights),
+        "tokenizer": digest(study.model / "tokenizer.json"),
+        "prompts": prompts,
+        "prompt": PROMPT,
+        "seed": study.seed,
+        "scale": {key: value for key, value in asdict(study.scale).items() if key not in ("part", "batch_size")},
+    }
+    path = study.results / "study.json"
     if not path.is_file():
-        raise common.StageFailed(f"{path} does not exist; see examples/gsm8k/README.md")
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        if "prompt" not in row or field not in row:
-            raise common.StageFailed(f"{path} line {number}: the fields `prompt` and `{field}` are required")
-    return rows
+        write_text(path, json.dumps(identity, indent=1) + "\n")
+    there = json.loads(path.read_text())
+    if different := [key for key in identity if identity[key] != there.get(key) and key != "model"]:
+        raise StageFailed(f"{study.results} has results of another study: its study.json differs in "
+                          f"{', '.join(different)}; give the same inputs, or another --results")  # fmt: skip
 
 
-def write_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
-    """Writes the config.json of a Llama of 0.9M parameters, and a byte-level BPE tokenizer trained on `texts`."""
-    raw = Tokenizer(BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    write_llama(tokenizer, folder, hidden_size=128, intermediate_size=384, max_position_embeddings=512)
+def make_pairs(study: Study) -> None:
+    """Samples answers, part by part, and makes training and held-out pairs of different problems from them."""
+    done, scale, stages = study.results / "pairs.jsonl", study.scale, study.stages
+    if done.is_file():
+        stages.say(f"pairs: {done} is there")
+        return
+    problems, parts = read_jsonl(stages.file("train_problems")), []
+    for start in range(0, len(problems), scale.part):
+        name = f"sampled_{start:04d}"
+        parts.append(kept := study.results / f"{name}.jsonl")
+        if not kept.is_file():
+            write_jsonl(stages.file(f"problems_{start:04d}"), problems[start : start + scale.part])
+            options = {"samples": scale.samples, "temperature": SAMPLING_TEMPERATURE, "seed": study.seed + start}
+            shutil.copy(study.answer(name, study.model, f"problems_{start:04d}", **options), kept)
+        stages.say(f"sampled: {min(start + scale.part, len(problems))} of {len(problems)} problems")
+    drawn = stages.file("all_pairs")
+    rules = ["--scorer", "exact_match", "--per-prompt", str(scale.per_problem)]
+    summary = study.results / "pairs_summary.json"
+    stages.command("pairs", "pairs", *parts, "--out", drawn, "--summary", summary, *rules, done=False)
+    training, held_out = split(read_jsonl(drawn), scale)
+    write_jsonl(study.results / "pairs_heldout.jsonl", held_out)
+    write_jsonl(done, training)
+    for part in parts:
+        part.unlink()
 
 
-def train(stages: Stages, scale: Scale, seed: int) -> None:
-    """Runs SFT, fills the reference cache, and trains on the pairs with several runs at a time."""
+def split(pairs: Sequence[dict[str, Any]], scale: Scale) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns training pairs and held-out pairs, the latter those of the last problems; the rest is left out."""
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected", "answer")} for row in pairs]
+    needed = scale.pairs + scale.held_out_pairs
+    if len(rows) < needed:
+        raise StageFailed(f"the answers give {len(rows)} pairs, but {needed} are needed; sample more, or take another "
+                          "model")  # fmt: skip
+    held_out = rows[-scale.held_out_pairs :]
+    asked = [row["prompt"] for row in held_out]
+    return [row for row in rows if row["prompt"] not in asked][: scale.pairs], held_out
+
+
+def base(study: Study) -> None:
+    """Writes the result file of the model before training."""
+    begin = time.perf_counter()
+    answers = answers_of(study, "base", study.model, sampled=True)
+    tokenizer = load_tokenizer(study.model)
+    rejected = [row["rejected"] for row in read_jsonl(study.results / "pairs_heldout.jsonl")]
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in rejected]
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)  # + end of turn
+    seconds = {"answers": round(time.perf_counter() - begin)}
+    write_result(study, "base", {"name": "base", "seconds": seconds, "rejected_tokens": tokens, "answers": answers})
+
+
+def train(study: Study, run: Run) -> None:
+    """Trains a run, answers the problems, writes the result file, and deletes checkpoint and weights."""
+    stages, scale, begin = study.stages, study.scale, time.perf_counter()
+    shared = [
+        f"model.path={study.model}",
+        f"data.train={study.results / 'pairs.jsonl'}",
+        f"data.eval={study.results / 'pairs_heldout.jsonl'}",
+        f"reference.cache={stages.out / 'reference'}",
+        f"training.steps={scale.steps}",
+        f"training.eval_every={scale.eval_every}",
+        f"training.global_batch_size={scale.batch}",
+        f"training.threads={stages.threads}",
+    ]
     config = HERE / "preference.yaml"
-    shared = stages.fill_reference(config, scale, seed, stages.train_sft(HERE / "sft.yaml", scale, seed))
+    filled = stages.out / "reference-filled"
+    stages.command("reference", "reference", config, f"output={stages.out / 'reference-run'}", *shared,
+                   done=filled.is_file())  # fmt: skip
+    filled.touch()
+    folder = stages.train(run.key, config, [*shared, *run.overrides()])
+    model = stages.export(run.key)
+    trained = time.perf_counter()
+    answers = answers_of(study, run.key, model, sampled=run.sampled)
+    evaluations = metrics_lines(folder, "eval")
+    found = {
+        "name": run.name,
+        "lr": float(run.lr),
+        "seed": run.seed,
+        "overrides": run.overrides(),
+        "pairs": digest(study.results / "pairs.jsonl"),
+        "seconds": {"steps": round(common.training_seconds(folder)), "answers": round(time.perf_counter() - trained),
+                    "all": round(time.perf_counter() - begin)},
+        "held_out": [{"step": line["step"], **{key: line[key] for key in EVALUATED if key in line}}
+                     for line in evaluations],
+        "losses": [round(line["loss"], 5) for line in metrics_lines(folder, "train")],
+        "alarms": [{key: line[key] for key in ("step", "data", "alarm")} for line in metrics_lines(folder, "alarm")],
+        "answers": answers,
+    }  # fmt: skip
+    write_result(study, run.key, found)
+    shutil.rmtree(model)
+    shutil.rmtree(folder / "checkpoints")
 
-    def run(name: str) -> None:
-        stages.train(name, config, [*shared, *VARIANTS[name]])
 
-    stages.side_by_side([partial(run, name) for name in VARIANTS])
+def answers_of(study: Study, name: str, model: Path, *, sampled: bool) -> dict[str, Any]:
+    """Returns scores of each answer: greedy, to other questions, and sampled at T=0.8 if asked for."""
+    files = {
+        "greedy": study.answer(f"{name}-greedy", model, "test_problems"),
+        "other": study.answer(f"{name}-other", model, "other_problems"),
+    }
+    if sampled:
+        files["sampled"] = study.answer(f"{name}-sampled", model, "test_problems", temperature=SAMPLING_TEMPERATURE,
+                                       seed=study.seed)  # fmt: skip
+    return {kind: scores(path) for kind, path in files.items()}
 
 
-def measure(stages: Stages, name: str) -> dict[str, Any]:
-    """Returns a row of results.json: the last evaluation on the held-out pairs.
-
-    Log-probs are in nats per response, the cross-entropy (CE) in nats per token.
-    """
-    last = common.metrics_lines(stages.out / name, "eval")[-1]
+def scores(path: Path) -> dict[str, Any]:
+    """Returns per answer whether it is right and whether it is malformed (as text of 0 and 1), and its words."""
+    answers = read_answers(path)
+    ones = [row[0] for row in answers.scores.answers]
     return {
-        "name": name,
-        "chosen_ce": last["loss/sft"],
-        "chosen_shift": last["spo/chosen_shift"],
-        "rejected_shift": last["spo/rejected_shift"],
-        "both_down": last["spo/both_down"],
-        "accuracy": last["rewards/accuracies"],
-        "pairs": last["pairs"],
-        "seconds": round(common.training_seconds(stages.out / name), 1),
+        "right": "".join(str(int(bool(one.exact_match))) for one in ones),
+        "malformed": "".join(str(int(one.malformed)) for one in ones),
+        "words": [len(split_words(row["responses"][0])) for row in answers.rows],
     }
 
 
-def before(stages: Stages) -> dict[str, Any]:
-    """Returns the row of the SFT model that all runs start from, computed from the control's evaluation."""
-    control = common.metrics_lines(stages.out / "sft_on_chosen", "eval")[-1]
-    return {
-        "name": "sft",
-        "chosen_ce": control["loss/sft"] - control["spo/gap"],
-        "chosen_shift": 0.0,
-        "rejected_shift": 0.0,
-        "both_down": 0.0,
-        "accuracy": None,
-        "pairs": control["pairs"],
-        "seconds": round(common.training_seconds(stages.out / "sft"), 1),
-    }
+def write_result(study: Study, key: str, found: dict[str, Any]) -> None:
+    versions = {name: version(name) for name in ("megatron_spo", "torch", "transformers")}
+    stamp = {"date": time.strftime("%Y-%m-%d"), "versions": versions, "threads": study.stages.threads}
+    write_text(study.results / f"{key}.json", json.dumps({**found, **stamp}) + "\n")
+    study.stages.say(f"{key}: {study.results / key}.json")
 
 
-def results_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the rows as a table for the terminal."""
-
-    def cell(value: float | None, digits: str) -> str:
-        return "-" if value is None else format(value, digits)
-
-    cells = [[row["name"], *(cell(row[key], digits) for key, (_, digits) in COLUMNS.items())] for row in rows]
-    return common.text_table(["run", *(title for title, _ in COLUMNS.values())], cells)
+def digest(*files: Path) -> str:
+    """Returns the first 16 digits of the SHA-256 of files."""
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(2**24):
+                found.update(block)
+    return found.hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.common import StageFailed, Stages, read_jsonl
 from examples.quickstart import task
-from examples.studies import score, summary
+from examples.studies import prepare_gsm8k, score, summary
 from megatron_spo.scaling.study import check_configurations, read_study
 from tests.support.tiny import write_jsonl
 
@@ -26,6 +27,61 @@ def test_every_study_has_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         study = read_study(path)
         check_configurations(study)
         assert len(study.runs) == RUNS[path.stem], path
+
+
+def gsm8k_rows() -> tuple[list[dict], list[dict]]:
+    """Returns two pairs of each of twenty problems, and SFT rows of these and of twenty more problems."""
+    problems = [f"Tom has {i} apples and buys {i + 1}. How many are there?" for i in range(40)]
+    pairs = [
+        {"prompt": p, "chosen": f"It is {2 * i + 1}.", "rejected": f"It may be {i}{k}."}
+        for i, p in enumerate(problems[:20])
+        for k in range(2)
+    ]
+    return pairs, [{"prompt": p, "completion": f"{i}+{i + 1}={2 * i + 1}"} for i, p in enumerate(problems)]
+
+
+def test_gsm8k_splits_by_problem(tmp_path: Path) -> None:
+    stages = Stages.open(tmp_path / "out", 1, {}, fresh=False)
+    scale = prepare_gsm8k.Scale(vocabulary=300, held_out_problems=5)
+    prepare_gsm8k.write_data(stages, *gsm8k_rows(), scale, seed=1)
+    sides = {name: read_jsonl(stages.file(name)) for name in ("sft", "pairs", "pairs_heldout")}
+    prompts = {name: {row["prompt"] for row in rows} for name, rows in sides.items()}
+    assert len(prompts["pairs_heldout"]) == 5 and len(sides["pairs_heldout"]) == 10
+    assert not prompts["pairs_heldout"] & (prompts["pairs"] | prompts["sft"])
+    assert len(sides["pairs"]) == 30
+
+
+def test_the_gsm8k_study_says_what_is_wrong_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p"}])
+    for file, message in (
+        ("nowhere", "nowhere does not exist; see examples/studies"),
+        (bad, "bad.jsonl line 1: the fields"),
+    ):
+        monkeypatch.setattr("sys.argv", ["", str(tmp_path / "data"), "0", str(file), "nowhere"])
+        with pytest.raises(StageFailed, match=message):
+            prepare_gsm8k.main()
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_gsm8k_study_s_problems_have_no_pair_to_train_on(tmp_path: Path) -> None:
+    given, _ = gsm8k_rows()
+    stages = Stages.open(tmp_path / "out", 1, {}, fresh=False)
+    write_jsonl(stages.file("pairs"), given[:30])  # of the first 15 problems
+    prepare_gsm8k.write_problems(stages, write_jsonl(tmp_path / "pairs.jsonl", given), 5, seed=0)
+    drawn = read_jsonl(stages.file("test_problems"))
+    assert {row["prompt"] for row in drawn} == {row["prompt"] for row in given[30:]}
+    assert all({"chosen": row["chosen"], "prompt": row["prompt"]} == row for row in drawn) and len(drawn) == 5
+
+
+@pytest.mark.slow
+def test_data_of_the_gsm8k_study_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate(gsm8k_rows())]
+    scale = prepare_gsm8k.Scale(300, 2, 1, held_out_problems=5, test_problems=2, pairs=10)
+    monkeypatch.setattr(prepare_gsm8k, "Scale", lambda: scale)
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "data"), "0", *files])
+    prepare_gsm8k.main()
+    assert (tmp_path / "data" / "sft-hf").is_dir() and len(read_jsonl(tmp_path / "data" / "pairs.jsonl")) == 10
+    assert 0 <= json.loads((tmp_path / "data" / "sft_scores.json").read_text())["t0_malformed"] <= 1
 
 
 def test_scores_of_a_model(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Makes the table and the picture from the result files."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from examples.common import write_text
+from examples.gsm8k.study import CONTROL, all_runs
+from megatron_spo.evaluate.scores import Estimate, difference, estimate
+from megatron_spo.report import figures
+from megatron_spo.report.figures import Curve
+
+Result = Mapping[str, Any]
+"""The content of a result file."""
+BASE = "base"
+COLOURS = {CONTROL: "#8a8f98", "dpo": "#3b82c4", "simpo": "#cf6a28", "alpha_dpo": "#3a9d5d"}
+
+
+def write(folder: Path) -> str:
+    """Writes FOLDER/table.md and FOLDER/runs.svg; returns the table."""
+    base, groups = read(folder)
+    text = table(base, groups)
+    write_text(folder / "table.md", text + "\n")
+    with matplotlib.rc_context(figures.STYLE):
+        figure, (left, right) = figures.new_figure(2)
+        figure.set_size_inches(2 * figures.SIZE[0], 1.6 + 0.3 * (len(groups) + 1))
+        plot_accuracy(left, {"base": [base], **{f"{name}, lr {lr:g}": ones for (name, lr), ones in groups.items()}})
+        curves = [shift_curve(name, lr, ones[0]) for (name, lr), ones in groups.items()]
+        figures.plot_curves(right, curves, "Change of log p(chosen), nats per token")
+        if curves:
+            right.legend(fontsize=7, frameon=False)
+        write_text(folder / "runs.svg", figures.file_svg(figure))
+    return text
+
+
+def read(folder: Path) -> tuple[Result, dict[tuple[str, float], list[Result]]]:
+    """Returns the result of the base, and by method and learning rate those of the seeds."""
+    groups: dict[tuple[str, float], list[Result]] = {}
+    for run in all_runs():
+        path = folder / f"{run.key}.json"
+        if path.is_file():
+            groups.setdefault((run.name, float(run.lr)), []).append(json.loads(path.read_text()))
+    return json.loads((folder / f"{BASE}.json").read_text()), groups
+
+
+def table(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:
+    """Returns a Markdown table with a row for the base and one for every method and learning rate."""
+    rows = [row(BASE, "", [base], base, None)]
+    for (name, lr), ones in groups.items():
+        control = groups.get((CONTROL, lr)) if name != CONTROL else None
+        rows.append(row(name, f"{lr:g}", ones, base, control))
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def row(name: str, lr: str, ones: Sequence[Result], base: Result, control: Sequence[Result] | None) -> dict[str, str]:
+    """Returns the cells of a row; intervals are 95%, over the problems, after averaging over the seeds."""
+    right = per_problem(ones)
+    cells = {
+        "run": name,
+        "lr": lr,
+        "seeds": str(len(ones)),
+        "accuracy": shown(estimate(right)),
+        "minus base": shown(difference(right, per_problem([base])), "+") if ones[0] is not base else "",
+        "minus control": shown(difference(right, per_problem(control)), "+") if control else "",
+        "T=0.8": shown(estimate(per_problem(ones[:1], "sampled"))) if "sampled" in ones[0]["answers"] else "",
+        "malformed": f"{mean(per_problem(ones, field='malformed')):.2f}",
+        "other questions": f"{mean(per_problem(ones, 'other')):.2f}",
+        "words": f"{mean(one['answers']['greedy']['words'] for one in ones):.0f}",
+    }
+    return {**cells, **held_out_cells(ones, base)}
+
+
+def held_out_cells(ones: Sequence[Result], base: Result) -> dict[str, str]:
+    """Returns the cells of the held-out pairs at the end of training, means over the seeds."""
+    keys = ("chosen, nats per token", "rejected, nats per token", "both fell", "ranked right", "entropy", "first alarm")
+    ends = [one["held_out"][-1] for one in ones if "held_out" in one]
+    if not ends:
+        return dict.fromkeys(keys, "")
+    rejected = base["rejected_tokens"]
+    alarms = [one["alarms"][0] for one in ones if one["alarms"]]
+    first = ", ".join(f"{alarm['alarm']} at {alarm['step']}" for alarm in alarms[:1])
+    values = (
+        f"{mean(-end['spo/gap'] for end in ends):+.3f}",
+        f"{mean(end['spo/rejected_shift'] * end['pairs'] / rejected for end in ends):+.3f}",
+        f"{mean(end['spo/both_down'] for end in ends):.2f}",
+        f"{mean(end['rewards/accuracies'] for end in ends):.2f}",
+        f"{mean(end['policy/entropy'] for end in ends):.2f}",
+        f"{first} ({len(alarms)} of {len(ones)} seeds)" if alarms and len(ones) > 1 else first or "none",
+    )
+    return dict(zip(keys, values, strict=True))
+
+
+def per_problem(ones: Sequence[Result], kind: str = "greedy", field: str = "right") -> NDArray[np.float64]:
+    """Returns the mean over the seeds for each problem."""
+    return np.array([[float(digit) for digit in one["answers"][kind][field]] for one in ones]).mean(axis=0)
+
+
+def mean(values: Iterator[Any] | NDArray[np.float64]) -> float:
+    return float(np.mean([np.mean(value) for value in values]))
+
+
+def shown(found: Estimate | None, sign: str = "") -> str:
+    return "" if found is None else f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def plot_accuracy(axes: Any, groups: Mapping[str, Sequence[Result]]) -> None:
+    """Draws the accuracy of each group with its 95% interval."""
+    names = list(groups)[::-1]
+    for place, name in enumerate(names):
+        found = estimate(per_problem(groups[name]))
+        assert found is not None
+        axes.plot([found.low, found.high], [place, place], color=colour(name), linewidth=2)
+        axes.plot(found.value, place, "o", color=colour(name), fillstyle="full" if "+" in name else "none")
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set(title="Accuracy on held-out problems, 95%", xlim=(0, None))
+    axes.grid(alpha=0.2)
+
+
+def shift_curve(name: str, lr: float, one: Result) -> Curve:
+    points = [(0, 0.0), *((line["step"], -line["spo/gap"]) for line in one["held_out"] if line["step"])]
+    return Curve(f"{name}, lr {lr:g}", colour(name), points, dashed="+" not in name)
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name.partition(",")[0].partition("+")[0], figures.TEXT)

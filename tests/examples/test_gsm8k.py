@@ -1,0 +1,133 @@
+"""The GSM8K example: its runs, its data, its table, and all of it in miniature."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.common import StageFailed, read_jsonl
+from examples.gsm8k import page, run, study
+from megatron_spo.config.load import load_config
+from megatron_spo.evaluate.final_answers import is_match
+from tests.support.tiny import tiny_model, tiny_tokenizer, write_jsonl
+
+RESULTS = run.HERE / "results"
+
+
+def test_every_run_loads_and_the_most_informative_come_first() -> None:
+    runs = study.all_runs()
+    assert [one.name for one in runs[:5]] == ["sft_on_chosen", "dpo", "dpo+spo", "simpo", "simpo+spo"]
+    assert len({one.key for one in runs}) == len(runs)
+    assert {one.lr for one in runs if one.name == "dpo"} == set(study.LADDER)
+    for one in runs:
+        config = load_config(run.HERE / "preference.yaml", one.overrides())
+        assert config.optimizer.lr == float(one.lr) and config.training.seed == one.seed
+        loss, _, spo = one.name.partition("+")
+        expected = {"": "none", "dual": "dual"}.get(spo, "penalty") if one.name != study.CONTROL else "sft"
+        assert config.spo.schedule == expected and (config.loss.name == loss or one.name == study.CONTROL)
+        assert config.spo.lambda_ == (0.1 if spo in ("spo-0.1", "dual") else 1)
+
+
+def test_problems_of_every_form_are_read_once(tmp_path: Path) -> None:
+    rows = [
+        {"question": "How many?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+        {"prompt": "How much?", "completion": "It is 1,200.\n#### 1,200"},
+        {"prompt": "How far?", "chosen": "1+1=2\nA: 2", "rejected": "A: 3"},
+        {"prompt": "How far?", "chosen": "so A: 2", "rejected": "A: 4"},
+        {"prompt": "How long?", "completion": "1+1=2\n2+1=3\n3+1=4\n4+1=5\n#### 5"},
+    ]
+    found = study.read_problems(write_jsonl(tmp_path / "problems.jsonl", rows))
+    assert [question for question, _ in found] == ["How many?", "How much?", "How far?"]
+    assert all(is_match(f"#### {number}", right) for number, (_, right) in zip((5, 1200, 2), found, strict=True))
+    with pytest.raises(StageFailed, match="bad.jsonl line 2: needs a text"):
+        study.read_problems(write_jsonl(tmp_path / "bad.jsonl", [rows[0], {"question": "Why?"}]))
+    with pytest.raises(StageFailed, match="nowhere does not exist"):
+        study.read_problems(tmp_path / "nowhere")
+    with pytest.raises(StageFailed, match="test: 4 problems are needed, but the file has 3"):
+        study.draw(found, 4, 0, "test")
+
+
+def test_answers_to_the_other_questions_are_right() -> None:
+    for question, right in study.other_questions(60):
+        inside = re.search(r"`(.*)`", question)
+        text = inside[1] if inside else question.removeprefix("What is ").removesuffix("?")
+        assert str(eval(text)) == right
+
+
+def test_no_problem_is_in_both_sets_of_pairs() -> None:
+    pairs = [{"prompt": f"p{i // 2}", "chosen": "a", "rejected": "b", "answer": "1", "scorer": "x"} for i in range(12)]
+    scale = study.Scale(pairs=6, held_out_pairs=3)
+    training, held_out = run.split(pairs, scale)
+    assert len(training) == 6 and [row["prompt"] for row in held_out] == ["p4", "p5", "p5"]
+    assert not {row["prompt"] for row in training} & {row["prompt"] for row in held_out}
+    assert set(training[0]) == {"prompt", "chosen", "rejected", "answer"}
+    with pytest.raises(StageFailed, match="give 12 pairs, but 13 are needed"):
+        run.split(pairs, study.Scale(pairs=10, held_out_pairs=3))
+
+
+def result(right: str, **more: object) -> dict:
+    answers = {"right": right, "malformed": "0" * len(right), "words": [10] * len(right)}
+    end = {"step": 8, "spo/gap": 0.25, "spo/rejected_shift": -6.0, "spo/both_down": 0.5, "rewards/accuracies": 0.75,
+           "policy/entropy": 1.0, "pairs": 5}  # fmt: skip
+    alarms = [{"step": 5, "data": "train", "alarm": "displacement"}]
+    return {"answers": {"greedy": answers, "other": answers}, "held_out": [end], "alarms": alarms, **more}
+
+
+def test_differences_are_paired_by_problem_and_averaged_over_seeds() -> None:
+    base = {"answers": result("1100")["answers"], "rejected_tokens": 60}
+    groups = {("sft_on_chosen", 2e-5): [result("1110")], ("dpo", 2e-5): [result("1000"), result("0000", alarms=[])]}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.table(base, groups).splitlines()]
+    header, (first, control, dpo) = lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    assert first["minus base"] == "" and first["first alarm"] == "" and "ranked right" in header
+    assert control["minus base"].startswith("+0.250 [+0.000") and control["minus control"] == ""
+    assert dpo["accuracy"].startswith("0.125") and dpo["minus base"].startswith("-0.375")
+    assert dpo["minus control"].startswith("-0.625") and dpo["seeds"] == "2"
+    assert dpo["chosen, nats per token"] == "-0.250" and dpo["rejected, nats per token"] == "-0.500"
+    assert dpo["first alarm"] == "displacement at 5 (1 of 2 seeds)"
+    np.testing.assert_allclose(page.per_problem(groups["dpo", 2e-5]), [0.5, 0, 0, 0])
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in RESULTS.glob("*/base.json")], ids=lambda path: path.name)
+def test_the_shipped_table_follows_from_the_result_files(folder: Path) -> None:
+    assert (folder / "table.md").read_text() == page.table(*page.read(folder)) + "\n"
+    pairs = run.digest(folder / "pairs.jsonl")
+    base, groups = page.read(folder)
+    for one in (one for ones in groups.values() for one in ones):
+        assert one["pairs"] == pairs and len(one["answers"]["greedy"]["right"]) == len(
+            base["answers"]["greedy"]["right"]
+        )
+
+
+@pytest.mark.slow
+def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model answers: with many end tokens (not digits) it often finishes, and is sometimes right by chance."""
+    tiny_model(model := tmp_path / "model", num_hidden_layers=1, max_position_embeddings=1024)
+    tiny_tokenizer(model, chat=True)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(140, 256, 4))}))
+    problems = [{"question": f"{i}?", "answer": str(i % 10)} for i in range(40)]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
+             for name, rows in (("train", problems[:30]), ("test", problems))]  # fmt: skip
+    scale = study.Scale(30, 24, 2, 15, 8, 2, 6, 4, 16, 2, 2, 1, 512)
+    monkeypatch.setattr(run, "TINY", scale)
+    results, command = tmp_path / "results", [*map(str, files), "--model", str(model), "--tiny"]
+    places = ["--results", str(results), "--out"]
+
+    run.main([*command, *places, str(tmp_path / "one"), "--runs", "1"])
+    assert not list(results.glob("sampled_*")) and len(read_jsonl(results / "pairs.jsonl")) == 8
+    assert {path.stem for path in results.glob("*.json")} == {"study", "pairs_summary", "base", "sft_on_chosen-lr2e-5"}
+    found = json.loads((results / "sft_on_chosen-lr2e-5.json").read_text())
+    assert len(found["answers"]["greedy"]["right"]) == 6 and len(found["answers"]["other"]["words"]) == 4
+    assert found["held_out"][-1]["step"] == 2 and found["held_out"][-1]["pairs"] == 2 and "sampled" in found["answers"]
+    before = {path: path.stat().st_mtime_ns for path in results.iterdir() if path.suffix != ".md"}
+
+    run.main([*command, *places, str(tmp_path / "two"), "--only", "dpo+spo-lr2e-5"])  # in another session
+    assert "dpo+spo" in (results / "table.md").read_text() and "<svg" in (results / "runs.svg").read_text()
+    kept = [path for path in before if path.suffix in (".json", ".jsonl")]
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    assert not list((tmp_path / "two").glob("*-hf")) and not list((tmp_path / "two").glob("*/checkpoints"))
+
+    with pytest.raises(StageFailed, match="results of another study: its study.json differs in prompts, seed"):
+        run.main([*command, *places, str(tmp_path / "three"), "--seed", "1"])
