@@ -21,13 +21,22 @@ GPU_FACTOR = 4
 """Factor by which a GPU holds more logits, because small matrix products do not use it fully."""
 
 
+def _factor(matrix: Tensor) -> Tensor:
+    """Returns a factor for `_product`: on a CPU in fp32, as bf16 products with a result in fp32 need a GPU."""
+    return matrix if matrix.is_cuda else matrix.float()
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Returns the fp32 [n, m] product of [n, k] and [k, m] in the model's precision."""
+    """Returns the fp32 [n, m] product of two factors, [n, k] and [k, m]."""
+    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds the product of two factors, [n, k] and [k, m], to `total`, fp32 [n, m]."""
     if left.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)  # out_dtype is supported on GPUs only
-    return left.float() @ right.float()
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right)
 
 
 class VocabParallelLogProb(torch.autograd.Function):
@@ -48,8 +57,9 @@ class VocabParallelLogProb(torch.autograd.Function):
         from `first_row` on) and targets [E]."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normaliser, entropies = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        rows = _factor(weight)  # converted once, as this costs as much as half a chunk
         for part in _chunks(hidden, weight):
-            logits = _capped(_product(hidden[part], weight.t()), softcap)
+            logits = _capped(_product(_factor(hidden[part]), rows.t()), softcap)
             peak = logits.amax(-1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
             if group is not None:
                 dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -74,9 +84,11 @@ class VocabParallelLogProb(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        rows = _factor(weight)
         for part in _chunks(hidden, weight):
             scale = gradients[0][part]
-            logits = _capped(_product(hidden[part], weight.t()), ctx.softcap)
+            states = _factor(hidden[part])
+            logits = _capped(_product(states, rows.t()), ctx.softcap)
             d_logits = (logits - normaliser[part, None]).exp_().mul_(-scale[:, None])
             if len(weight):
                 local, here = _local(targets[part], ctx.first_row, len(weight))
@@ -86,7 +98,7 @@ class VocabParallelLogProb(torch.autograd.Function):
             lowered = d_logits.to(weight.dtype)
             d_hidden[part] = lowered @ weight
             if d_weight is not None:
-                d_weight += _product(lowered.t(), hidden[part])
+                _add_product(d_weight, _factor(lowered.t()), states)
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
