@@ -125,15 +125,23 @@ def read_rounds(path: Path, overrides: Sequence[str], out: Path | None = None) -
     if any(temperature < 0 for temperature in spec.test.temperatures):
         raise UserError(f"{path}: test.temperatures: {spec.test.temperatures} must be 0 (greedy) or positive")
     first = [] if spec.model is None else [f"model.path={spec.model}"]
-    config = load_config(spec.base, [*overrides, *first, f"output={spec.out}"], elsewhere=True)
+    config = _load(spec, [*overrides, *first, f"output={spec.out}"])
     if not (Path(config.model.path) / "config.json").is_file():
         raise UserError(f"{path}: the first model {config.model.path} is not a Hugging Face folder; set `model` to one")
-    if spec.reference == "first" and config.reference.cache is None:
-        raise UserError(f"{path}: reference: first requires reference.cache in {spec.base}; set it to any folder, or "
-                        "remove `reference`")  # fmt: skip
     if config.reference.model is not None:
         raise UserError(f"{spec.base}: reference.model is set by `rounds`; remove it, and set `reference` in {path}")
     return Rounds(path, spec, rules, tuple(overrides), config, Path(config.model.path))
+
+
+def _load(spec: RoundsSpec, overrides: Sequence[str]) -> Config:
+    """Returns the base; it gets a reference cache, which each round fills, if it has none but requires one."""
+    cached = [*overrides, f"reference.cache={spec.out}/reference"]
+    if spec.reference == "first":
+        return load_config(spec.base, cached, elsewhere=True)
+    try:
+        return load_config(spec.base, overrides, elsewhere=True)
+    except UserError:
+        return load_config(spec.base, cached, elsewhere=True)
 
 
 def _said(error: Any) -> str:

@@ -287,3 +287,19 @@ def test_the_list_of_commands(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"reference.model={folder}/model" in reference[1] and "parallel.tensor=2" in reference[1]
     assert all("--engine vllm" in line for line in shown if "sample-" in line)
     assert not (folder / "listed").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "reference", "passes"),
+    [("loss.name=dpo", "round", 2), ("loss.name=simpo", "round", 0), ("loss.name=simpo", "first", 2)],
+)
+def test_a_reference_pass_is_made_if_it_is_required(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str, reference: str, passes: int
+) -> None:
+    base = folder / "uncached.yaml"
+    base.write_text((folder / "config.yaml").read_text().replace(f"cache: {folder}/cache", "cache: null"))
+    path = write(folder, "uncached-rounds", base=str(base), reference=reference)
+    assert main(["rounds", str(path), override, "--list"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len([line for line in shown if " reference " in line]) == passes
+    assert all("reference.cache=" in line for line in shown if " train " in line) == bool(passes)
