@@ -51,7 +51,8 @@ check_variables() { # and set the defaults
     [[ $SPO_EXPORT == latest || $SPO_EXPORT == best ]] || die 2 "SPO_EXPORT must be latest or best, not $SPO_EXPORT"
     [[ $SPO_DEVICE == gpu || $SPO_DEVICE == cpu ]] || die 2 "SPO_DEVICE must be gpu or cpu, not $SPO_DEVICE"
     [[ ${SPO_REHEARSE:=0} == [01] ]] || die 2 "SPO_REHEARSE must be 1 or 0, not $SPO_REHEARSE"
-    for name in SPO_ATTEMPTS SPO_MIN_FREE_GB SPO_MIN_LINK_GB_S SPO_REFERENCE_NODES; do
+    [[ ${SPO_MIN_LINK_GB_S:-1} =~ ^[0-9]+([.][0-9]+)?$ ]] || die 2 "SPO_MIN_LINK_GB_S must be a number, not $SPO_MIN_LINK_GB_S"
+    for name in SPO_ATTEMPTS SPO_MIN_FREE_GB SPO_REFERENCE_NODES; do
         [[ ${!name:-1} =~ ^[0-9]+$ ]] || die 2 "$name must be a whole number, not ${!name}"
     done
 }
@@ -232,7 +233,7 @@ check_nodes() { # FREE_GB
 check_links() {
     local log=$SPO_OUT/logs/links.log least=${SPO_MIN_LINK_GB_S:-1}
     [[ $SPO_DEVICE == gpu || -n ${SPO_MIN_LINK_GB_S:-} ]] || return 0
-    ((SLURM_JOB_NUM_NODES > 1 && least > 0)) || return 0
+    [[ $SLURM_JOB_NUM_NODES -gt 1 && ! $least =~ ^0+([.]0+)?$ ]] || return 0
     : >"$log"
     if ! launch "$SLURM_JOB_NUM_NODES" 1 "$log" bash "$home/slurm/launch.sh" doctor --links --at-least "$least"; then
         [[ -z $warned ]] || again "the time limit is near"

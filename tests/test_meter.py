@@ -19,7 +19,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_one_line_a_minute(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    logging.getLogger("megatron_spo").propagate = True
     with Meter("reference pass over train", 60_000, "pairs", done=12_000) as shown:
         for _ in range(240):  # one second and 200 pairs each
             clock[0] += 1
@@ -46,7 +45,6 @@ def test_a_short_task_and_a_hidden_one_log_nothing(clock: list[float], caplog: p
 
 def test_bytes(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    logging.getLogger("megatron_spo").propagate = True
     with pytest.raises(KeyError), Meter("converting to hf", 140_000_000_000, BYTES) as shown:
         clock[0] += 20
         shown.advance(5_000_000_000)

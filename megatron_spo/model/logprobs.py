@@ -34,7 +34,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds the product of two factors, [n, k] and [k, m], to `total`, fp32 [n, m]."""
     if left.dtype == torch.float32:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     else:
         total += _product(left, right)
 

@@ -114,7 +114,7 @@ def _crossing(run: Run, crossing: CrossingSpec) -> Row:
         known = sorted(name for name, value in run.last(data).items() if isinstance(value, float))
         raise UserError(f"crossing.metric = {crossing.metric!r} was not written by the run; use one of "
                         f"{', '.join(known)}")  # fmt: skip
-    step = next((step for step, value in points if value < crossing.below), None)
+    step = next((step for step, value in points if step > 0 and value < crossing.below), None)
     return {"crossed": step is not None, "steps": points[-1][0] if step is None else step}
 
 

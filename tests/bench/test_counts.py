@@ -98,10 +98,11 @@ def test_collectives_of_a_step(tmp_path: Path) -> None:
     counts = json.loads((tmp_path / "counts.json").read_text())
     # gradients are scattered to the optimizer's shards, weights gathered; sums of the metrics and the gradient norm
     once = {"reduce_scatter_tensor_coalesced_": 1, "allgather_into_tensor_coalesced_": 1, "allreduce_": 2}
+    alone = {name: count for name, count in once.items() if not name.startswith("reduce_scatter")}  # one replica
     # two blocks per layer, forward and backward; the embedding; the head: largest logit, sums, gradient
     tensor = 4 * LAYERS + 1 + 3
     for rows in ROWS:
         assert counts[f"data {rows}"] == once
-        assert counts[f"tensor {rows}"] == {**once, "allreduce_": 2 + rows * tensor}
+        assert counts[f"tensor {rows}"] == {**alone, "allreduce_": 2 + rows * tensor}
         # a row's activations forward, their gradient back
-        assert counts[f"pipeline {rows}"] == {**once, "send": rows, "recv_": rows}
+        assert counts[f"pipeline {rows}"] == {**alone, "send": rows, "recv_": rows}

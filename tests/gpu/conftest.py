@@ -10,7 +10,7 @@ import pytest
 from megatron_spo.config.fp8 import RECIPES
 from tests.gpu.bench import DRY, Bench, Group, has_engine, reference, report_versions, train
 
-NEEDS_GPU = re.compile(r"NVIDIA GPU|CUDA|transformer_engine|assert 'cpu'")
+NEEDS_GPU = re.compile(r"NVIDIA GPU|CUDA|transformer_engine|assert 'cpu'|'cuda'|FusedAdam|memory/allocated")
 """What the errors of a machine without a GPU say."""
 FP32, TORCH, ENGINE = "precision.dtype=fp32", "precision.layers=torch", "precision.layers=transformer_engine"
 SIMPO = ["loss.name=simpo", "spo.lambda_unit=token"]

@@ -1,8 +1,10 @@
 """The job scripts under a real SLURM with a tiny model: undisturbed and disturbed jobs, arrays and refused input."""
 
+import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -273,11 +275,23 @@ def test_a_node_that_does_not_share_the_folder_is_named(cluster: Cluster, folder
     assert "node n1:" not in said
 
 
+def ready_for_warnings(out: Path, command: str) -> int:
+    """Returns the number of processes of a command that write to `out` and handle SIGUSR1."""
+    count, bit = 0, 1 << (signal.SIGUSR1 - 1)
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"megatron_spo" in words and command.encode() in words and any(str(out).encode() in w for w in words):
+                caught = re.search(r"SigCgt:\s*(\w+)", (process / "status").read_text())
+                count += bool(caught and int(caught[1], 16) & bit)
+    return count
+
+
 @pytest.mark.slow
 def test_a_warning_that_brings_nothing_new_is_not_repeated_for_ever(cluster: Cluster, folder: Path) -> None:
     log = folder / "attempts.log"
     job = cluster.submit("spo_8b_single_node.sh", log, *ONE_NODE, **variables(folder, "attempts", SPO_ATTEMPTS="0"))
-    cluster.wait_for(lambda: log.exists() and "reference: 1 x 2 processes" in log.read_text())
+    cluster.wait_for(lambda: ready_for_warnings(folder / "attempts", "reference") == 2)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert finish(cluster, job) == 4
     assert "no progress in 0 attempts in a row (SPO_ATTEMPTS)" in log.read_text()

@@ -107,7 +107,7 @@ def test_check_queues_nothing(cluster: Cluster, folder: Path) -> None:
 @needs_slurm
 def test_submit_from_any_folder(cluster: Cluster, folder: Path, webhook: tuple[str, list[str]]) -> None:
     url, texts = webhook
-    given = {**GIVEN, "SPO_MIN_LINK_GB_S": "1", "SPO_WEBHOOK": url, "SLURM_WAIT": "10"}
+    given = {**GIVEN, "SPO_MIN_LINK_GB_S": "0.001", "SPO_WEBHOOK": url, "SLURM_WAIT": "10"}
     command = [*SPO, "slurm", "submit", "config.yaml", "training.seed=3", "--nodes", "2", "--gpus-per-node", "1",
                "--sbatch=--nodelist=n[1-2] --cpus-per-task=1"]  # fmt: skip
     done = cluster.run(*command, cwd=folder, **given)

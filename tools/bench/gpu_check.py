@@ -177,7 +177,8 @@ def check_quickstart(record: Record, folder: Path) -> None:
     given = [
         str(run.HERE / "preference.yaml"), f"model.path={folder}/model", "model.init=random",
         "data.eval=[]", "training.eval_every=0", "training.threads=1",
-        f"data.train={folder}/pairs.jsonl", f"training.steps={STEPS}", *run.VARIANTS["dpo+spo"],
+        f"data.train={folder}/pairs.jsonl", f"training.steps={STEPS}", "optimizer.warmup_steps=1",
+        *run.VARIANTS["dpo+spo"],
     ]  # fmt: skip
     for device, visible in (("cpu", {"CUDA_VISIBLE_DEVICES": ""}), ("gpu", {})):
         for command in ("reference", "train"):
