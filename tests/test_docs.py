@@ -156,6 +156,8 @@ FROM_NOTHING = ("README.md", "docs/train.md")
 CODES = {
     "megatron-spo evaluate --model my-model --tasks arc_easy my_task.yaml --out benchmarks.json": None,
     "megatron-spo rehearse examples/llama3_70b/config.yaml --gpus 32": None,
+    "megatron-spo plan examples/llama3_70b/config.yaml --gpus 32 --gpu h100 --prompt-tokens 150 --response-tokens 250 "
+    "--pairs 40000": None,
     "megatron-spo scaling study examples/studies/sizes_data.yaml --scale tiny --workers 2": None,
     "megatron-spo scaling report examples/studies/sizes_data.yaml --scale tiny": None,
     "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --column loss=eval/loss --out fit.json": 2,
