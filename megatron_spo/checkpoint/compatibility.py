@@ -1,9 +1,10 @@
 """Checks which settings may change when a run resumes from a checkpoint."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_spo.checkpoint.folder import Checkpoint
+from megatron_spo.config.load import covers, flat
 from megatron_spo.errors import UserError
 
 FREE = ("output", "parallel", "checkpoint", "logging", "reference.cache", "data.eval", "data.num_proc",
@@ -28,7 +29,7 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
     Raises:
         UserError: a difference alters the training and is not listed in checkpoint.allow_changed.
     """
-    old, new = _without_removed(dict(_flat(found.record["config"]))), dict(_flat(config))
+    old, new = _without_removed(dict(flat(found.record["config"]))), dict(flat(config))
     bound = set() if new["optimizer.decay"] == "constant" else {"training.steps"}
     if "raise_lambda" in (old.get("monitor.on_alarm"), new["monitor.on_alarm"]):
         bound |= {"monitor", "data.eval", "training.eval_every"}
@@ -40,13 +41,13 @@ def changes(found: Checkpoint, config: Mapping[str, Any], data: Mapping[str, str
             key = "spo.sft_data" if name == "sft" else "data.train"
             differ.setdefault(key, f"{key}: the rows differ from those of the checkpoint")
     allowed = [*free, *config["checkpoint"]["allow_changed"]]
-    refused = [text for key, text in differ.items() if not _covers(allowed, key)]
+    refused = [text for key, text in differ.items() if not covers(allowed, key)]
     if refused:
         raise UserError(
             f"{found.path} was trained with a different configuration: {'; '.join(refused)}. Restore these keys, "
             "choose another output folder, or list them in checkpoint.allow_changed"
         )
-    return [text for key, text in differ.items() if not _covers(("checkpoint.allow_changed", "output"), key)]
+    return [text for key, text in differ.items() if not covers(("checkpoint.allow_changed", "output"), key)]
 
 
 def _without_removed(old: dict[str, Any]) -> dict[str, Any]:
@@ -54,19 +55,6 @@ def _without_removed(old: dict[str, Any]) -> dict[str, Any]:
     if old.get("model.freeze_router") is True:
         old["model.router_aux_loss"] = None
     return {key: value for key, value in old.items() if key not in REMOVED or value != REMOVED[key]}
-
-
-def _covers(names: Sequence[str], key: str) -> bool:
-    """Returns whether a key or one of its sections is among the names."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def check_base(checkpoint: Checkpoint, weights: str | None) -> None:

@@ -1,7 +1,7 @@
 """Loads a `Config` from a YAML file and command-line overrides."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,20 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         raise UserError(f"override {override!r}: {section} must be a section in the file, but is {values[section]!r}")
     values[section][name] = value
     return key
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (section.key, value) of nested values."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def covers(names: Iterable[str], key: str) -> bool:
+    """Returns whether a key or one of its sections is among the names."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _flat_keys(values: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,13 @@
 """The record of the settings of `rounds`: what was begun with one setting is not continued with another."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from megatron_spo.config.load import plain
+from megatron_spo.config.load import covers, flat, plain
 from megatron_spo.errors import UserError
 from megatron_spo.files import write_whole
 from megatron_spo.rounds.spec import Rounds
@@ -44,22 +44,10 @@ def settings_of(rounds: Rounds) -> Iterator[tuple[str, Any]]:
     """Yields everything that the models depend on, by the name of its key."""
     spec = rounds.spec
     own = {**spec.model_dump(mode="json", exclude=set(FREE)), "pairs": rounds.rules.model_dump(mode="json")}
-    yield from _flat({**own, "model": str(rounds.first)})
-    base = dict(_flat(plain(rounds.config)))
-    yield from ((f"{spec.base}: {key}", value) for key, value in base.items() if not _is_free(key))
+    yield from flat({**own, "model": str(rounds.first)})
+    base = dict(flat(plain(rounds.config)))
+    yield from ((f"{spec.base}: {key}", value) for key, value in base.items() if not covers(FREE_IN_BASE, key))
     yield "has a reference", rounds.config.reference.cache is not None
     for key, file in (("prompts", spec.prompts), ("test.prompts", spec.test.prompts), ("test.pairs", spec.test.pairs)):
         if file is not None and Path(file).is_file():
             yield f"content of {key}", xxhash.xxh3_128(Path(file).read_bytes()).hexdigest()
-
-
-def _is_free(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in FREE_IN_BASE)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
