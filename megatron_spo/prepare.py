@@ -12,7 +12,9 @@ from megatron_spo.config.rules import Facts, broken_rules
 from megatron_spo.config.schema import Config
 from megatron_spo.config.topology import make_topology
 from megatron_spo.convert.weights import check_folder_weights, open_weights
+from megatron_spo.data import packing
 from megatron_spo.data.dataset import TokenizedSet, build_dataset
+from megatron_spo.data.loader import Loader, row_multiples
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import ModelLimits, config_of
@@ -122,6 +124,21 @@ def _eval_names(sources: list[DataSource], *, reserved: tuple[str, ...]) -> list
 def shows_progress(config: Config) -> bool:
     """Returns whether this process shows the progress of long tasks."""
     return env.rank() == 0 and config.logging.progress
+
+
+def make_loader(config: Config, name: str, dataset: TokenizedSet, runtime: Runtime) -> Loader:
+    """Returns the loader of this data-parallel rank for the data set `name`, with the batch sizes of training."""
+    size = config.training.global_batch_size
+    return Loader(
+        dataset,
+        config.data,
+        global_batch_size=(config.spo.sft_batch_size or size) if name == SFT else size,
+        seed=config.training.seed,
+        rank=runtime.data_rank,
+        ranks=runtime.topology.data,
+        multiples=row_multiples(config),
+        stream=packing.SFT if name == SFT else packing.PAIRS,
+    )
 
 
 def make_model(config: Config, inputs: Inputs) -> list[PairModel]:

@@ -17,15 +17,14 @@ import torch
 
 import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules that import Megatron)
 from megatron_spo.config.topology import Topology, make_topology
-from megatron_spo.data import packing
-from megatron_spo.data.loader import Batch, Loader, row_multiples
+from megatron_spo.data.loader import Batch
 from megatron_spo.data.rows import PackedRow
 from megatron_spo.errors import UserError
 from megatron_spo.model.build import PairModel
 from megatron_spo.model.optimizer import Trainable
 from megatron_spo.planner.layouts import PlannedRun
 from megatron_spo.planner.rows import RowSize, segments_of
-from megatron_spo.prepare import SFT, TRAIN
+from megatron_spo.prepare import SFT, TRAIN, make_loader
 from megatron_spo.reference.cache import RECORD, ReferenceStore
 from megatron_spo.rehearsal.exchange import groups_by_name, lonely_objects, pipeline_messages
 from megatron_spo.rehearsal.inputs import PairsOfLengths
@@ -191,22 +190,13 @@ def _data(job: PlannedRun, runtime: Runtime) -> "list[tuple[DataInUse, Batch]]":
     from megatron_spo.reference.sources import CachedSums
     from megatron_spo.train.step import DataInUse
 
-    config, size = job.config, job.config.training.global_batch_size
+    config = job.config
     found = []
     for name, lengths in ((TRAIN, job.lengths), (SFT, job.sft)):
         if lengths is None:
             continue
         dataset = PairsOfLengths(lengths)
-        loader = Loader(
-            dataset,
-            config.data,
-            global_batch_size=(config.spo.sft_batch_size or size) if name == SFT else size,
-            seed=config.training.seed,
-            rank=runtime.data_rank,
-            ranks=runtime.topology.data,
-            multiples=row_multiples(config),
-            stream=packing.SFT if name == SFT else packing.PAIRS,
-        )
+        loader = make_loader(config, name, dataset, runtime)
         store = ReferenceStore(np.zeros(len(dataset), RECORD), dataset, Path("reference"))
         cached = CachedSums(store, runtime.device) if config.reference.cache else None
         found.append((DataInUse(name, loader, cached), loader.batch_of(loader.sampler.indices_of_step(0))))

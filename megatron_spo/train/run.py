@@ -17,10 +17,9 @@ from megatron_spo.checkpoint.save import Saver
 from megatron_spo.config.load import dump_config, plain
 from megatron_spo.config.model_shape import read_model_shape
 from megatron_spo.config.schema import Config, TrainingConfig
-from megatron_spo.data import packing
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.end_of_turn import end_tokens
-from megatron_spo.data.loader import Loader, row_multiples
+from megatron_spo.data.loader import Loader
 from megatron_spo.errors import UserError
 from megatron_spo.model.lora import add_adapters
 from megatron_spo.model.optimizer import Trainable, make_trainable
@@ -28,7 +27,7 @@ from megatron_spo.objective.schedules import initial_state
 from megatron_spo.objective.statistics import LossStatistics
 from megatron_spo.planner.rows import lengths_of
 from megatron_spo.planner.utilisation import Utilisation, peak_of
-from megatron_spo.prepare import SFT, TRAIN, Inputs, join, make_model, read_inputs, shows_progress
+from megatron_spo.prepare import SFT, TRAIN, Inputs, join, make_loader, make_model, read_inputs, shows_progress
 from megatron_spo.reference.cache import ReferenceStore, is_absent, open_reference
 from megatron_spo.reference.fill import fill_missing
 from megatron_spo.reference.fingerprint import numerics, reference_fingerprint, weights_fingerprint
@@ -107,7 +106,7 @@ def _train(config: Config, runtime: Runtime, directory: RunDirectory, found: Che
     add_adapters(chunks, inputs.shape, config.lora, config.training.seed)
     overlap = runtime.topology.data * runtime.topology.context > 1
     trainable = make_trainable(chunks, chunks[0].config, config.optimizer, overlap=overlap)
-    loaders = _loaders(config, inputs, runtime)
+    loaders = {name: make_loader(config, name, dataset, runtime) for name, dataset in inputs.named_sets().items()}
     references: dict[str, ReferenceSums] = {name: CachedSums(one, runtime.device) for name, one in stores.items()}
     if config.runs_reference:
         references = {name: AdaptersOff(trainable, runtime) for name in loaders}
@@ -184,23 +183,6 @@ def _open_references(
         for name, dataset in sets.items():
             stores[name] = open_reference(cache, name, prints[name], dataset)
     return stores
-
-
-def _loaders(config: Config, inputs: Inputs, runtime: Runtime) -> dict[str, Loader]:
-    size = config.training.global_batch_size
-    return {
-        name: Loader(
-            dataset,
-            config.data,
-            global_batch_size=(config.spo.sft_batch_size or size) if name == SFT else size,
-            seed=config.training.seed,
-            rank=runtime.data_rank,
-            ranks=runtime.topology.data,
-            multiples=row_multiples(config),
-            stream=packing.SFT if name == SFT else packing.PAIRS,
-        )
-        for name, dataset in inputs.named_sets().items()
-    }
 
 
 def _steps(training: TrainingConfig, loader: Loader) -> int:
