@@ -12,12 +12,14 @@ from megatron_spo.errors import UserError
 from megatron_spo.files import write_whole
 from megatron_spo.rounds.spec import Rounds
 
-FREE = ("rounds", "out", "base")
-"""Keys that may change; of the base, the content counts."""
+FREE = ("rounds", "out", "base", "prompts", "test.prompts", "test.pairs")
+"""Keys that may change; of files, the content counts."""
 FREE_IN_BASE = ("output", "model.path", "data.train", "reference", "parallel", "checkpoint", "logging", "data.num_proc",
                 "training.threads", "training.time_limit", "training.hang_timeout", "monitor")  # fmt: skip
 """Sections and keys of the base that are set for each round, or that do not change the trained models."""
 FILE = "rounds.json"
+SHOWN = 6
+"""Differences that a message names."""
 
 
 def check_record(rounds: Rounds) -> None:
@@ -36,17 +38,18 @@ def check_record(rounds: Rounds) -> None:
     differ = [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before | now)
               if before.get(key) != now.get(key)]  # fmt: skip
     if differ:
-        raise UserError(f"{rounds.path}: {rounds.out} was begun with other settings: {'; '.join(differ)}. Restore "
-                        "them, or set another `out`")  # fmt: skip
+        more = f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+        raise UserError(f"{rounds.path}: {rounds.out} was begun with other settings: {'; '.join(differ[:SHOWN])}{more}. "
+                        "Restore them, or set another `out`")  # fmt: skip
 
 
 def settings_of(rounds: Rounds) -> Iterator[tuple[str, Any]]:
     """Yields everything that the models depend on, by the name of its key."""
     spec = rounds.spec
-    own = {**spec.model_dump(mode="json", exclude=set(FREE)), "pairs": rounds.rules.model_dump(mode="json")}
-    yield from flat({**own, "model": str(rounds.first)})
+    own = {**spec.model_dump(mode="json"), "pairs": rounds.rules.model_dump(mode="json"), "model": str(rounds.first)}
+    yield from ((key, value) for key, value in flat(own) if not covers(FREE, key))
     base = dict(flat(plain(rounds.config)))
-    yield from ((f"{spec.base}: {key}", value) for key, value in base.items() if not covers(FREE_IN_BASE, key))
+    yield from ((f"base: {key}", value) for key, value in base.items() if not covers(FREE_IN_BASE, key))
     yield "has a reference", rounds.config.reference.cache is not None
     for key, file in (("prompts", spec.prompts), ("test.prompts", spec.test.prompts), ("test.pairs", spec.test.pairs)):
         if file is not None and Path(file).is_file():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import sys
 import time
@@ -219,7 +220,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "option of pairs": ({"pairs": {"scorer": "function=likes:e", "unfinished": "reject", "margin": 1}}, [],
                         "pairs.margin: 0.0 -> 1.0"),
     "reference": ({"reference": "first"}, [], "reference: 'round' -> 'first'"),
-    "base": ({}, ["optimizer.lr=2e-3"], "config.yaml: optimizer.lr: 0.001 -> 0.002"),
+    "base": ({}, ["optimizer.lr=2e-3"], "base: optimizer.lr: 0.001 -> 0.002"),
     "prompts": ({"prompts": "other.jsonl"}, [], "content of prompts: "),
 }  # fmt: skip
 
@@ -233,6 +234,18 @@ def test_changed_keys_are_rejected(folder: Path, whole: Path, capsys: pytest.Cap
         assert main(["rounds", str(path), *overrides]) == 2
         error = capsys.readouterr().err
         assert f"{whole} was begun with other settings: " in error and said in error, error
+    finally:
+        write(folder, "whole")
+
+
+def test_files_may_move(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "moved").mkdir()
+    for name in ("config.yaml", "prompts.jsonl", "held-out.jsonl"):
+        shutil.copy(folder / name, folder / "moved" / name)
+    at = {"base": "moved/config.yaml", "prompts": "moved/prompts.jsonl"}
+    test = {"prompts": "moved/prompts.jsonl", "pairs": "moved/held-out.jsonl"}
+    try:
+        assert main(["rounds", str(write(folder, "whole", **at, test=test)), *LAUNCH]) == 0, capsys.readouterr().err
     finally:
         write(folder, "whole")
 
