@@ -34,6 +34,8 @@ from megatron_spo.meter import Meter
 
 ROOM_FOR_WEIGHTS = 0.7
 """Largest share of a GPU's memory for weights; the rest is for the KV cache."""
+SEGMENT = 32
+"""Tokens generated before finished responses leave the batch."""
 
 
 @dataclass(frozen=True)
@@ -263,26 +265,47 @@ def respond(
     jobs: Sequence[tuple[int, int]],
     sampling: Sampling,
 ) -> list[list[int]]:
-    """Returns the new token ids of one batch, padded after the end token."""
-    choosers = LogitsProcessorList()
-    if sampling.temperature > 0:
-        noise = [np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs]
-        uniform = torch.from_numpy(np.stack(noise))
-        choosers.append(TemperatureSampler(uniform, sampling.temperature, ids.shape[1]))
+    """Returns the new token ids of one batch; after the end token of a response, more tokens may follow.
+
+    Every SEGMENT tokens, the finished responses leave the batch, as the longest may be many times as long as most.
+    """
+    noise = np.stack([np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs])
     ids, mask = ids.to(model.device), mask.to(model.device)
-    rows = [row for row, _ in jobs]
-    cache = shared_cache(model, ids, mask, rows) if len(set(rows)) < len(rows) and ids.shape[1] > 1 else {}
-    output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, logits_processor=choosers, **cache)
-    return output[:, ids.shape[1] :].tolist()
+    rows, name, width = [row for row, _ in jobs], _cache_name(model), ids.shape[1]
+    cache = shared_cache(model, ids, mask, rows) if len(set(rows)) < len(rows) and width > 1 else None
+    stops = torch.tensor(model.generation_config.eos_token_id or [])
+    found: list[list[int]] = [[] for _ in jobs]
+    left = torch.arange(len(jobs))
+    while len(left):
+        choosers = LogitsProcessorList()
+        if sampling.temperature > 0:
+            choosers.append(TemperatureSampler(torch.from_numpy(noise)[left], sampling.temperature, width))
+        room = width + sampling.max_new_tokens - ids.shape[1]
+        output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=choosers,
+                                max_new_tokens=min(SEGMENT, room), return_dict_in_generate=True,
+                                **({} if cache is None else {name: cache}))  # fmt: skip
+        new = output.sequences[:, ids.shape[1] :].cpu()
+        for job, tokens in zip(left.tolist(), new.tolist(), strict=True):
+            found[job] += tokens
+        unfinished = ~torch.isin(new, stops).any(-1) & (new.shape[1] < room)
+        kept, cache = unfinished.nonzero()[:, 0], output[name]
+        cache.batch_select_indices(kept)
+        ids = output.sequences[kept]
+        mask = torch.cat([mask[kept], mask.new_ones(len(kept), new.shape[1])], dim=1)
+        left = left[kept]
+    return found
 
 
-def shared_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int]) -> dict[str, Any]:
-    """Returns the KV cache of all prompt tokens but the last, as an argument of the model's `generate`.
+def _cache_name(model: Any) -> str:
+    # transformers 5 renamed `past_key_values`, in one of its minor versions
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def shared_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int]) -> Any:
+    """Returns the KV cache of all prompt tokens but the last.
 
     Equal `rows` have equal prompts, whose tokens are computed once.
     """
-    # transformers 5 renamed `past_key_values`, in one of its minor versions
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     first = list(dict.fromkeys(rows))
     where = [rows.index(row) for row in first]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -293,9 +316,9 @@ def shared_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequen
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = getattr(output, name)
+    cache = output[_cache_name(model)]
     cache.batch_select_indices(torch.tensor([first.index(row) for row in rows]))
-    return {name: cache}
+    return cache
 
 
 class TemperatureSampler(LogitsProcessor):

@@ -32,6 +32,12 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture(params=[generate.SEGMENT, 2], autouse=True)
+def segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished responses leave the batch after all tokens of these tests, or in between."""
+    monkeypatch.setattr(generate, "SEGMENT", request.param)
+
+
 def test_greedy_equals_one_by_one(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out.jsonl"
     generate_file(model_dir, prompts, out, max_new_tokens=12, batch_size=4)
