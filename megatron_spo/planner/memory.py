@@ -17,7 +17,7 @@ from megatron_spo.planner.rows import RowSize
 
 Kernels = Literal["cpu", "torch", "engine"]
 
-LOGITS_PER_CHUNK = {"cpu": 2**24, "torch": 2**26, "engine": 2**26}
+LOGITS_PER_CHUNK = {"cpu": 2**25, "torch": 2**26, "engine": 2**26}
 """Maximum number of logits that the log-prob head holds at a time (model/logprobs.py)."""
 RESERVED = {"cpu": 0.28 * GIB, "torch": 3 * GIB, "engine": 3 * GIB}
 """Bytes of a process without tensors. CPU: Python, torch and Megatron, measured. GPU: CUDA context, NCCL buffers and

@@ -27,6 +27,22 @@ def test_values_and_gradients(monkeypatch, chunk):
     torch.testing.assert_close(ours_gradients, gradients, rtol=1e-5, atol=1e-6)
 
 
+def test_bf16_logits_have_the_digits_of_fp32():
+    """Also where a CPU multiplies by its bf16 instructions; the setting for them is as before afterwards."""
+    one_process()
+    from megatron_spo.model.logprobs import VocabParallelLogProb
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(90, 256, generator=generator, dtype=torch.bfloat16)
+    weight = torch.randn(3000, 256, generator=generator, dtype=torch.bfloat16)
+    targets = torch.randint(0, 3000, (90,), generator=generator)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    ours, _ = VocabParallelLogProb.apply(hidden, weight, targets, 0, None)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    exact = (hidden.double() @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=1e-5)
+
+
 def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     """Logits exist for one chunk only: it is the largest tensor, for any number of tokens."""
     one_process()
@@ -36,9 +52,9 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     largest = 0
     original = logprobs._product
 
-    def watched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def watched(left: torch.Tensor, right: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
         nonlocal largest
-        product = original(left, right)
+        product = original(left, right, room)
         largest = max(largest, product.numel())
         return product
 
