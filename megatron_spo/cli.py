@@ -12,7 +12,7 @@ from importlib import import_module
 from megatron_spo import __version__
 from megatron_spo.commands.configuration import CommandParser
 from megatron_spo.errors import Anomaly, LostRank, NotSaved, StageFailed, Stopped, UserError
-from megatron_spo.runtime.env import rank, world_size
+from megatron_spo.runtime.env import rank, world_size, yield_soon
 from megatron_spo.runtime.logs import log_to_stderr
 from megatron_spo.runtime.quiet import quiet_third_parties
 from megatron_spo.runtime.signals import signals
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number a second signal. Under torchrun the caller sees the agent's code, which is 1 for every code but 0; then read
     status.json.
     """
+    yield_soon()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
     quiet_third_parties()

@@ -193,8 +193,9 @@ def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str
         return f"{origin}: {key} = {details['input']!r}: must be a section with `key: value` lines"
     message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
     message = message.removeprefix("Value error, ")
-    if location[:2] == ("loss", "name") and isinstance(details["input"], str):
-        message = foreign.loss_hint(details["input"]) or message
+    named = location[:2] == ("loss", "name") and isinstance(details["input"], str)
+    if named and (known := foreign.loss_hint(details["input"])):
+        return f"{origin}: {key} = {details['input']!r}: {known}"
     return f"{origin}: {key} = {details['input']!r}: {message}{allowed}"
 
 

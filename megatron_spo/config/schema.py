@@ -242,7 +242,7 @@ class TrainingConfig(Section):
     eval_every: int = Field(0, ge=0)
     """optimizer steps between evaluations of data.eval; 0: only at the end; >= 0"""
     threads: int = Field(0, ge=0)
-    """CPU threads per process; 0: number of cores / processes on this machine; >= 0"""
+    """CPU threads per process; 0: OMP_NUM_THREADS, or number of cores / processes on this machine; >= 0"""
     time_limit: float | None = Field(None, gt=0)
     """save a checkpoint and stop before this many minutes since the start; null: no limit; > 0"""
     hang_timeout: float = Field(30.0, gt=0)

@@ -227,10 +227,9 @@ def generate(
     with Meter("generating", total, "answers") as meter:
         for jobs in batches(prompts, sampling.samples, batch_size):
             ids, mask = pad_left([prompts[row] for row, _ in jobs], pad)
-            tokens = respond(model, ids, mask, jobs, sampling)
+            tokens = respond(model, ids, mask, jobs, sampling, meter)
             for job, response in zip(jobs, tokens, strict=True):
                 found[job] = cut(tokenizer, response, stops)
-            meter.advance(len(jobs))
     return [[found[row, sample] for sample in range(sampling.samples)] for row in range(len(prompts))]
 
 
@@ -264,10 +263,12 @@ def respond(
     mask: torch.Tensor,
     jobs: Sequence[tuple[int, int]],
     sampling: Sampling,
+    meter: Meter,
 ) -> list[list[int]]:
-    """Returns the new token ids of one batch; after the end token of a response, more tokens may follow.
+    """Returns the new token ids of one batch, and counts the finished responses.
 
-    Every SEGMENT tokens, the finished responses leave the batch, as the longest may be many times as long as most.
+    After the end token of a response, more tokens may follow. Every SEGMENT tokens, the finished responses leave the
+    batch, as the longest may be many times as long as most.
     """
     noise = np.stack([np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs])
     ids, mask = ids.to(model.device), mask.to(model.device)
@@ -292,6 +293,7 @@ def respond(
         cache.batch_select_indices(kept)
         ids = output.sequences[kept]
         mask = torch.cat([mask[kept], mask.new_ones(len(kept), new.shape[1])], dim=1)
+        meter.advance(len(left) - len(kept))
         left = left[kept]
     return found
 

@@ -42,10 +42,20 @@ def response_sums(row: PackedRow, entries: Tensor, measured: Tensor) -> Tensor:
     return sums + (total - sums.detach())
 
 
-def score_rows(chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, runtime: Runtime) -> list[Tensor]:
+def score_rows(
+    chunks: Sequence[torch.nn.Module],
+    rows: Sequence[PackedRow],
+    *,
+    runtime: Runtime,
+    begun: Callable[[PackedRow], object] | None = None,
+) -> list[Tensor]:
     """Returns the log-prob sums [pairs, 2] (nats) of each of this rank's rows on the last pipeline stage; []
-    elsewhere."""
-    return run_rows(chunks, rows, lambda row, sums: (sums.sum(), sums[..., 0]), runtime=runtime, backward=False)
+    elsewhere. `begun` is called with each row when this rank begins with it."""
+
+    def function(row: PackedRow, sums: Tensor) -> tuple[Tensor, Tensor]:
+        return sums.sum(), sums[..., 0]
+
+    return run_rows(chunks, rows, function, runtime=runtime, backward=False, begun=begun)
 
 
 def run_rows(
@@ -55,11 +65,12 @@ def run_rows(
     *,
     runtime: Runtime,
     backward: bool,
+    begun: Callable[[PackedRow], object] | None = None,
 ) -> list[Tensor]:
     """Runs this rank's rows through the pipeline, one row per micro-batch.
 
     With `backward`, the gradient of the sum of all rows' objectives over all data-parallel ranks is accumulated in the
-    model's gradient buffers.
+    model's gradient buffers. `begun` is called with each row when this rank begins with it.
 
     Returns:
         The values that `function` collected for each row on the last pipeline stage; [] elsewhere.
@@ -70,6 +81,8 @@ def run_rows(
     def forward_step(remaining: object, module: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
         row = next(remaining)  # type: ignore[call-overload]
         runtime.progress.tick()
+        if begun is not None and module is chunks[0]:
+            begun(row)
         on_device: RowOnDevice = row_to_device(
             row, runtime.device, rank=runtime.context_rank, ranks=runtime.topology.context, longest=longest
         )

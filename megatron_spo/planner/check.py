@@ -71,7 +71,7 @@ def check_run(path: str, overrides: Sequence[str], gpus: int | None, gpu: Gpu) -
     config = load_config(path, overrides, world_size=count, elsewhere=True)
     replicas = count // (parallel.tensor * parallel.pipeline * parallel.context)
     yield Finding("configuration", "ok", f"{path}: {', '.join(config.loss.names)}, spo.schedule: {config.spo.schedule}")
-    yield Finding("layout", "ok", f"{count} GPUs: {describe(parallel)}, data parallel {replicas}")
+    yield Finding("layout", "ok", f"{count} GPU{'s' * (count > 1)}: {describe(parallel)}, data parallel {replicas}")
     yield from _this_machine(config)
     folder, model = _model(config)
     shape = shape_of(str(folder))

@@ -1,6 +1,7 @@
 """Fills the reference cache by forward passes."""
 
 import gc
+import logging
 from collections.abc import Collection
 
 import numpy as np
@@ -10,6 +11,7 @@ import megatron_spo.runtime.megatron_import  # noqa: F401  (before the modules t
 from megatron_spo.config.schema import Config
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.loader import Loader, row_multiples
+from megatron_spo.data.rows import PackedRow
 from megatron_spo.errors import UserError
 from megatron_spo.meter import Meter
 from megatron_spo.model.forward import score_rows
@@ -18,6 +20,8 @@ from megatron_spo.prepare import Inputs, join, make_model, read_inputs, shows_pr
 from megatron_spo.reference.cache import ReferenceWriter
 from megatron_spo.reference.fingerprint import reference_fingerprint, weights_fingerprint
 from megatron_spo.runtime.processes import Runtime, agreed
+
+LOG = logging.getLogger(__name__)
 
 
 def fill(config: Config) -> None:
@@ -34,6 +38,9 @@ def fill(config: Config) -> None:
     config = config.of_reference
     runtime = join(config)
     inputs = read_inputs(config, runtime)
+    if runtime.is_main:
+        rows = ", ".join(f"{len(dataset)} rows of {name}" for name, dataset in inputs.named_sets().items())
+        LOG.info(f"reference pass over {rows}; the log-probs go to {config.reference.cache}")
     runtime.progress.phase("building and loading", times=4)
     filled = fill_missing(config, inputs, weights_fingerprint(config, inputs), runtime)
     for name, dataset in inputs.named_sets().items():
@@ -93,12 +100,25 @@ def _score(
             indices = np.zeros(0, dtype=np.int64) if chunk is None else writer.chunk_indices(chunk)
             rows = loader.batch_of(indices).rows
             padded = rows + [loader.empty_row()] * (_rows_in_step(len(rows), runtime) - len(rows))
-            scored = score_rows(chunks, padded, runtime=runtime)[: len(rows)]
+            counted = _Counted(meter, len(missing[turn : turn + ranks]))
+            scored = score_rows(chunks, padded, runtime=runtime, begun=counted.begun)[: len(rows)]
             if runtime.holds_results and chunk is not None:
                 order = torch.cat([torch.from_numpy(row.pairs) for row in rows])
                 chosen, rejected = torch.cat(scored).cpu()[torch.argsort(order)].numpy().T
                 writer.write_chunk(chunk, chosen, rejected)
-            meter.advance(sum(sizes[turn : turn + ranks]))
+            meter.advance(sum(sizes[turn : turn + ranks]) - counted.pairs)
+
+
+class _Counted:
+    """Advances the meter row by row within the chunks of a turn, as if all data-parallel ranks were equally fast."""
+
+    def __init__(self, meter: Meter, ranks: int) -> None:
+        self._meter, self._ranks, self._running, self.pairs = meter, ranks, 0, 0
+
+    def begun(self, row: PackedRow) -> None:
+        self._meter.advance(self._running)
+        self.pairs += self._running
+        self._running = len(row.pairs) * self._ranks
 
 
 def _rows_in_step(rows: int, runtime: Runtime) -> int:

@@ -39,8 +39,9 @@ def check_record(rounds: Rounds) -> None:
               if before.get(key) != now.get(key)]  # fmt: skip
     if differ:
         more = f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
-        raise UserError(f"{rounds.path}: {rounds.out} was begun with other settings: {'; '.join(differ[:SHOWN])}{more}. "
-                        "Restore them, or set another `out`")  # fmt: skip
+        said = "; ".join(differ[:SHOWN]) + more
+        raise UserError(f"{rounds.path}: {rounds.out} was begun with other settings: {said}. Restore them, or set "
+                        "another `out`")  # fmt: skip
 
 
 def settings_of(rounds: Rounds) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
     Args:
         topology: the layout; its world size must be the number of launched processes.
         seed: seed of the random-number trackers.
-        threads: CPU threads per process; 0 means the node's cores divided by its processes.
+        threads: CPU threads per process; 0 means OMP_NUM_THREADS, or the node's cores divided by its processes.
         hang_minutes: minutes without progress after which the job ends.
 
     Raises:
@@ -75,7 +74,7 @@ def start(topology: Topology, *, seed: int, threads: int = 0, hang_minutes: floa
         torch.set_float32_matmul_precision("highest")  # NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
         torch.backends.cudnn.allow_tf32 = False
         torch.cuda.set_device(device)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // env.local_world_size()))
+    torch.set_num_threads(threads or env.cpu_threads())
     store = _store(hang_minutes)
     watch().progress.start_up(hang_minutes * 60)
     from megatron.core import parallel_state  # after the bridge: importing it touches torch.cuda

@@ -47,7 +47,9 @@ def _write(models: ModelsSpec, folder: Path, config: dict[str, Any]) -> None:
         (partial / "config.json").write_text(text)
         read_model_shape(partial)
         from transformers import AutoConfig, AutoModelForCausalLM, set_seed  # takes seconds; most studies need none
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         set_seed(models.seed)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial)).save_pretrained(partial)
         (partial / record.name).write_text(text)
