@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A sweep as a job array: one full run on one node for each line of a file, and then a table of all runs.
 #   SPO_CONFIG=my.yaml SPO_OUT=/shared/study SPO_STUDY=lines.txt bash slurm/array_study.sh [sbatch options]
-# on the login node, from the repository's root. A line holds overrides as `train` takes them, such as
+# on the login node, from the repository's root; with --check first, every line is checked and nothing is queued. A line holds overrides as `train` takes them, such as
 #   loss.name=simpo spo.lambda=0.5
 # Empty lines and lines that begin with # are ignored. Three jobs are submitted, each with the given options:
 # 1. the reference pass, which all runs share (a run that changes the model or data must set its own reference.cache);
@@ -42,6 +42,14 @@ submit() {
     echo "${#lines[@]} runs: job array $array"
     echo "table: job $summary, $SPO_OUT/summary.txt"
 }
+check_lines() {
+    local line given=${SPO_OVERRIDES:-}
+    for line in "${lines[@]}"; do
+        echo "== $line"
+        SPO_OVERRIDES="$given $line"
+        check_only 400 "$@"
+    done
+}
 wants_reference() {
     [[ " ${SPO_STEPS:=$ALL_STEPS} " == *" reference "* ]]
 }
@@ -51,7 +59,7 @@ mapfile -t lines < <(grep -Ev '^[[:space:]]*(#|$)' "$SPO_STUDY")
 : "${SPO_LAYOUT=parallel.tensor=2 parallel.sequence=true}"
 study=${SPO_OUT:-}
 case ${SPO_STUDY_PART:-submit} in
-    submit) submit "$@" ;;
+    submit) if [[ ${1:-} == --check ]]; then check_lines "${@:2}"; else submit "$@"; fi ;;
     reference)
         SPO_CACHE=$study/reference SPO_OUT=$study/shared SPO_STEPS=reference
         begin 10

@@ -88,6 +88,16 @@ def test_check_queues_nothing(cluster: Cluster, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in ("variables", "SLURM", "free space", "configuration", "layout", "data", "disk", "memory"):
         assert f"ok     {name}" in done.stdout, done.stdout
+    lines = folder / "lines.txt"
+    study = ["bash", "slurm/array_study.sh", "--check", "--ntasks-per-node=2"]
+    of_study = {**given, "SPO_STUDY": str(lines), "SPO_LAYOUT": "parallel.tensor=2"}
+    lines.write_text("loss.name=simpo\n# a comment\nloss.name=cpo\n")
+    done = cluster.run(*study, **of_study)
+    assert done.returncode == 0, done.stderr
+    assert "== loss.name=simpo" in done.stdout and "config.yaml: cpo, " in done.stdout
+    lines.write_text("loss.name=simpo\nloss.name=sigmoid\n")
+    done = cluster.run(*study, **of_study)
+    assert done.returncode == 2 and "it is dpo here" in done.stderr
     assert queued(cluster) == before and not (folder / "x").exists() and not (folder / "out").exists()
 
     wrong = {
