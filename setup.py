@@ -38,6 +38,7 @@ setup(
         "filelock>=3.13",
         "xxhash>=3.4",
         "safetensors>=0.4",
+        "psutil>=5.9",  # Megatron-Core saves checkpoints with it, but does not require it
         "numpy>=1.26",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
