@@ -12,7 +12,7 @@ def test_from_pairs_to_answers_without_further_packages(tmp_path: Path) -> None:
     tiny_run(tmp_path, pairs=4, held_out=2, shape={"num_hidden_layers": 1}, training={"steps": 2})
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a", "answer": "1"}])
     exported, run = tmp_path / "exported", tmp_path / "run"
-    commands = [
+    commands: list[list[str | Path]] = [
         ["init", tmp_path / "model", tmp_path / "pairs.jsonl"],
         ["reference", tmp_path / "config.yaml", f"output={run}"],
         ["train", tmp_path / "config.yaml", f"output={run}", "training.eval_every=1", "training.hang_timeout=0.1"],

@@ -46,7 +46,7 @@ class RequiredOnly(PathFinder):
     hidden = not_required()
 
     @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # type: ignore[override]
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if path is None and name in cls.hidden:
             path = [place for place in sys.path if "_vendor" in place]  # setuptools has copies of some
         return super().find_spec(name, path, target)
