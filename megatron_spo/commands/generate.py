@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megatron_spo.evaluate.limits import NEW_TOKENS
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
@@ -17,7 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy decoding [%(default)s]"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum tokens of an answer [%(default)s]")
+    parser.add_argument("--max-new-tokens", type=int, help=f"maximum tokens of an answer [{NEW_TOKENS}, or as many as "
+                        "the model's context leaves]")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64, help="answers per batch [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling [%(default)s]")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="library to "

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         command.insert(1, "--test-only")
     done = subprocess.run(["env", *(f"{name}={value}" for name, value in variables.items()), *command],
                           capture_output=True, text=True)  # fmt: skip
-    said = (done.stdout + done.stderr).strip()
+    said = (done.stdout + done.stderr).strip().removeprefix("sbatch: ")
     if done.returncode:
         raise UserError(f"SLURM did not accept the job: {said}")
     print(f"ok     SLURM          {said}" if options.check else f"{said}; logs in {variables['SPO_OUT']}/logs")

@@ -103,7 +103,8 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a YAML mapping with sections such as `model:` and `data:`, but is {values!r}")
+        found = "empty" if values is None else repr(values)
+        raise UserError(f"{path}: must be a YAML mapping with sections such as `model:` and `data:`, but is {found}")
     for name, value in values.items():
         if value is None and _is_section(name):  # all its keys are commented out
             values[name] = {}

@@ -6,8 +6,9 @@ of the file change it.
 
 import importlib.util
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from megatron_spo.data import tokenize
 from megatron_spo.data.json_lines import write_rows
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.limits import config_of, does_not_load, limits_of
+from megatron_spo.evaluate.limits import NEW_TOKENS, config_of, does_not_load, limits_of
 from megatron_spo.files import check_output
 from megatron_spo.meter import Meter
+
+LOG = logging.getLogger(__name__)
 
 ROOM_FOR_WEIGHTS = 0.7
 """Largest share of a GPU's memory for weights; the rest is for the KV cache."""
@@ -51,7 +54,7 @@ class Sampling:
 
     samples: int = 1
     temperature: float = 0.0
-    max_new_tokens: int = 256
+    max_new_tokens: int = NEW_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,9 +82,10 @@ def generate_file(
     *,
     batch_size: int = 64,
     engine: str = "transformers",
+    max_new_tokens: int | None = None,
     **sampled: Any,
 ) -> None:
-    """Writes responses to all prompts of a file.
+    """Writes responses to all prompts of a file, and logs their number.
 
     Every row of the output is a row of the input with two more fields: `responses` (`samples` strings) and `finished`
     (as many booleans: whether the response ended within `max_new_tokens`). Prompts are found and tokenised as in
@@ -93,24 +97,31 @@ def generate_file(
         out_file: File to write.
         batch_size: Responses generated at a time; ignored by vLLM, which does its own batching.
         engine: "transformers" or "vllm".
-        sampled: Fields of Sampling.
+        max_new_tokens: Most new tokens of a response; None: NEW_TOKENS, or as many as the context leaves.
+        sampled: Other fields of Sampling.
 
     Raises:
         UserError: If an argument, the model or a prompt is invalid.
     """
     if batch_size < 1:
         raise UserError(f"generate: batch_size = {batch_size} must be at least 1")
-    sampling = Sampling(**sampled)
+    sampling = Sampling(**sampled) if max_new_tokens is None else Sampling(max_new_tokens=max_new_tokens, **sampled)
     check_output(Path(out_file))
     folder = Path(model_dir)
     tokenizer = load_tokenizer(folder)
     places, rows, prompts = zip(*tokenize_prompts(Path(prompts_file), tokenizer), strict=True)
-    limits_of(folder).check_prompts(prompts, sampling.max_new_tokens, places)
+    limits = limits_of(folder)
+    if max_new_tokens is None:
+        sampling = replace(sampling, max_new_tokens=limits.new_tokens(prompts))
+    limits.check_prompts(prompts, sampling.max_new_tokens, places)
     responses = generate_by(engine, folder, tokenizer, prompts, sampling, batch_size)
     for row, answers in zip(rows, responses, strict=True):
         row["responses"] = [answer.text for answer in answers]
         row["finished"] = [answer.finished for answer in answers]
     write_rows(Path(out_file), rows)
+    cut_off = sum(not answer.finished for answers in responses for answer in answers)
+    LOG.info(f"{out_file}: {len(rows) * sampling.samples} answers to {len(rows)} prompts; {cut_off} reached the limit "
+             f"of {sampling.max_new_tokens} tokens")  # fmt: skip
 
 
 def generate_by(

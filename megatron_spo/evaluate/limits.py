@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from megatron_spo.data.dataset import TokenizedSet
 
 NO_LIMIT = sys.maxsize
+NEW_TOKENS = 256
+"""Default for the maximum tokens of an answer, if the model's context leaves that many."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class ModelLimits:
     folder: Path
     vocab: int
     positions: int
+
+    def new_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Returns the maximum tokens of an answer to these prompts (token ids), if none is given."""
+        return max(1, min(NEW_TOKENS, self.positions - max(map(len, prompts))))
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], new_tokens: int, where: Sequence[str]) -> None:
         """Checks that the model can continue each prompt (token ids) by `new_tokens`.

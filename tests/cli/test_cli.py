@@ -172,7 +172,7 @@ def test_file_commands_pass_their_options_on(tmp_path: Path, monkeypatch: pytest
     options = ["--samples", "4", "--temperature", "0.7", "--seed", "3", "--engine", "vllm"]
     assert cli.main(["generate", "model", "--prompts", "p.jsonl", "--out", "o.jsonl", *options]) == 0
     assert cli.main(["report", "a", "b", "--out", "r.html"]) == 0
-    sampling = {"samples": 4, "temperature": 0.7, "max_new_tokens": 256, "batch_size": 64, "seed": 3, "engine": "vllm"}
+    sampling = {"samples": 4, "temperature": 0.7, "max_new_tokens": None, "batch_size": 64, "seed": 3, "engine": "vllm"}
     assert calls == [
         ((Path("run"), Path("out"), "hf"), {"verify": True, "workers": 2}),
         ((Path("model"), Path("p.jsonl"), Path("o.jsonl")), sampling),

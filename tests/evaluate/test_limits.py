@@ -57,6 +57,8 @@ def test_generate_stays_within_the_context(folder: Path, capsys: pytest.CaptureF
     assert "prompt of 10 tokens and 55 new tokens exceed" in (said := error(capsys, *options, CONTEXT - 9))
     assert "ten.jsonl line 1" in said and "context of 64" in said and "--max-new-tokens to 54 at most" in said
     assert main([str(option) for option in (*options, CONTEXT - 10)]) == 0
+    assert main([str(option) for option in options[:-1]]) == 0
+    assert "1 answers to 1 prompts; " in (said := capsys.readouterr().err) and "the limit of 54 tokens" in said
     write_jsonl(prompts, [{"prompt": "0" * CONTEXT}])
     assert "shorten the prompt" in error(capsys, *options, 1)
 
