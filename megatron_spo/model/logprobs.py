@@ -118,12 +118,13 @@ class VocabParallelLogProb(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        rows, ctx.rows = ctx.rows, None  # ctx itself lives until the whole backward pass is over
         room = _room(hidden, weight)
         with _products_of(weight):
             for part in _chunks(hidden, weight):
                 scale = gradients[0][part]
                 states = _factor(hidden[part])
-                logits = _capped(_product(states, ctx.rows.t(), room), ctx.softcap)
+                logits = _capped(_product(states, rows.t(), room), ctx.softcap)
                 slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()  # of c tanh(x / c)
                 d_logits = logits.sub_(normaliser[part, None]).exp_().mul_(-scale[:, None])
                 if len(weight):
