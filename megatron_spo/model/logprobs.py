@@ -40,23 +40,23 @@ def _products_of(weight: Tensor) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _factor(matrix: Tensor, room: Tensor | None = None) -> Tensor:
-    """Returns a factor for `_product`: on a CPU in fp32 (in `room` if it is given), as bf16 products with a result in
+def _factor(matrix: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Returns a factor for `_product`: on a CPU in fp32 (in `buffer` if it is given), as bf16 products with a result in
     fp32 need a GPU."""
     if matrix.is_cuda or matrix.dtype == torch.float32:
         return matrix
-    return matrix.float() if room is None else room.copy_(matrix)
+    return matrix.float() if buffer is None else buffer.copy_(matrix)
 
 
-def _product(left: Tensor, right: Tensor, room: Tensor | None = None) -> Tensor:
-    """Returns the fp32 [n, m] product of two factors, [n, k] and [k, m]; in `room` [n or more, m] if it is given."""
+def _product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Returns the fp32 [n, m] product of two factors, [n, k] and [k, m]; in `buffer` [n or more, m] if it is given."""
     if left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right if room is None else torch.mm(left, right, out=room[: len(left)])
+    return left @ right if buffer is None else torch.mm(left, right, out=buffer[: len(left)])
 
 
-def _room(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Returns memory for the logits of a chunk on a CPU, which would spend much time on getting new pages for each."""
+def _buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """Returns a buffer for the logits of a chunk on a CPU, where new memory for every chunk takes time; else None."""
     size = max((part.stop - part.start for part in _chunks(hidden, weight)), default=0)
     return None if hidden.is_cuda else torch.empty(size, len(weight))
 
@@ -88,10 +88,10 @@ class VocabParallelLogProb(torch.autograd.Function):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normaliser, entropies = torch.empty_like(logprobs), torch.empty_like(logprobs)
         rows = _factor(weight)  # converted once for both passes, as this costs as much as half a chunk
-        room, more_room = _room(hidden, weight), _room(hidden, weight)
+        buffer, second_buffer = _buffer(hidden, weight), _buffer(hidden, weight)
         with _products_of(weight):
             for part in _chunks(hidden, weight):
-                logits = _capped(_product(_factor(hidden[part]), rows.t(), room), softcap)
+                logits = _capped(_product(_factor(hidden[part]), rows.t(), buffer), softcap)
                 peak = logits.amax(-1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
                 if group is not None:
                     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -100,7 +100,7 @@ class VocabParallelLogProb(torch.autograd.Function):
                     local, here = _local(targets[part], first_row, len(weight))
                     target_logit = torch.where(here, logits.gather(1, local)[:, 0], 0.0)
                 logits.sub_(peak[:, None])
-                shares = logits.exp() if more_room is None else torch.exp(logits, out=more_room[: len(logits)])
+                shares = logits.exp() if second_buffer is None else torch.exp(logits, out=second_buffer[: len(logits)])
                 sums = torch.stack([shares.sum(-1), target_logit, logits.mul_(shares).sum(-1)])
                 if group is not None:
                     dist.all_reduce(sums, group=group)
@@ -119,12 +119,12 @@ class VocabParallelLogProb(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         rows, ctx.rows = ctx.rows, None  # ctx itself lives until the whole backward pass is over
-        room = _room(hidden, weight)
+        buffer = _buffer(hidden, weight)
         with _products_of(weight):
             for part in _chunks(hidden, weight):
                 scale = gradients[0][part]
                 states = _factor(hidden[part])
-                logits = _capped(_product(states, rows.t(), room), ctx.softcap)
+                logits = _capped(_product(states, rows.t(), buffer), ctx.softcap)
                 slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()  # of c tanh(x / c)
                 d_logits = logits.sub_(normaliser[part, None]).exp_().mul_(-scale[:, None])
                 if len(weight):

@@ -53,9 +53,9 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     largest = 0
     original = logprobs._product
 
-    def watched(left: torch.Tensor, right: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    def watched(left: torch.Tensor, right: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
         nonlocal largest
-        product = original(left, right, room)
+        product = original(left, right, buffer)
         largest = max(largest, product.numel())
         return product
 
