@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,8 @@ def _heading(request: Request, choice: Choice, values: dict[str, Any]) -> Iterat
     memory = f"{plan.memory.total / GIB:.0f} of {job.gpu.memory / GIB:.0f} GiB of memory"
     time = f"{plan.speed.step.total:.2g} s per step, {steps_of(job)} steps, {duration(run_hours(job, plan))}"
     yield f"# {memory}, {time}."
+    if job.gpus == 1 and shutil.which("nvidia-smi") is None:
+        yield "# This machine has no GPU: a CPU takes some thousand times as long, and needs the memory in RAM."
     cached = bool(values["reference"].get("cache"))
     if job.gpus > job.gpu.per_node:
         nodes = -(-job.gpus // job.gpu.per_node)

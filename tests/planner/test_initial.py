@@ -42,9 +42,11 @@ def test_training_from_it(
     desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     tiny = ["precision.dtype=fp32", "training.threads=1", "training.steps=30", "logging.report=false"]
     text, values = init(desk, capsys, "model", "pairs.jsonl", f"data.eval={desk}/held-out.jsonl", *tiny)
     (tmp_path / "my.yaml").write_text(text)
+    assert "This machine has no GPU" in text
     assert values["output"] == "runs/pairs" and values["reference"]["cache"] == "runs/pairs-reference"
     assert values["checkpoint"]["every"] == 10 and values["training"]["eval_every"] == 7
     for line in text.splitlines():
@@ -64,7 +66,7 @@ def test_training_from_it(
 def test_the_layout_is_the_planners(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, values = init(desk, capsys, "Llama-3.3-70B", "long.jsonl", "--gpus", "32")
     assert values["parallel"]["tensor"] * values["parallel"]["pipeline"] > 8 and values["parallel"]["sequence"]
-    assert "slurm submit my.yaml --nodes 4" in text and "988 GB" in text
+    assert "slurm submit my.yaml --nodes 4" in text and "988 GB" in text and "no GPU" not in text
     _, values = init(desk, capsys, "Llama-3.1-8B", "long.jsonl", "lora.rank=8")
     assert "parallel" not in values and values["optimizer"]["lr"] == 1e-4
     text, values = init(desk, capsys, "Llama-3.1-8B", "long.jsonl")
