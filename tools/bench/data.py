@@ -133,9 +133,9 @@ def _training(folder: Path, *, quick: bool) -> list[Result]:
     forward, scored = _Clock(score_rows), _Clock(fill.score_rows)
     written, batch = _Clock(ReferenceWriter.write_chunk), _Clock(Loader.batch)
 
-    def both(chunks: Any, rows: Any, *, runtime: Any) -> Any:
+    def both(chunks: Any, rows: Any, *, runtime: Any, begun: Any) -> Any:
         forward(chunks, rows, runtime=runtime)
-        return scored(chunks, rows, runtime=runtime)
+        return scored(chunks, rows, runtime=runtime, begun=begun)
 
     with (
         measure.replaced(fill, "score_rows", both),
