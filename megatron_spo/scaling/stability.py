@@ -136,6 +136,7 @@ def _terms(points: Columns, causes: Sequence[str]) -> np.ndarray:
     return np.column_stack([np.ones(len(next(iter(points.values())))), *logs])
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the search may try an extreme sigma, and then rejects it
 def _unlikelihood(point: np.ndarray, x: np.ndarray, y: np.ndarray, crossed: np.ndarray) -> tuple[float, np.ndarray]:
     """Returns minus the log likelihood and its gradient; the last parameter is log sigma."""
     sigma = np.exp(point[-1])
