@@ -281,7 +281,10 @@ def respond(
     After the end token of a response, more tokens may follow. Every SEGMENT tokens, the finished responses leave the
     batch, as the longest may be many times as long as most.
     """
-    noise = np.stack([np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs])
+    noise = torch.empty(len(jobs), 0)
+    if sampling.temperature > 0:
+        numbers = [np.random.default_rng((sampling.seed, *job)).random(sampling.max_new_tokens) for job in jobs]
+        noise = torch.from_numpy(np.stack(numbers))
     ids, mask = ids.to(model.device), mask.to(model.device)
     rows, name, width = [row for row, _ in jobs], _cache_name(model), ids.shape[1]
     cache = shared_cache(model, ids, mask, rows) if len(set(rows)) < len(rows) and width > 1 else None
@@ -291,7 +294,7 @@ def respond(
     while len(left):
         choosers = LogitsProcessorList()
         if sampling.temperature > 0:
-            choosers.append(TemperatureSampler(torch.from_numpy(noise)[left], sampling.temperature, width))
+            choosers.append(TemperatureSampler(noise[left], sampling.temperature, width))
         room = width + sampling.max_new_tokens - ids.shape[1]
         output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=choosers,
                                 max_new_tokens=min(SEGMENT, room), return_dict_in_generate=True,
