@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A sweep as a job array: one full run on one node for each line of a file, and then a table of all runs.
 #   SPO_CONFIG=my.yaml SPO_OUT=/shared/study SPO_STUDY=lines.txt bash slurm/array_study.sh [sbatch options]
-# on the login node, from the repository's root; with --check first, every line is checked and nothing is queued. A line holds overrides as `train` takes them, such as
+# on the login node, from the repository's root. With --check as the first option, every line is checked and nothing is
+# queued. A line holds overrides as `train` takes them, such as
 #   loss.name=simpo spo.lambda=0.5
 # Empty lines and lines that begin with # are ignored. Three jobs are submitted, each with the given options:
 # 1. the reference pass, which all runs share (a run that changes the model or data must set its own reference.cache);
@@ -28,7 +29,6 @@ submit() {
     local reference array summary after=()
     [[ -z ${SLURM_JOB_ID:-} ]] || die 2 "this script submits jobs itself; run it with bash on the login node, not with sbatch"
     check_variables
-    ((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides; add one for each run"
     mkdir -p "$SPO_OUT"
     printf '%s\n' "${lines[@]}" >"$SPO_OUT/study.txt" # task N must find line N even if the original file changes
     export SPO_STUDY=$SPO_OUT/study.txt
@@ -56,6 +56,7 @@ wants_reference() {
 
 [[ -r ${SPO_STUDY:-} ]] || die 2 "SPO_STUDY=${SPO_STUDY:-} must name a file with one line of overrides for each run"
 mapfile -t lines < <(grep -Ev '^[[:space:]]*(#|$)' "$SPO_STUDY")
+((${#lines[@]} > 0)) || die 2 "SPO_STUDY=$SPO_STUDY has no line of overrides; add one for each run"
 : "${SPO_LAYOUT=parallel.tensor=2 parallel.sequence=true}"
 study=${SPO_OUT:-}
 case ${SPO_STUDY_PART:-submit} in

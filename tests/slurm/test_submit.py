@@ -98,6 +98,9 @@ def test_check_queues_nothing(cluster: Cluster, folder: Path) -> None:
     lines.write_text("loss.name=simpo\nloss.name=sigmoid\n")
     done = cluster.run(*study, **of_study)
     assert done.returncode == 2 and "it is dpo here" in done.stderr
+    lines.write_text("# a comment\n")
+    done = cluster.run(*study, **of_study)
+    assert done.returncode == 2 and "has no line of overrides" in done.stderr
     assert queued(cluster) == before and not (folder / "x").exists() and not (folder / "out").exists()
 
     wrong = {
