@@ -13,14 +13,14 @@ from scipy.stats import spearmanr
 
 from megatron_spo.errors import UserError
 from megatron_spo.report import figures
-from megatron_spo.report.page import captioned, grid, note, paragraph, section, table, write_page
+from megatron_spo.report.page import captioned, grid, legend, note, paragraph, section, table, write_page
 from megatron_spo.scaling.amounts import amount
 from megatron_spo.scaling.fit import LAWS, Fit, attempt
 from megatron_spo.scaling.groups import Grouped, fit_groups
 from megatron_spo.scaling.law import Ask
 from megatron_spo.scaling.plot import Panel, law_panel, panels_of, parameter_panels, reward_panel
 from megatron_spo.scaling.points import read_groups
-from megatron_spo.scaling.spec import FitSpec, ScatterSpec
+from megatron_spo.scaling.spec import FitSpec, ScatterSpec, StudySpec
 from megatron_spo.scaling.study import Study, run_name, varied_names
 from megatron_spo.scaling.table import Row, make_table
 from megatron_spo.scaling.text import caption, differences
@@ -33,12 +33,17 @@ DRAWN = {
     "eval/rewards/accuracies": "share of held-out pairs ranked as by the judge",
 }
 """Metrics that are drawn if the study does not list `metrics`, with their meaning."""
+MEANINGS = DRAWN | {
+    "eval/spo/rejected_shift": "change of log p(rejected) on held-out pairs, nats per answer",
+    "eval/spo/both_down": "share of held-out pairs in which both answers lost probability",
+    "train/loss/sft": "SFT loss on the last training batches, nats per chosen token",
+}
 SEED = "training.seed"
 COLUMNS = ("N", "D", "U", "training_steps", "seconds")
 
 
 def write_study_page(study: Study, out: Path, *, bootstrap: int, seed: int) -> str:
-    """Writes the page, after the table; returns a sentence per fit for the terminal.
+    """Writes the page, after the table; returns the results of the fits for the terminal.
 
     Raises:
         UserError: If the page cannot be written; a fit that is not possible is a note on the page.
@@ -74,22 +79,50 @@ def _overview(study: Study, rows: Sequence[Row], varied: Sequence[str]) -> str:
 
 
 def _metrics(study: Study, rows: Sequence[Row], axes: Sequence[str]) -> list[str]:
-    wanted = {name: DRAWN.get(name, name) for name in study.spec.metrics or DRAWN}
     parts = []
-    for metric, meaning in wanted.items():
+    for metric, meaning in _meanings(study.spec).items():
         known = [row for row in rows if isinstance(row.get(metric), int | float)]
         if not known:
             if study.spec.metrics:
                 parts.append(section(metric, note("No finished run has this metric.")))
             continue
         x, line, facet = _roles(known, axes)
+        names = list(dict.fromkeys(row[line] for row in known)) if line else [""]
+        colours = dict(zip(names, itertools.cycle(figures.PALETTE), strict=False))
         panels = []
         for value in [None] if facet is None else list(dict.fromkeys(row[facet] for row in known)):
             chosen = [row for row in known if facet is None or row[facet] == value]
             title = "" if facet is None else f"{facet.rpartition('.')[2]} = {value}"
-            panels.append(captioned(title, _picture(_metric_panel(chosen, metric, x, line))))
-        parts.append(section(metric, paragraph(_extremes(known, metric, meaning, axes)), grid(*panels)))
+            drawn = _picture(_metric_panel(chosen, metric, x, line, colours, _range_of(known, metric)))
+            panels.append(captioned(title, drawn))
+        shown = {_label(known, line, name): colour for name, colour in colours.items()} if line else {}
+        said = paragraph(_extremes(known, metric, meaning, axes))
+        parts.append(section(metric, said, grid(*([legend(shown)] if shown else []), *panels)))
     return parts
+
+
+def _label(rows: Sequence[Row], line: str, name: Any) -> str:
+    """Returns the entry of a legend; a model has its number of parameters."""
+    sizes = {row["N"] for row in rows if line == "model" and row[line] == name and "N" in row}
+    size = f" (N = {amount(sizes.pop())})" if len(sizes) == 1 else ""
+    return f"{line.rpartition('.')[2]} {name}{size}"
+
+
+def _meanings(spec: StudySpec) -> dict[str, str]:
+    """Returns the metrics to draw, with the meaning that the study or this package gives them."""
+    known = dict(MEANINGS)
+    if spec.crossing is not None:
+        bound = f"{spec.crossing.metric} on held-out pairs is below {spec.crossing.below:g}"
+        known["steps"] = f"steps until {bound}, or until the training ends"
+    given = spec.metrics if isinstance(spec.metrics, dict) else dict.fromkeys(spec.metrics)
+    return {name: meaning or known.get(name, name) for name, meaning in (given or DRAWN).items()}
+
+
+def _range_of(rows: Sequence[Row], metric: str) -> tuple[float, float]:
+    """Returns the vertical range of all panels of a metric, so that they can be compared."""
+    values = [row[metric] for row in rows]
+    margin = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 0.05
+    return min(values) - margin, max(values) + margin
 
 
 def _roles(rows: Sequence[Row], axes: Sequence[str]) -> tuple[str, str | None, str | None]:
@@ -105,23 +138,26 @@ def _roles(rows: Sequence[Row], axes: Sequence[str]) -> tuple[str, str | None, s
     return x, line, lines[-1] if len(lines) > 1 else None
 
 
-def _metric_panel(rows: Sequence[Row], metric: str, x: str, line: str | None) -> Panel:
+def _metric_panel(
+    rows: Sequence[Row], metric: str, x: str, line: str | None, colours: Mapping[Any, str], span: tuple[float, float]
+) -> Panel:
     """Draws the mean over the runs of a setting, with the range over seeds and other choices as a bar."""
 
     def draw(axes: Axes) -> None:
-        names = list(dict.fromkeys(row[line] if line else "" for row in rows))
         places = {value: i for i, value in enumerate(dict.fromkeys(row[x] for row in rows))}
         numeric = all(isinstance(value, int | float) for value in places)
-        for name, colour in zip(names, itertools.cycle(figures.PALETTE), strict=False):
+        for name, colour in colours.items():
             found: dict[float, list[float]] = {}
             for row in rows:
                 if not line or row[line] == name:
                     found.setdefault(row[x] if numeric else places[row[x]], []).append(row[metric])
+            if not found:
+                continue
             at = sorted(found)
             mean = np.array([np.mean(found[place]) for place in at])
             ends = np.array([[np.min(found[place]), np.max(found[place])] for place in at]).T
             axes.errorbar(at, mean, np.abs(ends - mean), color=colour, marker="o", markersize=4, capsize=2,
-                          linewidth=1.4, label=str(name) if line else None)  # fmt: skip
+                          linewidth=1.4)  # fmt: skip
         if numeric and min(places) > 0 and max(places) > 3 * min(places):
             axes.set_xscale("log")
             axes.set_xticks(sorted(places), [amount(place) for place in sorted(places)])
@@ -129,10 +165,8 @@ def _metric_panel(rows: Sequence[Row], metric: str, x: str, line: str | None) ->
         elif not numeric:
             axes.set_xticks(range(len(places)), [str(place) for place in places])
             axes.tick_params("x", labelrotation=30 if len(places) > 4 else 0)
-        axes.set(xlabel=x, ylabel=metric)
+        axes.set(xlabel=x, ylabel=metric, ylim=span)
         axes.grid(alpha=0.2)
-        if line:
-            axes.legend(title=line.rpartition(".")[2], fontsize=8, title_fontsize=8, frameon=False)
 
     return draw
 
@@ -174,7 +208,7 @@ def _extremes(rows: Sequence[Row], metric: str, meaning: str, axes: Sequence[str
 
 
 def _fit(study: Study, one: FitSpec, *, bootstrap: int, seed: int) -> tuple[str, str]:
-    """Returns the section of a fit, and its result as a sentence."""
+    """Returns the section of a fit, and its result as text."""
     law = LAWS[one.law]
     only = "".join(f", {name} = {value}" for name, value in one.only.items())
     title = f"Law {one.law}{f' by {one.by}' if one.by else ''}{only}"
@@ -186,8 +220,8 @@ def _fit(study: Study, one: FitSpec, *, bootstrap: int, seed: int) -> tuple[str,
         grouped = fit_groups(law, one.by, groups, Ask(), bootstrap=bootstrap, seed=seed)
     except UserError as error:
         return section(title, note(f"There is no fit: {error}")), f"{title}: no fit: {error}"
-    sentences = "; ".join(f"{name}: {caption(fit)}" for name, fit in grouped.fits.items())
-    return section(title, *_several(grouped)), f"{title}: {sentences}"
+    lines = [f"  {name}: {caption(fit)}" for name, fit in grouped.fits.items()]
+    return section(title, *_several(grouped)), "\n".join([f"{title}:", *lines])
 
 
 def _single(fit: Fit) -> list[str]:
@@ -232,7 +266,7 @@ def _picture(panel: Panel) -> str:
 
 
 def _runs(study: Study, rows: Sequence[Row], varied: Sequence[str]) -> str:
-    metrics = [name for name in study.spec.metrics or DRAWN if any(name in row for row in rows)]
+    metrics = [name for name in _meanings(study.spec) if any(name in row for row in rows)]
     columns = [name for name in (*COLUMNS, *metrics) if any(name in row for row in rows)]
     cells = [
         [run_name(run, varied), str(row["state"]), *(_cell(row.get(name)) for name in columns), str(row["reason"])]

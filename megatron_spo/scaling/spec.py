@@ -106,8 +106,8 @@ class StudySpec(_Strict):
     after: list[StepSpec] = []
     crossing: CrossingSpec | None = None
     expected: ExpectedSpec | None = None
-    metrics: list[str] = []
-    """columns that the report draws; none: those of `scaling/page.py`"""
+    metrics: list[str] | dict[str, str | None] = []
+    """columns that the report draws, also with their meaning; none: those of `scaling/page.py`"""
     scatters: list[ScatterSpec] = []
     fits: list[FitSpec] = []
 

@@ -33,7 +33,7 @@ def test_the_page_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -
     out = folder / "page.html"
     assert main(["scaling", "report", str(study), "--out", str(out), "--bootstrap", "100"]) == 0
     printed = capsys.readouterr().out
-    assert "Law pure_power by method: simpo: " in printed
+    assert "Law pure_power by method:\n  simpo: " in printed
     assert "Law chinchilla: no fit: " in printed and "column 'eval/nothing' is missing" in printed
     page = out.read_text()
     assert "<h1>Rows and methods</h1>" in page and "6 done" in page
