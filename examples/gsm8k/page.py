@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from examples.common import write_text
-from examples.gsm8k.study import CONTROL, all_runs
+from examples.gsm8k.study import CONTROL, SAMPLING_TEMPERATURE, all_runs
 from megatron_spo.evaluate.scores import Estimate, difference, estimate
 from megatron_spo.report import figures
 from megatron_spo.report.figures import Curve
@@ -60,7 +60,7 @@ def table(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) ->
 
 def row(name: str, lr: str, ones: Sequence[Result], base: Result, control: Sequence[Result] | None) -> dict[str, str]:
     """Returns the cells of a row; intervals are 95%, over the problems, after averaging over the seeds."""
-    right = per_problem(ones)
+    right, sampled = per_problem(ones), "sampled" in ones[0]["answers"]
     cells = {
         "run": name,
         "lr": lr,
@@ -68,7 +68,7 @@ def row(name: str, lr: str, ones: Sequence[Result], base: Result, control: Seque
         "accuracy": shown(estimate(right)),
         "minus base": shown(difference(right, per_problem([base])), "+") if ones[0] is not base else "",
         "minus control": shown(difference(right, per_problem(control)), "+") if control else "",
-        "T=0.8": shown(estimate(per_problem(ones[:1], "sampled"))) if "sampled" in ones[0]["answers"] else "",
+        f"T={SAMPLING_TEMPERATURE:g}": shown(estimate(per_problem(ones[:1], "sampled"))) if sampled else "",
         "malformed": f"{mean(per_problem(ones, field='malformed')):.2f}",
         "other questions": f"{mean(per_problem(ones, 'other')):.2f}",
         "words": f"{mean(one['answers']['greedy']['words'] for one in ones):.0f}",

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from examples.gsm8k.study import (  # noqa: E402
     OTHER_PROMPT,
     PROMPT,
     SAMPLING_TEMPERATURE,
+    SHORT_PROMPT,
     TINY,
+    Problem,
     Run,
     Scale,
     all_runs,
@@ -51,13 +53,23 @@ EVALUATED = (
 
 @dataclass(frozen=True)
 class Study:
-    """What all stages need: `results` is the folder of result files, `model` that of the model."""
+    """What all stages need: `results` is the folder of result files, `model` that of the model.
+
+    `sft_steps`: Steps of SFT on solutions that the model was trained for before everything else; its prompts are then
+    short.
+    """
 
     stages: Stages
     results: Path
     model: Path
     scale: Scale
     seed: int
+    sft_steps: int = 0
+
+    @property
+    def prompt(self) -> str:
+        """Form of the prompts of the problems."""
+        return SHORT_PROMPT if self.sft_steps else PROMPT
 
     def answer(self, name: str, model: Path, prompts: str, **options: Any) -> Path:
         """Generates answers to OUT/`prompts`.jsonl into OUT/NAME.jsonl; returns that file."""
@@ -71,13 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = TINY if options.tiny else Scale()
     model = locate_model(options.model)
     settings = {"model": str(model), "train": str(options.problems), "test": str(options.test), "tiny": options.tiny,
-                "seed": options.seed}  # fmt: skip
+                "seed": options.seed, "sft_steps": options.sft_steps}  # fmt: skip
     stages = Stages.open(options.out, 1, settings, fresh=options.fresh, threads=options.threads)
     results = options.results or HERE / "results" / Path(options.model).name.lower()
-    study = Study(stages, results, model, scale, options.seed)
+    study = Study(stages, results, model, scale, options.seed, options.sft_steps)
     results.mkdir(parents=True, exist_ok=True)
-    write_prompts(study, options.problems, options.test)
+    unused = write_prompts(study, options.problems, options.test)
     identify(study)
+    if options.sft_steps:
+        study = replace(study, model=train_sft(study, unused))
     make_pairs(study)
     runs = [run for run in all_runs() if not options.only or run.key in options.only]
     wanted = [run for run in runs if not (results / f"{run.key}.json").is_file()]
@@ -95,6 +109,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face folder or hub id [%(default)s]")
     parser.add_argument("--results", type=Path, help="folder of pairs and result files [results/NAME OF THE MODEL]")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run [%(default)s]")
+    parser.add_argument("--sft-steps", type=int, default=0, help="train the model on solutions for so many steps "
+                        "before everything else, as a base model needs it [%(default)s]")  # fmt: skip
     parser.add_argument("--runs", type=int, help="stop after so many runs [all]")
     parser.add_argument("--only", nargs="+", choices=[run.key for run in all_runs()], metavar="RUN", help="runs to do, "
                         "by the name of their result file, such as dpo-lr2e-5 [all]")  # fmt: skip
@@ -102,22 +118,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_prompts(study: Study, train_file: Path, test_file: Path) -> None:
-    """Writes the prompts of training, test and other problems; no test problem is a training problem."""
+def write_prompts(study: Study, train_file: Path, test_file: Path) -> list[Problem]:
+    """Writes the prompts of training, test and other problems; returns the problems of the training file left over.
+
+    No test problem is a training problem.
+    """
     scale, stages = study.scale, study.stages
     train_problems = read_problems(train_file)
-    known = {question for question, _ in train_problems}
-    test = [one for one in read_problems(test_file) if one[0] not in known]
+    known = {one.question for one in train_problems}
+    test = [one for one in read_problems(test_file) if one.question not in known]
     chat = load_tokenizer(study.model).chat_template is not None
     drawn = {
         "train": draw(train_problems, scale.pair_problems, study.seed, "training"),
         "test": draw(test, scale.test_problems, study.seed, "test"),
     }
     for name, problems in drawn.items():
-        rows = [prompt_row(question, right, chat=chat) for question, right in problems]
+        rows = [prompt_row(one.question, one.right, chat=chat, prompt=study.prompt) for one in problems]
         write_jsonl(stages.file(f"{name}_problems"), rows)
     rows = [prompt_row(*one, chat=chat, prompt=OTHER_PROMPT) for one in other_questions(scale.other_problems)]
     write_jsonl(stages.file("other_problems"), rows)
+    return [one for one in train_problems if one not in drawn["train"]]
 
 
 def identify(study: Study) -> None:
@@ -129,8 +149,9 @@ def identify(study: Study) -> None:
         "weights": digest(*weights),
         "tokenizer": digest(study.model / "tokenizer.json"),
         "prompts": prompts,
-        "prompt": PROMPT,
+        "prompt": study.prompt,
         "seed": study.seed,
+        "sft_steps": study.sft_steps,
         "scale": {key: value for key, value in asdict(study.scale).items() if key not in ("part", "batch_size")},
     }
     path = study.results / "study.json"
@@ -140,6 +161,29 @@ def identify(study: Study) -> None:
     if different := [key for key in identity if identity[key] != there.get(key) and key != "model"]:
         raise StageFailed(f"{study.results} has results of another study: its study.json differs in "
                           f"{', '.join(different)}; give the same inputs, or another --results")  # fmt: skip
+
+
+def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
+    """Trains the model on solutions of problems from which no pair is made; returns the folder of the trained model."""
+    stages, scale = study.stages, study.scale
+    count = min(len(problems), study.sft_steps * scale.sft_batch)
+    chat = load_tokenizer(study.model).chat_template is not None
+    rows = []
+    for one in draw(problems, count, study.seed, "SFT"):
+        prompt = prompt_row(one.question, one.right, chat=chat, prompt=study.prompt)["prompt"]
+        answer = [{"role": "assistant", "content": one.solution}] if chat else f" {one.solution}"
+        rows.append({"prompt": prompt, "completion": answer})
+    write_jsonl(stages.file("sft"), rows)
+    overrides = [
+        f"model.path={study.model}",
+        f"data.train={stages.file('sft')}",
+        f"training.steps={study.sft_steps}",
+        f"optimizer.warmup_steps={study.sft_steps // 10}",
+        f"training.global_batch_size={scale.sft_batch}",
+        f"training.seed={study.seed}",
+    ]
+    stages.train("sft", HERE / "sft.yaml", overrides)
+    return stages.export("sft")
 
 
 def make_pairs(study: Study) -> None:
@@ -158,7 +202,7 @@ def make_pairs(study: Study) -> None:
             shutil.copy(study.answer(name, study.model, f"problems_{start:04d}", **options), kept)
         stages.say(f"sampled: {min(start + scale.part, len(problems))} of {len(problems)} problems")
     drawn = stages.file("all_pairs")
-    rules = ["--scorer", "exact_match", "--per-prompt", str(scale.per_problem)]
+    rules = ["--scorer", "exact_match", "--choose", "right-wrong", "--per-prompt", str(scale.per_problem)]
     summary = study.results / "pairs_summary.json"
     stages.command("pairs", "pairs", *parts, "--out", drawn, "--summary", summary, *rules, done=False)
     training, held_out = split(read_jsonl(drawn), scale)
@@ -210,10 +254,12 @@ def train(study: Study, run: Run) -> None:
     stages.command("reference", "reference", config, f"output={stages.out / 'reference-run'}", *shared,
                    done=filled.is_file())  # fmt: skip
     filled.touch()
-    folder = stages.train(run.key, config, [*shared, *run.overrides()])
+    traced = [f"checkpoint.every={scale.trace_every}", f"checkpoint.keep={scale.steps}"] if run.traced else []
+    folder = stages.train(run.key, config, [*shared, *traced, *run.overrides()])
     model = stages.export(run.key)
     trained = time.perf_counter()
     answers = answers_of(study, run.key, model, sampled=run.sampled)
+    during = answers_during(study, folder) if run.traced else {}
     evaluations = metrics_lines(folder, "eval")
     found = {
         "name": run.name,
@@ -228,14 +274,30 @@ def train(study: Study, run: Run) -> None:
         "losses": [round(line["loss"], 5) for line in metrics_lines(folder, "train")],
         "alarms": [{key: line[key] for key in ("step", "data", "alarm")} for line in metrics_lines(folder, "alarm")],
         "answers": answers,
+        "during": during,
     }  # fmt: skip
     write_result(study, run.key, found)
     shutil.rmtree(model)
     shutil.rmtree(folder / "checkpoints")
 
 
+def answers_during(study: Study, folder: Path) -> dict[int, dict[str, Any]]:
+    """Returns scores of greedy answers to the first test problems, by the step of each checkpoint but the last."""
+    stages, found = study.stages, {}
+    write_jsonl(stages.file("traced_problems"), read_jsonl(stages.file("test_problems"))[: study.scale.traced])
+    for checkpoint in sorted((folder / "checkpoints").glob("step_*"))[:-1]:
+        name = f"{folder.name}-{checkpoint.name}"
+        if not (answers := stages.file(f"{name}-greedy")).is_file():
+            model = stages.out / f"{name}-hf"
+            stages.command(f"convert-{name}", "convert", checkpoint, model, "--to", "hf", done=model.is_dir())
+            answers = study.answer(f"{name}-greedy", model, "traced_problems")
+            shutil.rmtree(model)
+        found[int(checkpoint.name.rpartition("_")[2])] = scores(answers)
+    return found
+
+
 def answers_of(study: Study, name: str, model: Path, *, sampled: bool) -> dict[str, Any]:
-    """Returns scores of each answer: greedy, to other questions, and sampled at T=0.8 if asked for."""
+    """Returns scores of each answer: greedy, to other questions, and sampled if asked for."""
     files = {
         "greedy": study.answer(f"{name}-greedy", model, "test_problems"),
         "other": study.answer(f"{name}-other", model, "other_problems"),

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from examples.common import PENALTY, StageFailed, read_jsonl
 from megatron_spo.evaluate.scores import expected_answer
@@ -35,7 +35,11 @@ LADDER = ("2e-6", "5e-6", "1e-5", "2e-5")
 """Learning rates at which dpo and simpo alone are run, to find one that helps and one that collapses."""
 RESULT = re.compile(r"\s*(####|A:)")
 """Start of the line of a solution that only has the result."""
+SHORT_PROMPT = "Problem: {question}\nSolution:"
+"""Prompt of a model that was trained on solutions first and so needs no example."""
 OTHER_PROMPT = "{question} Answer with the result only."
+CALCULATION = re.compile(r"<<.*?>>")
+"""The calculator's notes in the solutions of GSM8K."""
 COLLAPSES, HELPS = "2e-5", "5e-6"
 SEEDS = (0, 1, 2)
 MOST_LINES = 3
@@ -44,6 +48,8 @@ SAMPLING_TEMPERATURE = 0.7
 """Temperature of the answers that the pairs are made of, and of the second test."""
 SAMPLED = (CONTROL, "dpo", "dpo+spo")
 """Runs whose answers are also sampled (seed 0, at the learning rate that collapses), besides the base."""
+TRACED = ("dpo", "simpo")
+"""Runs that also answer problems during training (seed 0, at the learning rate that collapses)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Scale:
         max_new_tokens: Most tokens of an answer.
         steps, batch, eval_every: Optimizer steps, pairs per step, and steps between evaluations.
         batch_size: Answers generated at a time.
+        trace_every, traced: Steps between checkpoints that answer test problems during training; number of problems.
+        sft_batch: Solutions per step of the SFT before everything else, if it is asked for.
     """
 
     pair_problems: int = 400
@@ -76,9 +84,12 @@ class Scale:
     batch: int = 4
     eval_every: int = 12
     batch_size: int = 100
+    trace_every: int = 6
+    traced: int = 100
+    sft_batch: int = 8
 
 
-TINY = Scale(8, 8, 2, 4, 8, 4, 6, 4, 16, 2, 2, 1, 32)
+TINY = Scale(8, 8, 2, 4, 8, 4, 6, 4, 16, 2, 2, 1, 32, 1, 4, 2)
 """Sizes that only test the code."""
 
 
@@ -97,8 +108,13 @@ class Run:
 
     @property
     def sampled(self) -> bool:
-        """Whether answers are also sampled at T=0.8."""
+        """Whether answers are also sampled."""
         return self.name in SAMPLED and self.lr == COLLAPSES and self.seed == 0
+
+    @property
+    def traced(self) -> bool:
+        """Whether checkpoints of the run also answer problems."""
+        return self.name in TRACED and self.lr == COLLAPSES and self.seed == 0
 
     def overrides(self) -> list[str]:
         """Returns what this run adds to preference.yaml."""
@@ -127,26 +143,34 @@ def all_runs() -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def read_problems(path: Path) -> list[tuple[str, str]]:
-    """Returns (question, right final answer) of every problem of a file with at most MOST_LINES, without repetitions.
+class Problem(NamedTuple):
+    """A problem, its right final answer, and its solution."""
+
+    question: str
+    right: str
+    solution: str
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Returns every problem of a file with at most MOST_LINES, without repetitions.
 
     A row has `question` or `prompt`, and `answer`, `completion` or `chosen` as its solution.
     """
     if not path.is_file():
         raise StageFailed(f"{path} does not exist; see examples/gsm8k/README.md")
-    found: dict[str, str] = {}
+    found: dict[str, Problem] = {}
     for number, row in enumerate(read_jsonl(path), 1):
         question, right = row.get("question", row.get("prompt")), expected_answer(row)
         if not isinstance(question, str) or right is None:
             raise StageFailed(f"{path} line {number}: needs a text `question` or `prompt`, and a solution that ends in "
                               "a number, in `answer`, `completion` or `chosen`")  # fmt: skip
-        solution = next(row[key] for key in ("answer", "completion", "chosen") if key in row)
-        if len([line for line in str(solution).splitlines() if line.strip() and not RESULT.match(line)]) <= MOST_LINES:
-            found.setdefault(question.strip(), right)
-    return list(found.items())
+        solution = str(next(row[key] for key in ("answer", "completion", "chosen") if key in row))
+        if len([line for line in solution.splitlines() if line.strip() and not RESULT.match(line)]) <= MOST_LINES:
+            found.setdefault(question.strip(), Problem(question.strip(), right, CALCULATION.sub("", solution)))
+    return list(found.values())
 
 
-def draw(problems: Sequence[tuple[str, str]], count: int, seed: int, what: str) -> list[tuple[str, str]]:
+def draw(problems: Sequence[Problem], count: int, seed: int, what: str) -> list[Problem]:
     """Returns `count` different problems."""
     if len(problems) < count:
         raise StageFailed(f"{what}: {count} problems are needed, but the file has {len(problems)}")

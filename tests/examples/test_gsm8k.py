@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,9 @@ def test_problems_of_every_form_are_read_once(tmp_path: Path) -> None:
         {"prompt": "How long?", "completion": "1+1=2\n2+1=3\n3+1=4\n4+1=5\n#### 5"},
     ]
     found = study.read_problems(write_jsonl(tmp_path / "problems.jsonl", rows))
-    assert [question for question, _ in found] == ["How many?", "How much?", "How far?"]
-    assert all(is_match(f"#### {number}", right) for number, (_, right) in zip((5, 1200, 2), found, strict=True))
+    assert [one.question for one in found] == ["How many?", "How much?", "How far?"]
+    assert all(is_match(f"#### {number}", one.right) for number, one in zip((5, 1200, 2), found, strict=True))
+    assert found[0].solution == "2+3=5\n#### 5"
     with pytest.raises(StageFailed, match="bad.jsonl line 2: needs a text"):
         study.read_problems(write_jsonl(tmp_path / "bad.jsonl", [rows[0], {"question": "Why?"}]))
     with pytest.raises(StageFailed, match="nowhere does not exist"):
@@ -110,24 +112,46 @@ def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     problems = [{"question": f"{i}?", "answer": str(i % 10)} for i in range(40)]
     files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
              for name, rows in (("train", problems[:30]), ("test", problems))]  # fmt: skip
-    scale = study.Scale(30, 24, 2, 15, 8, 2, 6, 4, 16, 2, 2, 1, 512)
+    scale = replace(study.TINY, pair_problems=30, samples=24, part=15, held_out_pairs=2, batch_size=512)
     monkeypatch.setattr(run, "TINY", scale)
     results, command = tmp_path / "results", [*map(str, files), "--model", str(model), "--tiny"]
     places = ["--results", str(results), "--out"]
+    tried = [f"{name}-lr{study.COLLAPSES}" for name in (study.CONTROL, "dpo")]
 
     run.main([*command, *places, str(tmp_path / "one"), "--runs", "1"])
     assert not list(results.glob("sampled_*")) and len(read_jsonl(results / "pairs.jsonl")) == 8
-    assert {path.stem for path in results.glob("*.json")} == {"study", "pairs_summary", "base", "sft_on_chosen-lr2e-5"}
-    found = json.loads((results / "sft_on_chosen-lr2e-5.json").read_text())
+    assert {path.stem for path in results.glob("*.json")} == {"study", "pairs_summary", "base", tried[0]}
+    found = json.loads((results / f"{tried[0]}.json").read_text())
     assert len(found["answers"]["greedy"]["right"]) == 6 and len(found["answers"]["other"]["words"]) == 4
     assert found["held_out"][-1]["step"] == 2 and found["held_out"][-1]["pairs"] == 2 and "sampled" in found["answers"]
+    assert found["during"] == {}
     before = {path: path.stat().st_mtime_ns for path in results.iterdir() if path.suffix != ".md"}
 
-    run.main([*command, *places, str(tmp_path / "two"), "--only", "dpo+spo-lr2e-5"])  # in another session
-    assert "dpo+spo" in (results / "table.md").read_text() and "<svg" in (results / "runs.svg").read_text()
+    run.main([*command, *places, str(tmp_path / "two"), "--only", tried[1]])  # in another session
+    found = json.loads((results / f"{tried[1]}.json").read_text())
+    assert list(found["during"]) == ["1"] and len(found["during"]["1"]["right"]) == 4
+    assert "dpo" in (results / "table.md").read_text() and "<svg" in (results / "runs.svg").read_text()
     kept = [path for path in before if path.suffix in (".json", ".jsonl")]
     assert all(path.stat().st_mtime_ns == before[path] for path in kept)
     assert not list((tmp_path / "two").glob("*-hf")) and not list((tmp_path / "two").glob("*/checkpoints"))
 
     with pytest.raises(StageFailed, match="results of another study: its study.json differs in prompts, seed"):
         run.main([*command, *places, str(tmp_path / "three"), "--seed", "1"])
+
+
+@pytest.mark.slow
+def test_a_base_model_is_trained_on_solutions_first(tmp_path: Path) -> None:
+    """A random model without a chat template gives no pairs, but is trained, and samples with short prompts."""
+    tiny_model(model := tmp_path / "model", num_hidden_layers=1)
+    tiny_tokenizer(model)
+    problems = [{"question": f"{i}?", "answer": f"{i}+0=<<{i}+0={i}>>{i}\n#### {i}"} for i in range(40)]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
+             for name, rows in (("train", problems[:30]), ("test", problems))]  # fmt: skip
+    results, out = tmp_path / "results", tmp_path / "out"
+    with pytest.raises(StageFailed, match="pairs"):
+        run.main([*map(str, files), "--model", str(model), "--tiny", "--sft-steps", "3", "--out", str(out),
+                  "--results", str(results)])  # fmt: skip
+    trained, asked = read_jsonl(out / "sft.jsonl"), read_jsonl(out / "train_problems.jsonl")
+    assert len(trained) == 6 and not {row["prompt"] for row in trained} & {row["prompt"] for row in asked}
+    assert trained[0]["prompt"].endswith("Solution:") and "<<" not in trained[0]["completion"]
+    assert (out / "sft-hf/model.safetensors").is_file() and len(list(results.glob("sampled_*"))) == 2
