@@ -10,6 +10,7 @@ import secrets
 import shutil
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +35,8 @@ from megatron_spo.runtime.megatron_versions import own_writer
 from megatron_spo.runtime.processes import on_main
 
 _BACKEND = ("torch_dist", 1)
-_FILES = 2
-"""Files that a rank writes."""
+_FILES = 4
+"""Files that a rank writes; the checksum of one is computed while the next one is written."""
 
 
 class SaveFailed(Exception):
@@ -103,6 +104,8 @@ class Saver:
         everything = weights(self._trainable) if self._weights_only else contents(self._trainable, loading=False)[0]
         sharded, common = save_preprocess(everything)
         self._check_room(sharded)
+        for one in _sharded_tensors(sharded):
+            one.data = _without_neighbours(one.data)
         strategy = _Strategy(*_BACKEND, thread_count=_FILES)
         on_main(lambda: torch.save(common, partial / COMMON), SaveFailed)
         filesystem_async._results_queue = queue.SimpleQueue()  # Megatron's own would start a process
@@ -237,15 +240,18 @@ class _Files:
         outcomes: dict[int, Any] = {}
         failure: Exception | None = None
         try:
-            for i, bucket in enumerate(self._buckets):
-                results, counter = queue.Queue[Any](), queue.Queue[int]()
-                counter.put(i)
-                self._writer.write_preloaded_data(self._transforms, i, bucket, results, counter, use_fsync=True)
-                _, outcome = results.get()
-                if isinstance(outcome, Exception):
-                    raise outcome
-                outcomes[i], path = outcome, Path(bucket[0])
-                self.sums[path.name] = checkpoint_folder.checksum(path)
+            with ThreadPoolExecutor(1, "checksum") as pool:
+                sums: dict[str, Future[list[int | str]]] = {}
+                for i, bucket in enumerate(self._buckets):
+                    results, counter = queue.Queue[Any](), queue.Queue[int]()
+                    counter.put(i)
+                    self._writer.write_preloaded_data(self._transforms, i, bucket, results, counter, use_fsync=True)
+                    _, outcome = results.get()
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    outcomes[i], path = outcome, Path(bucket[0])
+                    sums[path.name] = pool.submit(checkpoint_folder.checksum, path)
+                self.sums = {name: found.result() for name, found in sums.items()}
         except Exception as error:  # reported by the main thread on every rank
             failure = error
         if self._buckets:
@@ -257,6 +263,14 @@ def _copied(bucket: Any, live: set[int]) -> Any:
     """Returns the bucket with copies of its live tensors; on a CPU, Megatron does not copy them."""
     path, key, (texts, tensors) = bucket
     return path, key, (texts, [(item, t.clone() if _storage(t) in live else t) for item, t in tensors])
+
+
+def _without_neighbours(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the same memory as a tensor with a storage of its size; Megatron copies a part of a larger storage."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    bytes_of = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(bytes_of).view(tensor.dtype).reshape(tensor.shape)
 
 
 def _storage(tensor: torch.Tensor) -> int:
