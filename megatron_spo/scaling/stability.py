@@ -21,7 +21,6 @@ from megatron_spo.scaling.law import (
     Unidentified,
     Values,
     interval,
-    require_distinct,
     require_points,
     require_positive,
 )
@@ -59,7 +58,9 @@ class Stability:
         require_points({"steps": points["steps"][crossed == 1]}, len(causes) + 3)
         terms = _terms(points, causes)[crossed == 1]
         for i, name in enumerate(causes):
-            require_distinct({name: terms[:, 1 + i]}, name, 2)
+            if len(np.unique(terms[:, 1 + i])) < 2:
+                raise Unidentified(f"all runs that crossed the bound have the same {name}; add runs with other {name} "
+                                   "until some cross it, or train longer")  # fmt: skip
         if np.linalg.matrix_rank((terms - terms.mean(0))[:, 1:], tol=1e-6) < len(causes):
             raise Unidentified(f"{', '.join(causes)} vary together among the runs that crossed the bound; vary them "
                                "one by one")  # fmt: skip

@@ -266,6 +266,11 @@ REFUSED: dict[str, tuple[Law, dict[str, Any], str]] = {
     ),
     "no bend": (OVEROPTIMIZATION, overoptimization_points(0.0), "no over-optimization"),
     "all censored": (STABILITY, stability_points(1.0), "all are censored"),
+    "one side": (
+        STABILITY,
+        {"steps": np.arange(1.0, 17), "crossed": np.repeat([1.0, 0.0], 8), "rows": np.repeat([150.0, 2400.0], 8)},
+        "all runs that crossed the bound have the same rows",
+    ),
     "nothing varies": (STABILITY, {"steps": np.arange(1.0, 9), "crossed": np.ones(8)}, "no cause varies"),
     "together": (
         STABILITY,
