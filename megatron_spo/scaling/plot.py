@@ -253,8 +253,11 @@ def _spread(values: np.ndarray) -> list[float]:
 
 def _log_axes(axes: Axes, *, x: bool, y: bool) -> None:
     """Sets logarithmic scales, unless an axis spans little; labels are short, such as 30 instead of 3 x 10^1."""
-    for wanted, axis, setter in ((x, axes.xaxis, axes.set_xscale), (y, axes.yaxis, axes.set_yscale)):
+    sides = ((x, axes.xaxis, axes.set_xscale, axes.set_xlim), (y, axes.yaxis, axes.set_yscale, axes.set_ylim))
+    for wanted, axis, setter, limit in sides:
         low, high = axis.get_data_interval()
+        if high - low < 1e-6 * abs(high):  # one value, up to rounding
+            limit(0.9 * low, 1.1 * high)
         if not wanted or high < NARROW * low:
             continue
         setter("log")

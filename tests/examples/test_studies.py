@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RUNS = {"losses": 60, "lambda_units": 48, "lambda_sizes": 24, "lambda_lengths": 16, "lambda_steps_pairs": 36,
         "schedules": 33, "stability": 48, "code": 15, "gsm8k": 66, "long": 3, "sizes_data": 32, "sft_data": 42,
         "sizes_lambda": 48, "repeats": 48, "overoptimization": 84, "displacement": 180}  # fmt: skip
-TINY = {"sizes_data": 32, "sizes_lambda": 24, "repeats": 27, "overoptimization": 20, "displacement": 30, "schedules": 7,
+TINY = {"sizes_data": 32, "sizes_lambda": 24, "repeats": 27, "overoptimization": 20, "displacement": 45, "schedules": 7,
         "sft_data": 14}  # fmt: skip
 
 
