@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -47,9 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Exit codes: 0 done; 1 a bug; 2 the input is wrong; 3 an anomaly in training; 4 another process died or hangs; 5 the
     last checkpoint could not be written; 75 stopped by a signal or the time limit (the same command resumes); 128 +
-    number a second signal. Under torchrun the caller sees the agent's code, which is 1 for every code but 0; then read
-    status.json.
+    number a second signal; 141 the reader of the output has ended, such as `head`. Under torchrun the caller sees the
+    agent's code, which is 1 for every code but 0; then read status.json.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return 141  # as a shell reports it for other programs
+
+
+def _output_is_closed() -> bool:
+    """Returns whether nobody reads stdout any more; then discards what is left, which would fail again at the exit."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    closed = any(events & select.POLLERR for _, events in output.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     yield_soon()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)

@@ -33,6 +33,16 @@ def test_help_lists_the_commands() -> None:
     assert all(f"\n    {command}" in result.stdout for command in COMMANDS)
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("doctor", 141)])  # argparse hides the error
+def test_a_reader_that_ends_first_is_no_error(argument: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "megatron_spo", argument]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (code, "")
+
+
 def test_help_and_doctor_import_nothing_heavy() -> None:
     """Returns the help of every command, and the output of `doctor` without an NVIDIA driver, from one process."""
     code = """
