@@ -113,7 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         "before everything else, as a base model needs it [%(default)s]")  # fmt: skip
     parser.add_argument("--runs", type=int, help="stop after so many runs [all]")
     parser.add_argument("--only", nargs="+", choices=[run.key for run in all_runs()], metavar="RUN", help="runs to do, "
-                        "by the name of their result file, such as dpo-lr2e-5 [all]")  # fmt: skip
+                        "by the name of their result file, such as dpo-lr5e-6 [all]")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="sizes that only test the code")
     return parser.parse_args(arguments)
 
@@ -323,6 +323,7 @@ def write_result(study: Study, key: str, found: dict[str, Any]) -> None:
     versions = {name: version(name) for name in ("megatron_spo", "torch", "transformers")}
     stamp = {"date": time.strftime("%Y-%m-%d"), "versions": versions, "threads": study.stages.threads}
     write_text(study.results / f"{key}.json", json.dumps({**found, **stamp}) + "\n")
+    page.write(study.results)
     study.stages.say(f"{key}: {study.results / key}.json")
 
 

@@ -31,7 +31,7 @@ SCHEDULES = {
     "+dual": ("spo.schedule=dual", "spo.lambda_unit=relative", "spo.lambda=0.1"),
 }
 CONTROL = "sft_on_chosen"
-LADDER = ("2e-6", "5e-6", "1e-5", "2e-5")
+LADDER = ("1e-6", "2e-6", "5e-6", "1e-5")
 """Learning rates at which dpo and simpo alone are run, to find one that helps and one that collapses."""
 RESULT = re.compile(r"\s*(####|A:)")
 """Start of the line of a solution that only has the result."""
@@ -40,7 +40,7 @@ SHORT_PROMPT = "Problem: {question}\nSolution:"
 OTHER_PROMPT = "{question} Answer with the result only."
 CALCULATION = re.compile(r"<<.*?>>")
 """The calculator's notes in the solutions of GSM8K."""
-COLLAPSES, HELPS = "2e-5", "5e-6"
+COLLAPSES, HELPS = "5e-6", "1e-6"
 SEEDS = (0, 1, 2)
 MOST_LINES = 3
 """Lines of a problem's solution, the result not counted: a small model solves too few of the longer ones for pairs."""
