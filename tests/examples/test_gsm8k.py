@@ -130,7 +130,7 @@ def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run.main([*command, *places, str(tmp_path / "two"), "--only", tried[1]])  # in another session
     found = json.loads((results / f"{tried[1]}.json").read_text())
     assert list(found["during"]) == ["1"] and len(found["during"]["1"]["right"]) == 4
-    assert "dpo" in (results / "table.md").read_text() and "<svg" in (results / "runs.svg").read_text()
+    assert "| dpo " in (results / "table.md").read_text() and "<svg" in (results / "runs.svg").read_text()
     kept = [path for path in before if path.suffix in (".json", ".jsonl")]
     assert all(path.stat().st_mtime_ns == before[path] for path in kept)
     assert not list((tmp_path / "two").glob("*-hf")) and not list((tmp_path / "two").glob("*/checkpoints"))
