@@ -40,7 +40,7 @@ def test_the_page_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "<h1>Rows and methods</h1>" in page and "6 done" in page
     assert "method=control, rows=16" in page
     assert "SFT loss on held-out pairs, nats per chosen token: from " in page
-    assert "Number of parameters: " in page and '</i>method simpo</span>' in page
+    assert "Number of parameters: " in page and "</i>method simpo</span>" in page
     assert "No finished run has these columns." in page and "There is no fit: " in page
     assert page.count("<svg") >= 6
     assert main(["scaling", "report", str(study), "--bootstrap", "5"]) == 2
