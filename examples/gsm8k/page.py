@@ -23,9 +23,9 @@ COLOURS = {CONTROL: "#8a8f98", "dpo": "#3b82c4", "simpo": "#cf6a28", "alpha_dpo"
 
 
 def write(folder: Path) -> str:
-    """Writes FOLDER/table.md and FOLDER/runs.svg; returns the table."""
+    """Writes FOLDER/table.md and FOLDER/runs.svg; returns the tables."""
     base, groups = read(folder)
-    text = table(base, groups)
+    text = tables(base, groups)
     write_text(folder / "table.md", text + "\n")
     with matplotlib.rc_context(figures.STYLE):
         figure, (left, right) = figures.new_figure(2)
@@ -47,6 +47,33 @@ def read(folder: Path) -> tuple[Result, dict[tuple[str, float], list[Result]]]:
         if path.is_file():
             groups.setdefault((run.name, float(run.lr)), []).append(json.loads(path.read_text()))
     return json.loads((folder / f"{BASE}.json").read_text()), groups
+
+
+def tables(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:
+    """Returns the table of all runs, and one of the checkpoints of those that answered problems during training."""
+    parts = [table(base, groups)]
+    rows = [row for ones in groups.values() for one in ones if one.get("during") for row in trace(one, base)]
+    if rows:
+        parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+    return "\n\n".join(parts)
+
+
+def trace(one: Result, base: Result) -> list[dict[str, str]]:
+    """Returns the rows of a run's checkpoints, between those of the base and of the end, all on the same problems."""
+    count = len(next(iter(one["during"].values()))["right"])
+    before = {"0": base["answers"]["greedy"]}
+    after = {str(one["held_out"][-1]["step"]): one["answers"]["greedy"]}
+    return [
+        {
+            "run": f"{one['name']}, lr {one['lr']:g}",
+            "step": step,
+            "problems": str(count),
+            "right": str(answers["right"][:count].count("1")),
+            "malformed": str(answers["malformed"][:count].count("1")),
+            "words": f"{np.mean(answers['words'][:count]):.0f}",
+        }
+        for step, answers in (before | one["during"] | after).items()
+    ]
 
 
 def table(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:

@@ -91,9 +91,17 @@ def test_differences_are_paired_by_problem_and_averaged_over_seeds() -> None:
     np.testing.assert_allclose(page.per_problem(groups["dpo", 2e-5]), [0.5, 0, 0, 0])
 
 
+def test_checkpoints_are_compared_on_the_same_problems() -> None:
+    base = {"answers": result("1100")["answers"]}
+    during = {"4": {"right": "11", "malformed": "00", "words": [20, 30]}}
+    one = result("0111", name="dpo", lr=2e-5, during=during)
+    rows = [(row["step"], row["right"], row["problems"], row["words"]) for row in page.trace(one, base)]
+    assert rows == [("0", "2", "2", "10"), ("4", "2", "2", "25"), ("8", "1", "2", "10")]
+
+
 @pytest.mark.parametrize("folder", [path.parent for path in RESULTS.glob("*/base.json")], ids=lambda path: path.name)
 def test_the_shipped_table_follows_from_the_result_files(folder: Path) -> None:
-    assert (folder / "table.md").read_text() == page.table(*page.read(folder)) + "\n"
+    assert (folder / "table.md").read_text() == page.tables(*page.read(folder)) + "\n"
     pairs = run.digest(folder / "pairs.jsonl")
     base, groups = page.read(folder)
     for one in (one for ones in groups.values() for one in ones):
