@@ -158,12 +158,15 @@ CODES = {
     "megatron-spo rehearse examples/llama3_70b/config.yaml --gpus 32": None,
     "megatron-spo plan examples/llama3_70b/config.yaml --gpus 32 --gpu h100 --prompt-tokens 150 --response-tokens 250 "
     "--pairs 40000": None,
+    "megatron-spo scaling study examples/studies/sizes_data.yaml --scale tiny --workers 2": None,
+    "megatron-spo scaling report examples/studies/sizes_data.yaml --scale tiny": None,
+    "megatron-spo scaling study examples/studies/displacement.yaml --list": None,
+    "megatron-spo scaling study examples/studies/displacement.yaml --workers 2": None,
+    "megatron-spo scaling report examples/studies/displacement.yaml": None,
     "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --column loss=eval/loss --out fit.json": 2,
     "megatron-spo scaling fit runs/my-study/table.csv --law chinchilla --by method --out fit.json --plot fit.pdf": 2,
 }
 """What is not run, as it fetches data from the hub or takes minutes (None), and what is refused for four points."""
-STUDIES = " examples/studies/"
-"""In commands that are not run, as the prepared studies take minutes to hours."""
 STAND_INS = {"Qwen/Qwen2.5-0.5B-Instruct": "model", "examples/own_pairs/": ""}
 """What is not on the desk, and what is there in its place."""
 CONFIG = """
@@ -226,7 +229,7 @@ def test_commands_run(page: str, desk: Path, tmp_path: Path, monkeypatch: pytest
     if any(" my-model --to hf" in line for line in lines):
         shutil.rmtree("my-model")
     for command in lines:
-        words, code = shlex.split(command), None if STUDIES in command else CODES.get(command, 0)
+        words, code = shlex.split(command), CODES.get(command, 0)
         for absent, present in STAND_INS.items():
             command = command.replace(absent, present)
         if (found := OURS.match(command)) and code is not None:
