@@ -88,12 +88,12 @@ def _metrics(study: Study, rows: Sequence[Row], axes: Sequence[str]) -> list[str
             continue
         x, line, facet = _roles(known, axes)
         names = list(dict.fromkeys(row[line] for row in known)) if line else [""]
-        colours = dict(zip(names, itertools.cycle(figures.PALETTE), strict=False))
+        colours, span = figures.run_colours(names), _range_of(known, metric)
         panels = []
         for value in [None] if facet is None else list(dict.fromkeys(row[facet] for row in known)):
             chosen = [row for row in known if facet is None or row[facet] == value]
             title = "" if facet is None else f"{facet.rpartition('.')[2]} = {value}"
-            drawn = _picture(_metric_panel(chosen, metric, x, line, colours, _range_of(known, metric)))
+            drawn = _picture(_metric_panel(chosen, metric, x, line, colours, span))
             panels.append(captioned(title, drawn))
         shown = {_label(known, line, name): colour for name, colour in colours.items()} if line else {}
         said = paragraph(_extremes(known, metric, meaning, axes))
