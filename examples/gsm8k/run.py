@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class Study:
         """Form of the prompts of the problems."""
         return SHORT_PROMPT if self.sft_steps else PROMPT
 
+    @cached_property
+    def chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return load_tokenizer(self.model).chat_template is not None
+
     def answer(self, name: str, model: Path, prompts: str, **options: Any) -> Path:
         """Generates answers to OUT/`prompts`.jsonl into OUT/NAME.jsonl; returns that file."""
         settings = {"max-new-tokens": self.scale.max_new_tokens, "batch-size": self.scale.batch_size, **options}
@@ -127,15 +133,14 @@ def write_prompts(study: Study, train_file: Path, test_file: Path) -> list[Probl
     train_problems = read_problems(train_file)
     known = {one.question for one in train_problems}
     test = [one for one in read_problems(test_file) if one.question not in known]
-    chat = load_tokenizer(study.model).chat_template is not None
     drawn = {
         "train": draw(train_problems, scale.pair_problems, study.seed, "training"),
         "test": draw(test, scale.test_problems, study.seed, "test"),
     }
     for name, problems in drawn.items():
-        rows = [prompt_row(one.question, one.right, chat=chat, prompt=study.prompt) for one in problems]
+        rows = [prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt) for one in problems]
         write_jsonl(stages.file(f"{name}_problems"), rows)
-    rows = [prompt_row(*one, chat=chat, prompt=OTHER_PROMPT) for one in other_questions(scale.other_problems)]
+    rows = [prompt_row(*one, chat=study.chat, prompt=OTHER_PROMPT) for one in other_questions(scale.other_problems)]
     write_jsonl(stages.file("other_problems"), rows)
     return [one for one in train_problems if one not in drawn["train"]]
 
@@ -167,11 +172,10 @@ def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
     """Trains the model on solutions of problems from which no pair is made; returns the folder of the trained model."""
     stages, scale = study.stages, study.scale
     count = min(len(problems), study.sft_steps * scale.sft_batch)
-    chat = load_tokenizer(study.model).chat_template is not None
     rows = []
     for one in draw(problems, count, study.seed, "SFT"):
-        prompt = prompt_row(one.question, one.right, chat=chat, prompt=study.prompt)["prompt"]
-        answer = [{"role": "assistant", "content": one.solution}] if chat else f" {one.solution}"
+        prompt = prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt)["prompt"]
+        answer = [{"role": "assistant", "content": one.solution}] if study.chat else f" {one.solution}"
         rows.append({"prompt": prompt, "completion": answer})
     write_jsonl(stages.file("sft"), rows)
     overrides = [
