@@ -11,8 +11,8 @@ import io
 import json
 import pickle
 import shutil
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ SEAL = "trainer.json"
 COMMON = "common.pt"
 """Megatron's file for what is not sharded. megatron-core 0.19 writes none, but still reads it if it is there."""
 FORMAT = 2
+_REMOVALS = ThreadPoolExecutor(1, "remove")
 _METADATA = ".metadata"
 _CLASSES = {
     "torch": {"Size", "dtype", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"},
@@ -290,7 +291,12 @@ def _discard(checkpoint: Path) -> None:
         checkpoint.rename(old)
     except OSError:
         return  # as if it could not be deleted
-    threading.Thread(target=shutil.rmtree, args=(old,), kwargs={"ignore_errors": True}, name="remove").start()
+    _REMOVALS.submit(shutil.rmtree, old, ignore_errors=True)
+
+
+def wait_for_removals() -> None:
+    """Returns when all old checkpoints of this process are deleted."""
+    _REMOVALS.submit(int).result()  # the only thread runs it after everything else
 
 
 def locate(source: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_spo.checkpoint.folder import wait_for_removals
 from megatron_spo.checkpoint.save import SaveFailed, Saver
 from megatron_spo.config.schema import Config
 from megatron_spo.data.loader import Batch
@@ -269,6 +270,7 @@ def _save_now(job: Training, state: TrainState) -> None:
         time.sleep(RETRY)
         job.progress.tick()
     _saved(job, state)
+    wait_for_removals()
 
 
 def _announce(job: Training, state: TrainState) -> None:
