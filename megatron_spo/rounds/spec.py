@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from megatron_spo.config.load import load_config
 from megatron_spo.config.schema import Config
 from megatron_spo.config.section import Section
-from megatron_spo.config.yaml_text import parse_yaml
+from megatron_spo.config.section_file import read_section
 from megatron_spo.errors import UserError
 from megatron_spo.on_policy.rules import PairRules, read_rules
 
@@ -108,15 +108,7 @@ def read_rounds(path: Path, overrides: Sequence[str], out: Path | None = None) -
     Raises:
         UserError: with one line per mistake.
     """
-    try:
-        spec = RoundsSpec.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {_said(e)}" for e in error.errors()]
-        raise UserError("\n".join(lines)) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    spec = read_section(path, RoundsSpec)
     spec = spec if out is None else spec.model_copy(update={"out": str(out)})
     rules = read_rules({"seed": spec.seed, **spec.pairs}, lambda field: f"{path}: pairs.{field}")
     for key, file in (("base", spec.base), ("prompts", spec.prompts), ("test.prompts", spec.test.prompts)):
@@ -142,8 +134,3 @@ def _load(spec: RoundsSpec, overrides: Sequence[str]) -> Config:
         return load_config(spec.base, overrides, elsewhere=True)
     except UserError:
         return load_config(spec.base, cached, elsewhere=True)
-
-
-def _said(error: Any) -> str:
-    known = {"missing": "is missing", "extra_forbidden": "unknown key"}
-    return known.get(error["type"], f"{error['input']!r}: {error['msg'].replace('Input should be', 'must be')}")

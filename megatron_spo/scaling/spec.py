@@ -19,20 +19,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from megatron_spo.config.yaml_text import parse_yaml
+from megatron_spo.config.section import Section
+from megatron_spo.config.section_file import read_section
 from megatron_spo.errors import UserError
 
 FULL = "full"
 """Value of `{scale}` without --scale."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StepSpec(_Strict):
+class StepSpec(Section):
     """A command of `before` or `after`, split as in a shell; `megatron-spo` and `python` use this installation."""
 
     name: str
@@ -41,7 +38,7 @@ class StepSpec(_Strict):
     """JSON file, written by the command, with an object of numbers that become columns of the table"""
 
 
-class ModelsSpec(_Strict):
+class ModelsSpec(Section):
     """Models with random weights that the study writes to OUT/models/NAME; the axis `model` has their names."""
 
     like: str
@@ -51,7 +48,7 @@ class ModelsSpec(_Strict):
     seed: int = 0
 
 
-class CrossingSpec(_Strict):
+class CrossingSpec(Section):
     """When a run counts as unstable; adds the columns `crossed` and `steps`, which the law `stability` reads."""
 
     metric: str = "spo/chosen_shift"
@@ -59,7 +56,7 @@ class CrossingSpec(_Strict):
     """bound of the metric on the first held-out set, or on training batches without one"""
 
 
-class ExpectedSpec(_Strict):
+class ExpectedSpec(Section):
     """What the table before the start uses as long as model or data do not exist: tokens of a typical pair."""
 
     prompt: int = Field(ge=1)
@@ -70,7 +67,7 @@ class ExpectedSpec(_Strict):
     """folder whose config.json has the shape of the model"""
 
 
-class FitSpec(_Strict):
+class FitSpec(Section):
     """A fit of the report: the options of `scaling fit`."""
 
     law: Literal["chinchilla", "power", "pure_power", "repeats", "repeats_excess", "overoptimization", "stability"]
@@ -82,7 +79,7 @@ class FitSpec(_Strict):
     """values of columns; other rows are left out"""
 
 
-class ScatterSpec(_Strict):
+class ScatterSpec(Section):
     """A figure of one column of the table over another, with a point per run."""
 
     x: str
@@ -91,7 +88,7 @@ class ScatterSpec(_Strict):
     """column that gives the colours"""
 
 
-class StudySpec(_Strict):
+class StudySpec(Section):
     """A study file without its `scales`."""
 
     base: str
@@ -120,16 +117,7 @@ def read_spec(path: Path, scale: str | None) -> StudySpec:
     Raises:
         UserError: If the file is invalid; the message has one line per error.
     """
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
-        return StudySpec.model_validate(_scaled(path, raw, scale) if isinstance(raw, dict) else raw)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a study ({error})") from None
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
-        raise UserError("\n".join(lines)) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    return read_section(path, StudySpec, lambda raw: _scaled(path, raw, scale) if isinstance(raw, dict) else raw)
 
 
 def _scaled(path: Path, raw: dict[str, Any], scale: str | None) -> dict[str, Any]:

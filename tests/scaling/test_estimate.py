@@ -59,7 +59,11 @@ def test_a_scale_replaces_what_it_names(folder: Path) -> None:
     [
         ({"vary": {"lr": [1, 2]}}, [], "vary: lr is not a key of the configuration (keys have a section, such as"),
         ({"vary": {"spo.lambda": [1]}}, ["--scale", "tiny"], "--scale tiny is not a scale of"),
-        ({"vary": {"spo.lambda": [1]}, "scales": {"a": {"vari": {}}}}, ["--scale", "a"], "vari: Extra inputs"),
+        (
+            {"vary": {"spo.lambda": [1]}, "scales": {"a": {"vari": {}}}},
+            ["--scale", "a"],
+            "vari: unknown key; did you mean 'vary'?",
+        ),
         ({"vary": {"spo.lambda": [1]}, "scales": [1]}, [], "scales: must map names"),
         ({"vary": {"spo.lambda": [1]}}, ["--list", "--gpu", "h999"], "--gpu h999 is not one of"),
         ({"vary": {"spo.lambda": [1]}}, ["--list", "--gpus", "0"], "--gpus 0 must be at least 1"),

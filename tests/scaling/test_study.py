@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bad value": ({"vary": {"loss.name": ["simpo", "simpoo"]}}, "loss.name = 'simpoo'"),
     "impossible": ({"vary": {"loss.name": ["orpo"]}}, "(run 1)"),
-    "unknown": ({"vary": {"spo.lambda": [1]}, "setting": {}}, "setting: Extra inputs are not permitted"),
+    "unknown": ({"vary": {"spo.lambda": [1]}, "setting": {}}, "setting: unknown key"),
     "neither": ({}, "give either `vary` (a grid, with or without `models`) or `runs` (a list)"),
     "no run": ({"vary": {"spo.lambda": [1], "optimizer.lr": []}}, "vary: an entry has no values"),
     "placeholder": ({"vary": {"spo.lambda": [1]}, "set": {"data.train": "{outt}/x"}}, "{outt} is unknown; use one of "),
