@@ -40,7 +40,7 @@ from examples.gsm8k.study import (  # noqa: E402
     read_problems,
 )
 from megatron_spo.evaluate.answers import read_answers  # noqa: E402
-from megatron_spo.evaluate.generate import load_tokenizer  # noqa: E402
+from megatron_spo.evaluate.pretrained import load_tokenizer  # noqa: E402
 from megatron_spo.evaluate.scores import split_words  # noqa: E402
 from megatron_spo.model.hf_files import locate_model  # noqa: E402
 

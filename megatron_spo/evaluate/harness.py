@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.answers import aligned
-from megatron_spo.evaluate.generate import load_model, load_tokenizer
+from megatron_spo.evaluate.pretrained import load_model, load_tokenizer
 
 
 def run_tasks(model: Path, tasks: Sequence[str], batch_size: int) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from megatron_spo.evaluate.generate import load_tokenizer
     from megatron_spo.evaluate.limits import config_of, does_not_load
+    from megatron_spo.evaluate.pretrained import load_tokenizer
 
     tokenizer: Any = load_tokenizer(folder)
     labels = config_of(folder).num_labels

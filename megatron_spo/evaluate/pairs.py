@@ -16,8 +16,8 @@ from megatron_spo.data.dataset import Dropped, TokenizedSet, build_dataset
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.answers import aligned, show
-from megatron_spo.evaluate.generate import load_model
 from megatron_spo.evaluate.limits import ModelLimits, limits_of
+from megatron_spo.evaluate.pretrained import load_model
 from megatron_spo.evaluate.scores import Estimate, estimate
 from megatron_spo.meter import Meter
 

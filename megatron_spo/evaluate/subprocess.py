@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_spo.evaluate.generate import Response, Sampling, generate_by, load_tokenizer
+from megatron_spo.evaluate.generate import Response, Sampling, generate_by
+from megatron_spo.evaluate.pretrained import load_tokenizer
 
 BATCH = 64
 _CONTEXT = get_context("forkserver")

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
-from megatron_spo.config.model_folder import is_needless, shard_files
+from megatron_spo.config.model_folder import is_needless
 from megatron_spo.data.chat_template import ChatTemplate
 from megatron_spo.data.json_lines import RowProblem
 from megatron_spo.data.pairs import parse_prompt
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.generate import load_tokenizer, placement
-from megatron_spo.evaluate.limits import NO_LIMIT, config_of, does_not_load
+from megatron_spo.evaluate.limits import NO_LIMIT, config_of
+from megatron_spo.evaluate.pretrained import load_pretrained, load_tokenizer
 from megatron_spo.on_policy.function_process import completion
 from megatron_spo.on_policy.scorers import Answered
 
@@ -52,16 +51,7 @@ def load_reward_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
     if config.num_labels != 1:
         raise UserError(f"{folder}: the classifier has {config.num_labels} outputs, but a reward model has one "
                         "(num_labels: 1 in its config.json)")  # fmt: skip
-    transformers_logging.disable_progress_bar()
-    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    place = placement(sum(file.stat().st_size for file in shard_files(folder)), gpus)
-    try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, device_map=place
-        )
-    except Exception as error:  # transformers raises many types
-        raise does_not_load(folder, error) from error
-    model, info = loaded
+    model, info = load_pretrained(folder, AutoModelForSequenceClassification)
     wrong = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if wrong or any(not is_needless(name, tied=False) for name in info["unexpected_keys"]):
         name = (wrong or sorted(info["unexpected_keys"]))[0]
@@ -70,7 +60,7 @@ def load_reward_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
     text = model.config.get_text_config()
     if text.pad_token_id is None:  # the model finds the last token of a sequence by the padding
         text.pad_token_id = _padding(tokenizer)
-    return (model if place else model.to("cuda" if gpus else "cpu")).eval()
+    return model
 
 
 @torch.inference_mode()

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate import generate
-from megatron_spo.evaluate.generate import generate_file, placement
+from megatron_spo.evaluate import generate, pretrained
+from megatron_spo.evaluate.generate import generate_file
+from megatron_spo.evaluate.pretrained import placement
 from tests.support.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 PROMPTS = ["a", "what is 12+30?", "", "second", "a rather longer prompt than the others have", "x y"]
@@ -86,7 +87,7 @@ def test_where_the_weights_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement(140 * 2**30, [gpu]) is None
     assert placement(16 * 2**30, [gpu] * 8) is None
     assert placement(140 * 2**30, [gpu] * 8) == "auto"
-    monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="140 GiB of weights do not fit on one GPU of 80 GiB.*pip install accel"):
         placement(140 * 2**30, [gpu] * 8)
 
@@ -96,7 +97,7 @@ def test_a_model_that_accelerate_places_answers_the_same(
 ) -> None:
     options: dict[str, Any] = {"max_new_tokens": 6, "samples": 2, "temperature": 1.0}
     generate_file(model_dir, prompts, tmp_path / "whole", **options)
-    monkeypatch.setattr(generate, "placement", lambda weights, gpus: "auto")
+    monkeypatch.setattr(pretrained, "placement", lambda weights, gpus: "auto")
     generate_file(model_dir, prompts, tmp_path / "placed", **options)
     assert rows_of(tmp_path / "placed") == rows_of(tmp_path / "whole")
 
