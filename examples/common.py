@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_spo.errors import UserError
+from megatron_spo.subcommands import ending
 
 LOG_TAIL = 15  # number of lines shown of a failed command's log
 PENALTY = ("spo.schedule=penalty", "spo.lambda_unit=relative")
@@ -119,7 +120,7 @@ class Stages:
             environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code != 0:
-            raise StageFailed(f"{name} failed with exit code {code}; from {log}:\n{reason(log)}")
+            raise StageFailed(f"{name} {ending(code)}; from {log}:\n{reason(log)}")
         self.say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
     def train(self, name: str, config: Path, overrides: Sequence[str], *, processes: int = 1) -> Path:

@@ -67,6 +67,14 @@ class Subcommands:
             yield file.fileno()
 
 
+def ending(code: int) -> str:
+    """Returns how a command ended: its exit code, or the signal that killed it."""
+    if 0 <= code <= 128:
+        return f"ended with code {code}"
+    number = -code if code < 0 else code - 128  # a shell or launcher in between adds 128
+    return f"was killed by signal {number}" + (", perhaps because memory ran out" if number == signal.SIGKILL else "")
+
+
 def reason(log: Path) -> str:
     """Returns a command's error message, or else the last line of its log."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

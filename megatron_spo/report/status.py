@@ -17,6 +17,7 @@ from tabulate import tabulate
 from megatron_spo.errors import UserError
 from megatron_spo.meter import duration, number
 from megatron_spo.report.runs import Run, is_number, natural, read_run
+from megatron_spo.subcommands import ending
 
 RECENT = 20
 """Number of last lines over which the speed is averaged."""
@@ -124,7 +125,7 @@ def read_status(name: str, folder: Path) -> Status:
     """Returns where the run in `folder` stands."""
     failure = folder.parent / "failure.json"
     why = json.loads(failure.read_text()) if failure.is_file() else {}
-    reason = f"{why['step']} ended with code {why['code']}: {why['reason']}" if why else ""
+    reason = f"{why['step']} {ending(why['code'])}: {why['reason']}" if why else ""
     return Status(name, folder, _read(folder), _job(folder), reason)
 
 

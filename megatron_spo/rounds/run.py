@@ -23,7 +23,7 @@ from megatron_spo.files import write_whole
 from megatron_spo.rounds.record import check_record
 from megatron_spo.rounds.spec import Rounds
 from megatron_spo.rounds.stages import Stage, groups_of, prompts_of, status
-from megatron_spo.subcommands import OURS, STOPPED, Subcommands, reason
+from megatron_spo.subcommands import OURS, STOPPED, Subcommands, ending, reason
 
 LOG = logging.getLogger(__name__)
 
@@ -188,9 +188,9 @@ def _failure(where: str, code: int, stage: Stage) -> BaseException:
     if code == STOPPED:
         return Stopped(f"{where}: {why}")
     if code < 0 or code > 128 or code == LostRank.code:
-        how = f"was killed by signal {-code if code < 0 else code - 128}" if code != LostRank.code else "lost a process"
+        how = "lost a process" if code == LostRank.code else ending(code)
         return LostRank(f"{where} {how}; the same command resumes. Last line: {why}")
-    return StageFailed(f"{where} failed with exit code {code}: {why}; the same command resumes from there", code)
+    return StageFailed(f"{where} {ending(code)}: {why}; the same command resumes from there", code)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from megatron_spo.report.runs import Run, read_run
 from megatron_spo.scaling.spec import CrossingSpec
 from megatron_spo.scaling.steps import is_done, status, steps_of
 from megatron_spo.scaling.study import Study, StudyRun, varied_names
-from megatron_spo.subcommands import STOPPED
+from megatron_spo.subcommands import STOPPED, ending
 
 Row = dict[str, Any]
 SHOWN = ("train/loss", "eval/loss", "eval/rewards/accuracies", "eval/spo/chosen_shift")
@@ -71,7 +71,7 @@ def _state(study: Study, run: StudyRun) -> Row:
     if failure.is_file():
         known = json.loads(failure.read_text())
         state = "stopped" if known["code"] == STOPPED else "failed"
-        return {"state": state, "reason": f"{known['step']} ended with code {known['code']}: {known['reason']}"}
+        return {"state": state, "reason": f"{known['step']} {ending(known['code'])}: {known['reason']}"}
     known = status(run)
     state = "unfinished" if known.get("state") in ("running", "done") else known.get("state", "missing")
     return {"state": state, "reason": known.get("reason", "")}

@@ -46,7 +46,7 @@ def test_done_stages_are_skipped(tmp_path: Path, commands: list[list[str]], caps
 
 def test_a_failed_command_is_named_with_the_end_of_its_log(tmp_path: Path, commands: list[list[str]]) -> None:
     stages = open_stages(tmp_path / "out")
-    with pytest.raises(StageFailed, match="(?s)train-x failed with exit code 2.*train-x.log.*it is broken"):
+    with pytest.raises(StageFailed, match="(?s)train-x ended with code 2.*train-x.log.*it is broken"):
         stages.command("train-x", "broken", done=False)
     ran = []
     tasks = [lambda: stages.command("y", "broken", done=False), *[lambda: ran.append(1)] * 50]

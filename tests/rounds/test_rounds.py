@@ -159,7 +159,10 @@ def test_kill_9_in_every_stage(folder: Path, whole: Path, killing: Path, capsys:
         killing.write_text(json.dumps({"words": " ".join(stage.words), "exists": str(exists)}))
         assert main(["rounds", str(path), *LAUNCH]) == 4, name
         error = capsys.readouterr().err
-        assert f"{name} of round 1 was killed by signal 9; the same command resumes" in error
+        assert (
+            f"{name} of round 1 was killed by signal 9, perhaps because memory ran out; the same command resumes"
+            in error
+        )
         assert not killing.exists()  # the signal was sent
     assert main(["rounds", str(path), *LAUNCH]) == 0
     assert "resuming from step_" in (at / "stages/train.log").read_text()
@@ -209,7 +212,7 @@ def test_a_stage_that_fails(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     path = write(folder, "failing", pairs={"scorer": "function=likes:absent"}, test={}, sampling={"max_new_tokens": 2})
     assert main(["rounds", str(path), *LAUNCH]) == 2
     error = capsys.readouterr().err
-    assert "pairs of round 1 failed with exit code 2: the function likes:absent cannot be imported" in error
+    assert "pairs of round 1 ended with code 2: the function likes:absent cannot be imported" in error
     assert "round-1/stages/pairs.log" in error and "Traceback" not in error
     assert main(["rounds", str(path), "--table"]) == 0
     assert [row["state"] for row in table(folder / "failing")] == ["unfinished"]
