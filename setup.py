@@ -38,7 +38,7 @@ setup(
         "filelock>=3.13",
         "xxhash>=3.4",
         "safetensors>=0.4",
-        "psutil>=5.9",  # Megatron-Core saves checkpoints with it, but does not require it
+        "psutil>=5.9",
         "numpy>=1.26",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
@@ -77,6 +77,7 @@ setup(
             "tensorboard>=2.14",
             "trl==1.16.0",
             "types-PyYAML",
+            "types-psutil",
             "wandb>=0.18",
         ],
     },

@@ -25,23 +25,23 @@ def memory_at_start(setting: Setting, sets: Sequence[tuple[Lengths, int]]) -> Me
     return worst_memory(setting, row, sum(rows for _, rows in found))[1]
 
 
-def memory_line(memory: Memory, *, processes: int, available: float) -> str:
-    """Returns one line: the memory of the worst rank by part, and the available memory for `processes` ranks."""
+def memory_line(memory: Memory, *, processes: int, free: float) -> str:
+    """Returns one line: the memory of the worst rank by part, and the free memory for `processes` ranks."""
     parts = [(name, size) for name, size in vars(memory).items() if size > NEGLIGIBLE * memory.total]
     named = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(parts, key=lambda part: -part[1]))
     each = f"{processes} processes with {_gib(memory.total)} GiB each" if processes > 1 else f"{_gib(memory.total)} GiB"
-    return f"estimated memory: {each} ({named}), of {_gib(available)} GiB available"
+    return f"estimated memory: {each} ({named}), of {_gib(free)} GiB free"
 
 
-def shortage(memory: Memory, *, processes: int, available: float) -> str | None:
-    """Returns a warning if the estimate exceeds the available memory, else None."""
+def shortage(memory: Memory, *, processes: int, free: float) -> str | None:
+    """Returns a warning if the estimate exceeds the free memory, else None."""
     needed = processes * memory.total
-    if needed <= available:
+    if needed <= free:
         return None
     return (
-        f"estimated memory of {_gib(needed)} GiB exceeds the available memory by {_gib(needed - available)} GiB, so "
-        "this run will probably run out of memory; use `megatron-spo plan` to find layouts that fit, or set "
-        "parallel.recompute=full, a shorter data.row_length or lora.rank"
+        f"estimated memory of {_gib(needed)} GiB exceeds the free memory by {_gib(needed - free)} GiB, so "
+        "this run will probably run out of memory; stop other programs that use it, find layouts that fit with "
+        "`megatron-spo plan`, or set parallel.recompute=full, a shorter data.row_length or lora.rank"
     )
 
 

@@ -1,10 +1,10 @@
 """The device of this process: its name, its memory, what it can run, and copying arrays to it."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,13 +29,12 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def memory_of(device: torch.device) -> int:
-    """Returns the memory in bytes of a GPU, or of this machine as far as the cgroup of this process may use it."""
+def free_memory_of(device: torch.device) -> int:
+    """Returns the bytes that other programs leave of a GPU, or of this machine within the cgroup of this process."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return torch.cuda.mem_get_info(device)[0]
     limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
-    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
+    return min([psutil.virtual_memory().available, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def uses_transformer_engine(precision: PrecisionConfig, *, experts: bool = False) -> bool:

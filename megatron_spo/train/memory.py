@@ -14,7 +14,7 @@ from megatron_spo.planner.memory import Kernels, Memory, Setting
 from megatron_spo.planner.rows import lengths_of, steps_in
 from megatron_spo.prepare import SFT, TRAIN, Inputs
 from megatron_spo.runtime import env
-from megatron_spo.runtime.device import memory_of, uses_transformer_engine
+from megatron_spo.runtime.device import free_memory_of, uses_transformer_engine
 from megatron_spo.runtime.processes import Runtime
 
 LOG = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class PeakMemory:
 
 
 def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> Memory | None:
-    """Logs the planned memory of the run and the size of its checkpoints; warns if the memory exceeds what there is.
+    """Logs the planned memory of the run and the size of its checkpoints; warns if the memory exceeds what is free.
     Returns the planned memory on the main process."""
     if not runtime.is_main:
         return None
@@ -63,9 +63,9 @@ def announce_memory(config: Config, inputs: Inputs, runtime: Runtime) -> Memory 
         sets.append((lengths_of(inputs.sft, SFT), config.spo.sft_batch_size or size))
     memory = memory_at_start(Setting(config, inputs.shape, runtime.topology, kernels), sets)
     sharing = env.local_world_size() if kernels == "cpu" else 1
-    available = memory_of(runtime.device)
-    LOG.info(memory_line(memory, processes=sharing, available=available))
-    if warning := shortage(memory, processes=sharing, available=available):
+    free = free_memory_of(runtime.device)
+    LOG.info(memory_line(memory, processes=sharing, free=free))
+    if warning := shortage(memory, processes=sharing, free=free):
         LOG.warning(warning)
     LOG.info(disk_line(config, inputs.shape, steps_in(config, len(inputs.train))))
     return memory

@@ -157,14 +157,12 @@ def memory(total: float) -> Memory:
 
 
 def test_the_line_at_the_start_warns_of_what_cannot_fit() -> None:
-    assert shortage(memory(3 * GIB), processes=2, available=6 * GIB) is None
-    assert "memory of 8.00 GiB exceeds the available memory by 2.00 GiB" in str(
-        shortage(memory(4 * GIB), processes=2, available=6 * GIB)
+    assert shortage(memory(3 * GIB), processes=2, free=6 * GIB) is None
+    assert "memory of 8.00 GiB exceeds the free memory by 2.00 GiB" in str(
+        shortage(memory(4 * GIB), processes=2, free=6 * GIB)
     )
-    line = memory_line(memory(3 * GIB), processes=2, available=6 * GIB)
-    assert (
-        line == "estimated memory: 2 processes with 3.00 GiB each (weights 2.00, reserved 1.00), of 6.00 GiB available"
-    )
+    line = memory_line(memory(3 * GIB), processes=2, free=6 * GIB)
+    assert line == "estimated memory: 2 processes with 3.00 GiB each (weights 2.00, reserved 1.00), of 6.00 GiB free"
 
 
 def test_train_says_what_it_needs(
@@ -176,7 +174,7 @@ def test_train_says_what_it_needs(
     assert main(["train", str(tiny)]) == 0
     said = capsys.readouterr().err
     assert said.count("estimated memory: ") == 1 and "warning" not in said
-    monkeypatch.setattr("megatron_spo.train.memory.memory_of", lambda device: GIB // 4)
+    monkeypatch.setattr("megatron_spo.train.memory.free_memory_of", lambda device: GIB // 4)
     assert main(["train", str(tiny), "training.steps=3"]) == 0
     assert "warning: estimated memory of" in capsys.readouterr().err
 
