@@ -113,7 +113,7 @@ def held_out_cells(ones: Sequence[Result], base: Result) -> dict[str, str]:
     alarms = [one["alarms"][0] for one in ones if one["alarms"]]
     first = ", ".join(f"{alarm['alarm']} at {alarm['step']}" for alarm in alarms[:1])
     values = (
-        f"{mean(-end['spo/gap'] for end in ends):+.3f}",
+        f"{mean(chosen_shift(end) for end in ends):+.3f}",
         f"{mean(end['spo/rejected_shift'] * end['pairs'] / rejected for end in ends):+.3f}",
         f"{mean(end['spo/both_down'] for end in ends):.2f}",
         f"{mean(end['rewards/accuracies'] for end in ends):.2f}",
@@ -126,6 +126,11 @@ def held_out_cells(ones: Sequence[Result], base: Result) -> dict[str, str]:
 def per_problem(ones: Sequence[Result], kind: str = "greedy", field: str = "right") -> NDArray[np.float64]:
     """Returns the mean over the seeds for each problem."""
     return np.array([[float(digit) for digit in one["answers"][kind][field]] for one in ones]).mean(axis=0)
+
+
+def chosen_shift(line: Mapping[str, Any]) -> float:
+    """Returns the change of log p of the held-out chosen answers, in nats per token."""
+    return float(line["spo/chosen_shift"] * line["pairs"] / line["chosen_tokens"])
 
 
 def mean(values: Iterator[Any] | NDArray[np.float64]) -> float:
@@ -150,7 +155,7 @@ def plot_accuracy(axes: Any, groups: Mapping[str, Sequence[Result]]) -> None:
 
 
 def shift_curve(name: str, lr: float, one: Result) -> Curve:
-    points = [(0, 0.0), *((line["step"], -line["spo/gap"]) for line in one["held_out"] if line["step"])]
+    points = [(0, 0.0), *((line["step"], chosen_shift(line)) for line in one["held_out"] if line["step"])]
     return Curve(f"{name}, lr {lr:g}", colour(name), points, dashed="+" not in name)
 
 

@@ -46,7 +46,7 @@ from megatron_spo.model.hf_files import locate_model  # noqa: E402
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 EVALUATED = (
-    "loss/sft", "spo/gap", "spo/chosen_shift", "spo/rejected_shift", "spo/both_down", "rewards/accuracies",
+    "loss/sft", "spo/chosen_shift", "spo/rejected_shift", "spo/both_down", "rewards/accuracies",
     "policy/entropy", "pairs", "chosen_tokens",
 )  # fmt: skip
 """Metrics of the held-out pairs that a result file keeps."""
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (results / "base.json").is_file():
         base(study)
     for run in wanted if options.runs is None else wanted[: options.runs]:
-        train(study, run)
+        train(study, run, unused)
     print("\n" + page.write(results) + "\n")
     stages.say(f"done: {results / 'table.md'}")
 
@@ -171,13 +171,7 @@ def identify(study: Study) -> None:
 def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
     """Trains the model on solutions of problems from which no pair is made; returns the folder of the trained model."""
     stages, scale = study.stages, study.scale
-    count = min(len(problems), study.sft_steps * scale.sft_batch)
-    rows = []
-    for one in draw(problems, count, study.seed, "SFT"):
-        prompt = prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt)["prompt"]
-        answer = [{"role": "assistant", "content": one.solution}] if study.chat else f" {one.solution}"
-        rows.append({"prompt": prompt, "completion": answer})
-    write_jsonl(stages.file("sft"), rows)
+    write_solutions(study, "sft", problems, study.sft_steps * scale.sft_batch)
     overrides = [
         f"model.path={study.model}",
         f"data.train={stages.file('sft')}",
@@ -188,6 +182,17 @@ def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
     ]
     stages.train("sft", HERE / "sft.yaml", overrides)
     return stages.export("sft")
+
+
+def write_solutions(study: Study, name: str, problems: Sequence[Problem], count: int) -> Path:
+    """Writes SFT rows of at most `count` problems, at least one; returns the file."""
+    rows = []
+    for one in draw(problems, max(1, min(len(problems), count)), study.seed, "SFT"):
+        prompt = prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt)["prompt"]
+        answer = [{"role": "assistant", "content": one.solution}] if study.chat else f" {one.solution}"
+        rows.append({"prompt": prompt, "completion": answer})
+    write_jsonl(path := study.stages.file(name), rows)
+    return path
 
 
 def make_pairs(study: Study) -> None:
@@ -240,8 +245,11 @@ def base(study: Study) -> None:
     write_result(study, "base", {"name": "base", "seconds": seconds, "rejected_tokens": tokens, "answers": answers})
 
 
-def train(study: Study, run: Run) -> None:
-    """Trains a run, answers the problems, writes the result file, and deletes checkpoint and weights."""
+def train(study: Study, run: Run, unused: Sequence[Problem]) -> None:
+    """Trains a run, answers the problems, writes the result file, and deletes checkpoint and weights.
+
+    `unused`: Problems of the training file from which no pair is made.
+    """
     stages, scale, begin = study.stages, study.scale, time.perf_counter()
     shared = [
         f"model.path={study.model}",
@@ -253,9 +261,13 @@ def train(study: Study, run: Run) -> None:
         f"training.global_batch_size={scale.batch}",
         f"training.threads={stages.threads}",
     ]
-    config = HERE / "preference.yaml"
-    filled = stages.out / "reference-filled"
-    stages.command("reference", "reference", config, f"output={stages.out / 'reference-run'}", *shared,
+    config, cached = HERE / "preference.yaml", "reference"
+    if run.on_solutions:
+        solutions = write_solutions(study, "solutions", unused, scale.steps * scale.batch)
+        shared.append(f"spo.sft_data={solutions}")
+        cached = "reference-solutions"
+    filled = stages.out / f"{cached}-filled"
+    stages.command(cached, "reference", config, f"output={stages.out / 'reference-run'}", *shared,
                    done=filled.is_file())  # fmt: skip
     filled.touch()
     traced = [f"checkpoint.every={scale.trace_every}", f"checkpoint.keep={scale.steps}"] if run.traced else []

@@ -29,7 +29,12 @@ SCHEDULES = {
     "+spo": (*PENALTY, "spo.lambda=1"),
     "+spo-0.1": (*PENALTY, "spo.lambda=0.1"),
     "+dual": ("spo.schedule=dual", "spo.lambda_unit=relative", "spo.lambda=0.1"),
+    "+pair": (*PENALTY, "spo.lambda=1", "spo.constraint=pair"),
+    "+solutions": (*PENALTY, "spo.lambda=1"),
 }
+IDEAS = ("dpo+pair", "dpo+solutions", "sft+solutions")
+"""Runs at the learning rate that collapses: an SFT term only for the pairs that left the safe region; an SFT term on
+GSM8K's own solutions of other problems, and SFT on these alone."""
 CONTROL = "sft_on_chosen"
 LADDER = ("1e-6", "2e-6", "5e-6", "1e-5")
 """Learning rates at which dpo and simpo alone are run, to find one that helps and one that collapses."""
@@ -116,10 +121,15 @@ class Run:
         """Whether checkpoints of the run also answer problems."""
         return self.name in TRACED and self.lr == COLLAPSES and self.seed == 0
 
+    @property
+    def on_solutions(self) -> bool:
+        """Whether the SFT term is on solutions, as `spo.sft_data`, instead of the chosen answers."""
+        return self.name.endswith("+solutions")
+
     def overrides(self) -> list[str]:
         """Returns what this run adds to preference.yaml."""
         loss, mark, rest = self.name.partition("+")
-        method = ("spo.schedule=sft",) if self.name == CONTROL else (*LOSSES[loss], *SCHEDULES[mark + rest])
+        method = (*LOSSES[loss], *SCHEDULES[mark + rest]) if loss in LOSSES else ("spo.schedule=sft",)
         return [*method, f"optimizer.lr={self.lr}", f"training.seed={self.seed}"]
 
 
@@ -128,13 +138,13 @@ def all_runs() -> list[Run]:
     first = [CONTROL, "dpo", "dpo+spo", "simpo", "simpo+spo"]
     ladder = [Run(name, lr) for lr in reversed(LADDER) for name in ("dpo", "simpo")]
     more = [f"{loss}{schedule}" for schedule in ("+spo-0.1", "+dual") for loss in ("dpo", "simpo")]
-    alpha = [f"alpha_dpo{schedule}" for schedule in SCHEDULES]
+    alpha = [f"alpha_dpo{schedule}" for schedule in ("", "+spo", "+spo-0.1", "+dual")]
     seeds = [Run(name, COLLAPSES, seed) for seed in SEEDS[1:] for name in first]
     runs = [
         *(Run(name, COLLAPSES) for name in first),
         *ladder,
         *(Run(name, HELPS) for name in first),
-        *(Run(name, COLLAPSES) for name in more),
+        *(Run(name, COLLAPSES) for name in (*IDEAS, *more)),
         *seeds,
         *(Run(name, COLLAPSES) for name in alpha),
         *(Run(name, HELPS) for name in [*more, *alpha]),

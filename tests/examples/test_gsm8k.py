@@ -26,8 +26,8 @@ def test_every_run_loads_and_the_most_informative_come_first() -> None:
         config = load_config(run.HERE / "preference.yaml", one.overrides())
         assert config.optimizer.lr == float(one.lr) and config.training.seed == one.seed
         loss, _, spo = one.name.partition("+")
-        expected = {"": "none", "dual": "dual"}.get(spo, "penalty") if one.name != study.CONTROL else "sft"
-        assert config.spo.schedule == expected and (config.loss.name == loss or one.name == study.CONTROL)
+        expected = {"": "none", "dual": "dual"}.get(spo, "penalty") if loss in study.LOSSES else "sft"
+        assert config.spo.schedule == expected and (config.loss.name == loss or loss not in study.LOSSES)
         assert config.spo.lambda_ == (0.1 if spo in ("spo-0.1", "dual") else 1)
 
 
@@ -71,8 +71,8 @@ def test_no_problem_is_in_both_sets_of_pairs() -> None:
 
 def result(right: str, **more: object) -> dict:
     answers = {"right": right, "malformed": "0" * len(right), "words": [10] * len(right)}
-    end = {"step": 8, "spo/gap": 0.25, "spo/rejected_shift": -6.0, "spo/both_down": 0.5, "rewards/accuracies": 0.75,
-           "policy/entropy": 1.0, "pairs": 5}  # fmt: skip
+    end = {"step": 8, "spo/chosen_shift": -5.0, "chosen_tokens": 100, "spo/rejected_shift": -6.0, "spo/both_down": 0.5,
+           "rewards/accuracies": 0.75, "policy/entropy": 1.0, "pairs": 5}  # fmt: skip
     alarms = [{"step": 5, "data": "train", "alarm": "displacement"}]
     return {"answers": {"greedy": answers, "other": answers}, "held_out": [end], "alarms": alarms, **more}
 
@@ -117,10 +117,10 @@ def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tiny_tokenizer(model, chat=True)
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(140, 256, 4))}))
-    problems = [{"question": f"{i}?", "answer": str(i % 10)} for i in range(40)]
+    problems = [{"question": f"{i}?", "answer": str(i % 10)} for i in range(44)]
     files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
-             for name, rows in (("train", problems[:30]), ("test", problems))]  # fmt: skip
-    scale = replace(study.TINY, pair_problems=30, samples=24, part=15, held_out_pairs=2, batch_size=512)
+             for name, rows in (("train", problems[:34]), ("test", problems))]  # fmt: skip
+    scale = replace(study.TINY, pair_problems=30, samples=32, part=15, held_out_pairs=2, batch_size=512)
     monkeypatch.setattr(run, "TINY", scale)
     results, command = tmp_path / "results", [*map(str, files), "--model", str(model), "--tiny"]
     places = ["--results", str(results), "--out"]
@@ -135,9 +135,14 @@ def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["during"] == {}
     before = {path: path.stat().st_mtime_ns for path in results.iterdir() if path.suffix != ".md"}
 
-    run.main([*command, *places, str(tmp_path / "two"), "--only", tried[1]])  # in another session
+    run.main([*command, *places, str(tmp_path / "two"), "--only", tried[1], "dpo+solutions-lr5e-6"])
     found = json.loads((results / f"{tried[1]}.json").read_text())
     assert list(found["during"]) == ["1"] and len(found["during"]["1"]["right"]) == 4
+    assert json.loads((results / "dpo+solutions-lr5e-6.json").read_text())["held_out"][-1]["pairs"] == 2
+    rows = read_jsonl(tmp_path / "two/solutions.jsonl")
+    assert rows and not {row["prompt"][0]["content"] for row in rows} & {
+        row["prompt"][0]["content"] for row in read_jsonl(results / "pairs.jsonl")
+    }
     assert "| dpo " in (results / "table.md").read_text() and "<svg" in (results / "runs.svg").read_text()
     kept = [path for path in before if path.suffix in (".json", ".jsonl")]
     assert all(path.stat().st_mtime_ns == before[path] for path in kept)
@@ -156,7 +161,7 @@ def test_a_base_model_is_trained_on_solutions_first(tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
              for name, rows in (("train", problems[:30]), ("test", problems))]  # fmt: skip
     results, out = tmp_path / "results", tmp_path / "out"
-    with pytest.raises(StageFailed, match="pairs"):
+    with pytest.raises(StageFailed, match="none of the 8 prompts gives a pair"):
         run.main([*map(str, files), "--model", str(model), "--tiny", "--sft-steps", "3", "--out", str(out),
                   "--results", str(results)])  # fmt: skip
     trained, asked = read_jsonl(out / "sft.jsonl"), read_jsonl(out / "train_problems.jsonl")
