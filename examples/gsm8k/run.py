@@ -87,6 +87,7 @@ class Study:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     scale = TINY if options.tiny else Scale()
+    scale = replace(scale, samples=options.samples or scale.samples)
     model = locate_model(options.model)
     settings = {"model": str(model), "train": str(options.problems), "test": str(options.test), "tiny": options.tiny,
                 "seed": options.seed, "sft_steps": options.sft_steps}  # fmt: skip
@@ -117,6 +118,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run [%(default)s]")
     parser.add_argument("--sft-steps", type=int, default=0, help="train the model on solutions for so many steps "
                         "before everything else, as a base model needs it [%(default)s]")  # fmt: skip
+    parser.add_argument("--samples", type=int, help="answers per training problem; a model that solves few "
+                        f"problems needs more to give enough pairs [{Scale.samples}]")  # fmt: skip
     parser.add_argument("--runs", type=int, help="stop after so many runs [all]")
     parser.add_argument("--only", nargs="+", choices=[run.key for run in all_runs()], metavar="RUN", help="runs to do, "
                         "by the name of their result file, such as dpo-lr5e-6 [all]")  # fmt: skip
@@ -224,13 +227,13 @@ def make_pairs(study: Study) -> None:
 def split(pairs: Sequence[dict[str, Any]], scale: Scale) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns training pairs and held-out pairs, the latter those of the last problems; the rest is left out."""
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected", "answer")} for row in pairs]
-    needed = scale.pairs + scale.held_out_pairs
-    if len(rows) < needed:
-        raise StageFailed(f"the answers give {len(rows)} pairs, but {needed} are needed; sample more, or take another "
-                          "model")  # fmt: skip
     held_out = rows[-scale.held_out_pairs :]
     asked = [row["prompt"] for row in held_out]
-    return [row for row in rows if row["prompt"] not in asked][: scale.pairs], held_out
+    training = [row for row in rows if row["prompt"] not in asked]
+    if len(training) < (needed := scale.steps * scale.batch):
+        raise StageFailed(f"the answers give {len(training)} pairs besides {len(held_out)} held-out ones, but a run "
+                          f"needs {needed}; set --samples higher, or take another model")  # fmt: skip
+    return training[: scale.pairs], held_out
 
 
 def base(study: Study) -> None:

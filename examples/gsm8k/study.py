@@ -66,7 +66,7 @@ class Scale:
         samples: Answers per problem.
         per_problem: Largest number of pairs per problem.
         part: Problems per file of sampled answers; a finished file is not sampled again.
-        pairs, held_out_pairs: Pairs to train on and to evaluate on, of different problems.
+        pairs, held_out_pairs: Most pairs to train on, and pairs to evaluate on, of different problems.
         test_problems: Problems to solve after training.
         other_problems: Questions of another kind to answer after training.
         max_new_tokens: Most tokens of an answer.

@@ -60,13 +60,14 @@ def test_answers_to_the_other_questions_are_right() -> None:
 
 def test_no_problem_is_in_both_sets_of_pairs() -> None:
     pairs = [{"prompt": f"p{i // 2}", "chosen": "a", "rejected": "b", "answer": "1", "scorer": "x"} for i in range(12)]
-    scale = study.Scale(pairs=6, held_out_pairs=3)
+    scale = study.Scale(pairs=6, held_out_pairs=3, steps=2, batch=3)
     training, held_out = run.split(pairs, scale)
     assert len(training) == 6 and [row["prompt"] for row in held_out] == ["p4", "p5", "p5"]
     assert not {row["prompt"] for row in training} & {row["prompt"] for row in held_out}
     assert set(training[0]) == {"prompt", "chosen", "rejected", "answer"}
-    with pytest.raises(StageFailed, match="give 12 pairs, but 13 are needed"):
-        run.split(pairs, study.Scale(pairs=10, held_out_pairs=3))
+    assert len(run.split(pairs, replace(scale, pairs=10))[0]) == 8
+    with pytest.raises(StageFailed, match="give 8 pairs besides 3 held-out ones, but a run needs 9"):
+        run.split(pairs, replace(scale, steps=3))
 
 
 def result(right: str, **more: object) -> dict:
