@@ -81,6 +81,22 @@ def test_sampling_follows_the_model(model_dir: Path, tmp_path: Path) -> None:
             assert abs(responses.count(texts[token]) / count - expected[token]) < error
 
 
+@pytest.mark.parametrize("size", [7, 512, 1300])
+def test_a_token_is_drawn_from_the_cumulative_distribution(size: int) -> None:
+    torch.manual_seed(size)
+    scores, noise = 3 * torch.randn(40, size), torch.rand(40, 3, dtype=torch.float64)
+    scores[:, ::3] = -torch.inf
+    noise[:, 1], noise[:, 2] = 0, 1 - 2**-53
+    draw = generate.TemperatureSampler(noise, 0.7, prompt_width=5)
+    drawn = [draw(torch.zeros(40, 5 + i, dtype=torch.long), scores.clone()).argmax(-1, keepdim=True) for i in range(3)]
+    assert all(torch.isfinite(scores.gather(1, token)).all() for token in drawn)
+    cumulative = (scores.double() / 0.7).softmax(-1).cumsum(-1)
+    wanted = torch.searchsorted(cumulative, noise[:, :1], right=True)
+    near = (cumulative.gather(1, wanted) - noise[:, :1]).abs() < 1e-6
+    assert bool(((drawn[0] == wanted) | near).all())
+    assert int(drawn[1].max()) == 1 and bool((drawn[2] > size - 1 - size // 4 - 3).all())
+
+
 def test_where_the_weights_go(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = 80 * 2**30
     assert placement(140 * 2**30, []) is None  # the CPU
