@@ -21,8 +21,9 @@ from examples.common import write_text  # noqa: E402
 from examples.studies.tasks import SCORED, Scored  # noqa: E402
 from megatron_spo.convert.export import convert  # noqa: E402
 from megatron_spo.data.prompts import tokenize_prompts  # noqa: E402
-from megatron_spo.evaluate.generate import Response, Sampling, generate  # noqa: E402
+from megatron_spo.evaluate.generate import generate  # noqa: E402
 from megatron_spo.evaluate.pretrained import load_model, load_tokenizer  # noqa: E402
+from megatron_spo.evaluate.sampling import Response, Sampling  # noqa: E402
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 

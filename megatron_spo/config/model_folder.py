@@ -167,6 +167,11 @@ def has_weights(folder: Path) -> bool:
     return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that determine the weights of a model folder, in a fixed order."""
+    return [*sorted(folder.glob("*.distcp")), folder / METADATA] if is_megatron(folder) else shard_files(folder)
+
+
 def shard_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a model folder, sorted.
 

@@ -14,9 +14,9 @@ from megatron_spo.checkpoint.compatibility import check_base
 from megatron_spo.checkpoint.folder import Checkpoint
 from megatron_spo.checkpoint.lazy import Lazy, empty
 from megatron_spo.checkpoint.stored import StoredTensors
+from megatron_spo.config.model_folder import weight_files
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.config.schema import LoraConfig
-from megatron_spo.convert.weights import weight_files
 from megatron_spo.errors import UserError
 from megatron_spo.model.hf_files import file_digest, weights_digest
 from megatron_spo.model.lora import sites

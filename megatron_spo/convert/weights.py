@@ -9,7 +9,7 @@ from typing import Self
 from torch import Tensor
 
 from megatron_spo.checkpoint.lazy import Lazy
-from megatron_spo.config.model_folder import METADATA, is_megatron, shard_files
+from megatron_spo.config.model_folder import is_megatron
 from megatron_spo.config.model_shape import ModelShape
 from megatron_spo.convert.source import open_model
 from megatron_spo.model.hf_files import HFWeights, check_weights
@@ -36,11 +36,6 @@ def check_folder_weights(folder: Path, shape: ModelShape) -> None:
         open_model(folder, check=False)
     else:
         check_weights(folder, shape)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that determine the weights of a model folder, in a fixed order."""
-    return [*sorted(folder.glob("*.distcp")), folder / METADATA] if is_megatron(folder) else shard_files(folder)
 
 
 class _MegatronWeights:

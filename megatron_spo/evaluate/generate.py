@@ -7,7 +7,7 @@ of the file change it.
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from megatron_spo.data.json_lines import write_rows
 from megatron_spo.data.prompts import tokenize_prompts
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.limits import NEW_TOKENS, limits_of
+from megatron_spo.evaluate.limits import limits_of
 from megatron_spo.evaluate.pretrained import load_model, load_tokenizer
+from megatron_spo.evaluate.sampling import Response, Sampling, cut, end_tokens
 from megatron_spo.files import check_output
 from megatron_spo.meter import Meter
 
@@ -31,40 +32,6 @@ BLOCK = 512
 """Tokens of the vocabulary that are summed at once when a token is sampled."""
 BELOW_ONE = 1 - 1e-9
 """Largest number of the noise: times a sum, it is still below that sum after rounding."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are sampled.
-
-    Attributes:
-        samples: Responses per prompt.
-        temperature: 0 for greedy decoding.
-        max_new_tokens: Most new tokens of a response, the end-of-text token included.
-        seed: Seed of the noise.
-    """
-
-    samples: int = 1
-    temperature: float = 0.0
-    max_new_tokens: int = NEW_TOKENS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise UserError("generate: samples and max_new_tokens must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"generate: temperature = {self.temperature} must be 0 (greedy) or positive")
-        if self.samples > 1 and self.temperature == 0:
-            raise UserError(f"generate: samples = {self.samples} with temperature = 0 gives identical responses; set a "
-                            "temperature")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Response:
-    """A response: `text` without special tokens; `finished` is False if the length limit cut it off."""
-
-    text: str
-    finished: bool
 
 
 def generate_file(
@@ -158,13 +125,6 @@ def generate(
             for job, response in zip(jobs, tokens, strict=True):
                 found[job] = cut(tokenizer, response, stops)
     return [[found[row, sample] for sample in range(sampling.samples)] for row in range(len(prompts))]
-
-
-def end_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the tokens that end a response: those of the generation config (or config) and of the tokenizer."""
-    of_model = config.eos_token_id if config else None
-    listed = of_model if isinstance(of_model, list) else [of_model]
-    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
 def batches(prompts: Sequence[Sequence[int]], samples: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
@@ -266,7 +226,7 @@ class TemperatureSampler(LogitsProcessor):
         self.temperature = temperature
         self.prompt_width = prompt_width
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.FloatTensor:
         """Returns `scores` [batch, vocabulary], changed in place: 0 for the drawn token, -inf for all others."""
         step, size = input_ids.shape[1] - self.prompt_width, scores.shape[-1]
         weights = scores.sub(scores.amax(-1, keepdim=True)).div_(self.temperature).exp_()
@@ -286,10 +246,3 @@ def _invert(weights: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torc
     index = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[-1] - 1)
     weight = weights.gather(1, index)
     return index, ((target - cumulative.gather(1, index) + weight) / weight).clamp(0, BELOW_ONE)
-
-
-def cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: set[int]) -> Response:
-    """Returns the response up to the first end token."""
-    end = next((i for i, token in enumerate(tokens) if token in stops), None)
-    text = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Response(str(text), finished=end is not None)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_spo.evaluate.generate import Response, Sampling, generate_by
+from megatron_spo.evaluate.generate import generate_by
 from megatron_spo.evaluate.pretrained import load_tokenizer
+from megatron_spo.evaluate.sampling import Response, Sampling
 
 BATCH = 64
 _CONTEXT = get_context("forkserver")

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_spo.errors import UserError
-from megatron_spo.evaluate.generate import Response, Sampling, cut, end_tokens
+from megatron_spo.evaluate.sampling import Response, Sampling, cut, end_tokens
 
 SHARE_OF_FREE = 0.9
 """Share of the GPUs' free memory for vLLM; a training run may need the rest."""

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from megatron_spo.errors import UserError
-from megatron_spo.on_policy.scorers import Answered
+from megatron_spo.on_policy.answered import Answered, completion
 
 START = 300
 """Seconds that the import of the module may take."""
@@ -81,11 +81,6 @@ def arguments_of(one: Answered) -> dict[str, list[Any]]:
     found["prompts"] = [prompt] * len(texts)
     found["completions"] = [completion(prompt, text) for text in texts]
     return found
-
-
-def completion(prompt: Any, text: str) -> Any:
-    """Returns an answer in the form of its prompt: a string, or a list of one assistant message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _serve(name: str, folder: str, pipe: Connection) -> None:

@@ -15,10 +15,10 @@ from megatron_spo.data.json_lines import write_rows
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.answers import answer_rows
 from megatron_spo.files import write_output
+from megatron_spo.on_policy.answered import Answered, completion
 from megatron_spo.on_policy.choice import NO_PAIR, NOT_USED, Choice, choose
-from megatron_spo.on_policy.function_process import completion
 from megatron_spo.on_policy.rules import PairRules
-from megatron_spo.on_policy.scorers import Answered, score_all
+from megatron_spo.on_policy.scorers import score_all
 
 REPLACED = ("responses", "finished", "chosen", "rejected", "completion", "messages")
 """Keys of a row of answers that its pairs do not keep."""

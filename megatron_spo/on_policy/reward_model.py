@@ -19,8 +19,7 @@ from megatron_spo.data.pairs import parse_prompt
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.limits import NO_LIMIT, config_of
 from megatron_spo.evaluate.pretrained import load_pretrained, load_tokenizer
-from megatron_spo.on_policy.function_process import completion
-from megatron_spo.on_policy.scorers import Answered
+from megatron_spo.on_policy.answered import Answered, completion
 
 
 def rewards(folder: Path, answered: Sequence[Answered], batch_size: int) -> Iterator[list[float]]:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,8 @@ from megatron_spo.data.json_lines import kind_of
 from megatron_spo.errors import UserError
 from megatron_spo.evaluate.final_answers import is_match
 from megatron_spo.evaluate.scores import expected_answer
+from megatron_spo.on_policy.answered import Answered
 from megatron_spo.on_policy.rules import PairRules
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A row of answers; `where` is its file and line."""
-
-    where: str
-    row: dict[str, Any]
-
-    @property
-    def responses(self) -> list[str]:
-        """The answers."""
-        texts: list[str] = self.row["responses"]
-        return texts
 
 
 def score_all(answered: Sequence[Answered], rules: PairRules) -> list[list[float]]:

@@ -5,8 +5,8 @@ import json
 
 import torch.distributed as dist
 
+from megatron_spo.config.model_folder import weight_files
 from megatron_spo.config.schema import Config, PrecisionConfig
-from megatron_spo.convert.weights import weight_files
 from megatron_spo.data.chat_template import template_date
 from megatron_spo.data.dataset import TokenizedSet
 from megatron_spo.data.tokenize import tokenizer_fingerprint

@@ -23,7 +23,7 @@ from megatron_spo.train.state import TrainState
 LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from megatron_spo.evaluate.generate import Response
+    from megatron_spo.evaluate.sampling import Response
 
 ROOM = 2
 """Limit of an answer's length, relative to the longest chosen answer of the prompts."""
@@ -77,7 +77,7 @@ class HeldOutAnswers:
             LOG.warning(f"step {step}: no answers to held-out prompts ({reason}); training continues")
 
     def _answer_all(self, step: int) -> dict[str, float]:
-        from megatron_spo.evaluate.generate import Sampling
+        from megatron_spo.evaluate.sampling import Sampling
         from megatron_spo.evaluate.subprocess import answer_in_subprocess  # imports the models of transformers
 
         sets, prompts, monitor = self._sources.evals, [], self._config.monitor
