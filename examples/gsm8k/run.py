@@ -50,6 +50,8 @@ EVALUATED = (
     "policy/entropy", "pairs", "chosen_tokens",
 )  # fmt: skip
 """Metrics of the held-out pairs that a result file keeps."""
+UNIMPORTANT = ("part", "batch_size", "sampled_problems")
+"""Sizes that a study may change: the pairs that exist stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Study:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     scale = TINY if options.tiny else Scale()
-    scale = replace(scale, samples=options.samples or scale.samples)
+    sampled = options.sampled_problems or scale.sampled_problems
+    scale = replace(scale, samples=options.samples or scale.samples, sampled_problems=sampled)
     model = locate_model(options.model)
     settings = {"model": str(model), "train": str(options.problems), "test": str(options.test), "tiny": options.tiny,
                 "seed": options.seed, "sft_steps": options.sft_steps}  # fmt: skip
@@ -120,6 +123,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         "before everything else, as a base model needs it [%(default)s]")  # fmt: skip
     parser.add_argument("--samples", type=int, help="answers per training problem; a model that solves few "
                         f"problems needs more to give enough pairs [{Scale.samples}]")  # fmt: skip
+    parser.add_argument("--sampled-problems", type=int, help="training problems to sample answers to, of "
+                        f"{Scale.pair_problems} [{Scale.sampled_problems}]")  # fmt: skip
     parser.add_argument("--runs", type=int, help="stop after so many runs [all]")
     parser.add_argument("--only", nargs="+", choices=[run.key for run in all_runs()], metavar="RUN", help="runs to do, "
                         "by the name of their result file, such as dpo-lr5e-6 [all]")  # fmt: skip
@@ -160,7 +165,7 @@ def identify(study: Study) -> None:
         "prompt": study.prompt,
         "seed": study.seed,
         "sft_steps": study.sft_steps,
-        "scale": {key: value for key, value in asdict(study.scale).items() if key not in ("part", "batch_size")},
+        "scale": {key: value for key, value in asdict(study.scale).items() if key not in UNIMPORTANT},
     }
     path = study.results / "study.json"
     if not path.is_file():
@@ -204,7 +209,7 @@ def make_pairs(study: Study) -> None:
     if done.is_file():
         stages.say(f"pairs: {done} is there")
         return
-    problems, parts = read_jsonl(stages.file("train_problems")), []
+    problems, parts = read_jsonl(stages.file("train_problems"))[: scale.sampled_problems], []
     for start in range(0, len(problems), scale.part):
         name = f"sampled_{start:04d}"
         parts.append(kept := study.results / f"{name}.jsonl")

@@ -62,7 +62,8 @@ class Scale:
     """Sizes of the data and lengths of the training.
 
     Attributes:
-        pair_problems: Training problems to sample answers to.
+        pair_problems: Training problems of which pairs may be made; SFT uses others.
+        sampled_problems: The first of these, to which answers are sampled.
         samples: Answers per problem.
         per_problem: Largest number of pairs per problem.
         part: Problems per file of sampled answers; a finished file is not sampled again.
@@ -77,6 +78,7 @@ class Scale:
     """
 
     pair_problems: int = 400
+    sampled_problems: int = 400
     samples: int = 5
     per_problem: int = 2
     part: int = 20
@@ -94,7 +96,7 @@ class Scale:
     sft_batch: int = 8
 
 
-TINY = Scale(8, 8, 2, 4, 8, 4, 6, 4, 16, 2, 2, 1, 32, 1, 4, 2)
+TINY = Scale(8, 8, 8, 2, 4, 8, 4, 6, 4, 16, 2, 2, 1, 32, 1, 4, 2)
 """Sizes that only test the code."""
 
 

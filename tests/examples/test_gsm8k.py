@@ -121,7 +121,9 @@ def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     problems = [{"question": f"{i}?", "answer": str(i % 10)} for i in range(44)]
     files = [write_jsonl(tmp_path / f"{name}.jsonl", rows)
              for name, rows in (("train", problems[:34]), ("test", problems))]  # fmt: skip
-    scale = replace(study.TINY, pair_problems=30, samples=32, part=15, held_out_pairs=2, batch_size=512)
+    scale = replace(
+        study.TINY, pair_problems=30, sampled_problems=30, samples=32, part=15, held_out_pairs=2, batch_size=512
+    )
     monkeypatch.setattr(run, "TINY", scale)
     results, command = tmp_path / "results", [*map(str, files), "--model", str(model), "--tiny"]
     places = ["--results", str(results), "--out"]
