@@ -13,7 +13,7 @@ from megatron_spo.config.data_source import DataSource
 from megatron_spo.config.model_shape import ModelShape, read_model_shape
 from megatron_spo.config.rules import Facts, broken_rules, unused_keys
 from megatron_spo.config.schema import Config, keys_of, section_class
-from megatron_spo.config.section import FORMATS
+from megatron_spo.config.section import FORMATS, message_of
 from megatron_spo.config.yaml_text import format_yaml, parse_yaml
 from megatron_spo.errors import UserError
 
@@ -192,12 +192,10 @@ def _explain(details: ErrorDetails, path: str, overridden: Sequence[str]) -> str
         return f"{origin}: unknown key {key!r}{_nearest(key)}"
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{origin}: {key} = {details['input']!r}: must be a section with `key: value` lines"
-    message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
-    message = message.removeprefix("Value error, ")
     named = location[:2] == ("loss", "name") and isinstance(details["input"], str)
     if named and (known := foreign.loss_hint(details["input"])):
         return f"{origin}: {key} = {details['input']!r}: {known}"
-    return f"{origin}: {key} = {details['input']!r}: {message}{allowed}"
+    return f"{origin}: {key} = {details['input']!r}: {message_of(details)}{allowed}"
 
 
 def _key_text(location: Sequence[int | str]) -> str:

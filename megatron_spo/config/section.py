@@ -3,6 +3,7 @@
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 FORMATS = ("one", "each", "word")
@@ -34,6 +35,12 @@ class Section(BaseModel):
             except UnicodeEncodeError:
                 raise ValueError("contains text that cannot be encoded in UTF-8") from None
         return value
+
+
+def message_of(details: ErrorDetails) -> str:
+    """Returns what is wrong with a value, to be written after it: `must be ...`."""
+    message = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
+    return message.removeprefix("Value error, ")
 
 
 def as_tuple(value: Any) -> Any:

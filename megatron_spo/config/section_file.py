@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_spo.config.section import Section
+from megatron_spo.config.section import Section, message_of
 from megatron_spo.config.yaml_text import parse_yaml
 from megatron_spo.errors import UserError
 
@@ -46,4 +46,4 @@ def _explain(details: ErrorDetails, known: list[str]) -> str:
     if details["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(details["loc"][-1]), known, 1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    return f"{key}: {details['input']!r}: {details['msg'].replace('Input should be', 'must be')}"
+    return f"{key}: {details['input']!r}: {message_of(details)}"

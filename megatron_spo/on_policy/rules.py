@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from megatron_spo.config.section import Section
+from megatron_spo.config.section import Section, message_of
 from megatron_spo.errors import UserError
 
 SCORERS = ("exact_match", "model", "column", "function")
@@ -87,6 +87,5 @@ def _problem(details: Any, name: Callable[[str], str]) -> str:
         return f"{name(field)} is missing"
     if details["type"] == "extra_forbidden":
         return f"{name(field)} is unknown; known: {', '.join(PairRules.model_fields)}"
-    message = details["msg"].replace("Input should be", "must be")
     about = " ".join((PairRules.model_fields[field].description or "").split())
-    return f"{name(field)} is {details['input']!r}: {message} ({about})"
+    return f"{name(field)} is {details['input']!r}: {message_of(details)} ({about})"
