@@ -89,8 +89,8 @@ class Study:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     scale = TINY if options.tiny else Scale()
-    sampled = options.sampled_problems or scale.sampled_problems
-    scale = replace(scale, samples=options.samples or scale.samples, sampled_problems=sampled)
+    given = {"samples": options.samples, "sampled_problems": options.sampled_problems}
+    scale = replace(scale, **{key: value for key, value in given.items() if value is not None})
     model = locate_model(options.model)
     settings = {"model": str(model), "train": str(options.problems), "test": str(options.test), "tiny": options.tiny,
                 "seed": options.seed, "sft_steps": options.sft_steps}  # fmt: skip
