@@ -14,7 +14,6 @@ from examples.common import write_text
 from examples.gsm8k.study import CONTROL, SAMPLING_TEMPERATURE, all_runs
 from megatron_spo.evaluate.scores import Estimate, difference, estimate
 from megatron_spo.report import figures
-from megatron_spo.report.figures import Curve
 
 Result = Mapping[str, Any]
 """The content of a result file."""
@@ -30,11 +29,9 @@ def write(folder: Path) -> str:
     with matplotlib.rc_context(figures.STYLE):
         figure, (left, right) = figures.new_figure(2)
         figure.set_size_inches(2 * figures.SIZE[0], 1.6 + 0.3 * (len(groups) + 1))
-        plot_accuracy(left, {"base": [base], **{f"{name}, lr {lr:g}": ones for (name, lr), ones in groups.items()}})
-        curves = [shift_curve(name, lr, ones[0]) for (name, lr), ones in groups.items()]
-        figures.plot_curves(right, curves, "Change of log p(chosen), nats per token")
-        if curves:
-            right.legend(fontsize=7, frameon=False)
+        rows = {"base": [base], **{f"{name}, lr {lr:g}": ones for (name, lr), ones in groups.items()}}
+        plot_accuracy(left, rows)
+        plot_shifts(right, rows)
         write_text(folder / "runs.svg", figures.file_svg(figure))
     return text
 
@@ -142,21 +139,35 @@ def shown(found: Estimate | None, sign: str = "") -> str:
 
 
 def plot_accuracy(axes: Any, groups: Mapping[str, Sequence[Result]]) -> None:
-    """Draws the accuracy of each group with its 95% interval."""
-    names = list(groups)[::-1]
-    for place, name in enumerate(names):
-        found = estimate(per_problem(groups[name]))
+    """Draws the accuracy of each group with its 95% interval, one row per group."""
+    for place, (name, ones) in enumerate(groups.items()):
+        found = estimate(per_problem(ones))
         assert found is not None
         axes.plot([found.low, found.high], [place, place], color=colour(name), linewidth=2)
-        axes.plot(found.value, place, "o", color=colour(name), fillstyle="full" if "+" in name else "none")
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.plot(found.value, place, **point(name))
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=9)
     axes.set(title="Accuracy on held-out problems, 95%", xlim=(0, None))
+    finish(axes)
+
+
+def plot_shifts(axes: Any, groups: Mapping[str, Sequence[Result]]) -> None:
+    """Draws the change of log p of the held-out chosen answers in the same rows, a point per seed."""
+    for place, (name, ones) in enumerate(groups.items()):
+        shifts = [chosen_shift(one["held_out"][-1]) if "held_out" in one else 0.0 for one in ones]
+        axes.plot(shifts, [place] * len(shifts), linestyle="none", **point(name))
+    axes.set_yticks(range(len(groups)), [])
+    axes.set(title="Change of log p(chosen), nats per token")
+    finish(axes)
+
+
+def finish(axes: Any) -> None:
+    axes.invert_yaxis()  # the first row is at the top
     axes.grid(alpha=0.2)
 
 
-def shift_curve(name: str, lr: float, one: Result) -> Curve:
-    points = [(0, 0.0), *((line["step"], chosen_shift(line)) for line in one["held_out"] if line["step"])]
-    return Curve(f"{name}, lr {lr:g}", colour(name), points, dashed="+" not in name)
+def point(name: str) -> dict[str, str]:
+    """Returns the marker of a row: filled with an SFT term besides the preference loss."""
+    return {"marker": "o", "color": colour(name), "fillstyle": "full" if "+" in name else "none"}
 
 
 def colour(name: str) -> str:
