@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_spo.cli import main
+from megatron_spo.model import optimizer
 from tests.support.processes import read_metrics
 from tests.support.tiny import tiny_run
 
@@ -48,3 +49,19 @@ def test_bf16_stays_near_fp32(folder: Path, schedule: str) -> None:
         distance = max(abs(line[name] - exact[name]) for line, exact in found)
         assert distance < bound, name
     assert moved > 5 * BOUNDS["spo/rejected_shift"]  # so the bound would detect a run that does not train
+
+
+def test_gradients_added_by_pieces_are_those_that_megatron_adds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {}
+    monkeypatch.setattr(optimizer, "GRADIENT_PIECE", 100)  # fewer than a weight of the tiny model has
+    for name in ("pieces", "megatron"):
+        output = folder / name
+        assert run(folder, "train", "bf16", f"output={output}", "training.steps=4", "data.row_length=64") == 0
+        lines[name] = [
+            {key: value for key, value in line.items() if key.startswith(("loss", "spo/", "grad"))}
+            for key, line in read_metrics(output).items()
+            if key[0] == "train"
+        ]
+        monkeypatch.setattr(optimizer, "_add_gradients_by_pieces", lambda chunk: None)
+    assert len(lines["pieces"]) == 4 and lines["pieces"][0]["grad_norm"] > 0
+    assert lines["pieces"] == lines["megatron"]
