@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from examples.common import write_text
-from examples.gsm8k.study import CONTROL, SAMPLING_TEMPERATURE, all_runs
+from examples.gsm8k.study import CONTROL, LONGER, SAMPLING_TEMPERATURE, all_runs
 from megatron_spo.evaluate.scores import Estimate, difference, estimate
 from megatron_spo.report import figures
 
@@ -47,12 +47,29 @@ def read(folder: Path) -> tuple[Result, dict[tuple[str, float], list[Result]]]:
 
 
 def tables(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:
-    """Returns the table of all runs, and one of the checkpoints of those that answered problems during training."""
-    parts = [table(base, groups)]
-    rows = [row for ones in groups.values() for one in ones if one.get("during") for row in trace(one, base)]
-    if rows:
-        parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
-    return "\n\n".join(parts)
+    """Returns the table of all runs, one of answers with a higher limit of tokens, and one of the checkpoints of the
+    runs that answered problems during training."""
+    runs = [one for ones in groups.values() for one in ones]
+    limits = [limit_row(one) for one in (base, *runs) if "longer" in one["answers"]]
+    traces = [row for one in runs if one.get("during") for row in trace(one, base)]
+    more = [
+        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) for rows in (limits, traces) if rows
+    ]
+    return "\n\n".join([table(base, groups), *more])
+
+
+def limit_row(one: Result) -> dict[str, str]:
+    """Returns the cells of a run's answers to the same problems with the usual limit of tokens and a higher one."""
+    answers = one["answers"]
+    count = len(answers["longer"]["right"])
+    cells = {
+        "run": f"{one['name']}, lr {one['lr']:g}, seed {one['seed']}" if "lr" in one else BASE,
+        "problems": str(count),
+    }
+    for field in ("right", "malformed"):
+        cells[field] = str(answers["greedy"][field][:count].count("1"))
+        cells[f"{field}, {LONGER} times the tokens"] = str(answers["longer"][field].count("1"))
+    return cells
 
 
 def trace(one: Result, base: Result) -> list[dict[str, str]]:

@@ -25,6 +25,7 @@ from examples import common  # noqa: E402
 from examples.common import StageFailed, Stages, metrics_lines, read_jsonl, write_jsonl, write_text  # noqa: E402
 from examples.gsm8k import page  # noqa: E402
 from examples.gsm8k.study import (  # noqa: E402
+    LONGER,
     OTHER_PROMPT,
     PROMPT,
     SAMPLING_TEMPERATURE,
@@ -150,6 +151,7 @@ def write_prompts(study: Study, train_file: Path, test_file: Path) -> list[Probl
         write_jsonl(stages.file(f"{name}_problems"), rows)
     rows = [prompt_row(*one, chat=study.chat, prompt=OTHER_PROMPT) for one in other_questions(scale.other_problems)]
     write_jsonl(stages.file("other_problems"), rows)
+    write_jsonl(stages.file("first_problems"), read_jsonl(stages.file("test_problems"))[: scale.traced])
     return [one for one in train_problems if one not in drawn["train"]]
 
 
@@ -308,22 +310,24 @@ def train(study: Study, run: Run, unused: Sequence[Problem]) -> None:
 def answers_during(study: Study, folder: Path) -> dict[int, dict[str, Any]]:
     """Returns scores of greedy answers to the first test problems, by the step of each checkpoint but the last."""
     stages, found = study.stages, {}
-    write_jsonl(stages.file("traced_problems"), read_jsonl(stages.file("test_problems"))[: study.scale.traced])
     for checkpoint in sorted((folder / "checkpoints").glob("step_*"))[:-1]:
         name = f"{folder.name}-{checkpoint.name}"
         if not (answers := stages.file(f"{name}-greedy")).is_file():
             model = stages.out / f"{name}-hf"
             stages.command(f"convert-{name}", "convert", checkpoint, model, "--to", "hf", done=model.is_dir())
-            answers = study.answer(f"{name}-greedy", model, "traced_problems")
+            answers = study.answer(f"{name}-greedy", model, "first_problems")
             shutil.rmtree(model)
         found[int(checkpoint.name.rpartition("_")[2])] = scores(answers)
     return found
 
 
 def answers_of(study: Study, name: str, model: Path, *, sampled: bool) -> dict[str, Any]:
-    """Returns scores of each answer: greedy, to other questions, and sampled if asked for."""
+    """Returns scores of each answer: greedy, with a higher limit of tokens to the first problems, to other questions,
+    and sampled if asked for."""
+    limit = LONGER * study.scale.max_new_tokens
     files = {
         "greedy": study.answer(f"{name}-greedy", model, "test_problems"),
+        "longer": study.answer(f"{name}-longer", model, "first_problems", **{"max-new-tokens": limit}),
         "other": study.answer(f"{name}-other", model, "other_problems"),
     }
     if sampled:

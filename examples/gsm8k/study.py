@@ -49,6 +49,8 @@ COLLAPSES, HELPS = "5e-6", "1e-6"
 SEEDS = (0, 1, 2)
 MOST_LINES = 3
 """Lines of a problem's solution, the result not counted: a small model solves too few of the longer ones for pairs."""
+LONGER = 2
+"""The higher limit of tokens of an answer, in units of the usual one."""
 SAMPLING_TEMPERATURE = 0.7
 """Temperature of the answers that the pairs are made of, and of the second test."""
 SAMPLED = (CONTROL, "dpo", "dpo+spo")
@@ -73,7 +75,8 @@ class Scale:
         max_new_tokens: Most tokens of an answer.
         steps, batch, eval_every: Optimizer steps, pairs per step, and steps between evaluations.
         batch_size: Answers generated at a time.
-        trace_every, traced: Steps between checkpoints that answer test problems during training; number of problems.
+        trace_every, traced: Steps between checkpoints that answer test problems during training; number of these
+            problems, which are also answered with a higher limit of tokens after training.
         sft_batch: Solutions per step of the SFT before everything else, if it is asked for.
     """
 

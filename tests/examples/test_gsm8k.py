@@ -100,6 +100,15 @@ def test_checkpoints_are_compared_on_the_same_problems() -> None:
     assert rows == [("0", "2", "2", "10"), ("4", "2", "2", "25"), ("8", "1", "2", "10")]
 
 
+def test_a_higher_limit_of_tokens_is_compared_on_the_same_problems() -> None:
+    base = result("1100", rejected_tokens=60)
+    run = result("1011", name="dpo", lr=1e-6, seed=1)
+    run["answers"]["longer"] = {"right": "11", "malformed": "01", "words": [20, 30]}
+    _, limits = page.tables(base, {("dpo", 1e-6): [run]}).split("\n\n")
+    cells = [cell.strip() for cell in limits.splitlines()[2].split("|")[1:-1]]
+    assert cells == ["dpo, lr 1e-06, seed 1", "2", "1", "2", "0", "1"]
+
+
 @pytest.mark.parametrize("folder", [path.parent for path in RESULTS.glob("*/base.json")], ids=lambda path: path.name)
 def test_the_shipped_table_follows_from_the_result_files(folder: Path) -> None:
     assert (folder / "table.md").read_text() == page.tables(*page.read(folder)) + "\n"
@@ -134,6 +143,7 @@ def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {path.stem for path in results.glob("*.json")} == {"study", "pairs_summary", "base", tried[0]}
     found = json.loads((results / f"{tried[0]}.json").read_text())
     assert len(found["answers"]["greedy"]["right"]) == 6 and len(found["answers"]["other"]["words"]) == 4
+    assert len(found["answers"]["longer"]["words"]) == 4
     assert found["held_out"][-1]["step"] == 2 and found["held_out"][-1]["pairs"] == 2 and "sampled" in found["answers"]
     assert found["during"] == {}
     before = {path: path.stat().st_mtime_ns for path in results.iterdir() if path.suffix != ".md"}
