@@ -52,10 +52,11 @@ def tables(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -
     runs = [one for ones in groups.values() for one in ones]
     limits = [limit_row(one) for one in (base, *runs) if "longer" in one["answers"]]
     traces = [row for one in runs if one.get("during") for row in trace(one, base)]
-    more = [
-        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) for rows in (limits, traces) if rows
-    ]
-    return "\n\n".join([table(base, groups), *more])
+    return "\n\n".join([table(base, groups), *(markdown(rows) for rows in (limits, traces) if rows)])
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def limit_row(one: Result) -> dict[str, str]:
@@ -96,7 +97,7 @@ def table(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) ->
     for (name, lr), ones in groups.items():
         control = groups.get((CONTROL, lr)) if name != CONTROL else None
         rows.append(row(name, f"{lr:g}", ones, base, control))
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return markdown(rows)
 
 
 def row(name: str, lr: str, ones: Sequence[Result], base: Result, control: Sequence[Result] | None) -> dict[str, str]:

@@ -146,12 +146,12 @@ def write_prompts(study: Study, train_file: Path, test_file: Path) -> list[Probl
         "train": draw(train_problems, scale.pair_problems, study.seed, "training"),
         "test": draw(test, scale.test_problems, study.seed, "test"),
     }
+    drawn["first"] = drawn["test"][: scale.traced]
     for name, problems in drawn.items():
         rows = [prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt) for one in problems]
         write_jsonl(stages.file(f"{name}_problems"), rows)
     rows = [prompt_row(*one, chat=study.chat, prompt=OTHER_PROMPT) for one in other_questions(scale.other_problems)]
     write_jsonl(stages.file("other_problems"), rows)
-    write_jsonl(stages.file("first_problems"), read_jsonl(stages.file("test_problems"))[: scale.traced])
     return [one for one in train_problems if one not in drawn["train"]]
 
 

@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_spo.cli import main
 from megatron_spo.model import optimizer
+from megatron_spo.train import run as run_module
 from tests.support.processes import read_metrics
 from tests.support.tiny import tiny_run
 
@@ -52,7 +54,14 @@ def test_bf16_stays_near_fp32(folder: Path, schedule: str) -> None:
 
 
 def test_gradients_added_by_pieces_are_those_that_megatron_adds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {}
+    lines, added, real = {}, {}, run_module.make_trainable
+
+    def watched(*given: Any, **named: Any) -> optimizer.Trainable:
+        trainable = real(*given, **named)
+        added[name] = [parameter for chunk in trainable.chunks for parameter in chunk.parameters()]
+        return trainable
+
+    monkeypatch.setattr(run_module, "make_trainable", watched)
     monkeypatch.setattr(optimizer, "GRADIENT_PIECE", 100)  # fewer than a weight of the tiny model has
     for name in ("pieces", "megatron"):
         output = folder / name
@@ -65,3 +74,5 @@ def test_gradients_added_by_pieces_are_those_that_megatron_adds(folder: Path, mo
         monkeypatch.setattr(optimizer, "_add_gradients_by_pieces", lambda chunk: None)
     assert len(lines["pieces"]) == 4 and lines["pieces"][0]["grad_norm"] > 0
     assert lines["pieces"] == lines["megatron"]
+    assert all(parameter.grad_added_to_main_grad for parameter in added["pieces"])
+    assert not any(parameter.grad_added_to_main_grad for parameter in added["megatron"])
