@@ -9,7 +9,7 @@ turn is a process of its own, so that its peak memory is its own:
     trl-given    the same with TRL's precomputed reference (that pass is not timed)
 
 `lora`: both train adapters of rank 16 on weights in that format. Their random numbers differ, so that only the losses
-of the first step agree. Without --pairs, the pairs of examples/gsm8k are used.
+of the first step agree. Without --pairs, the pairs of examples/gsm8k/results/qwen05 are used.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def prepare(folder: Path, kind: str, options: argparse.Namespace) -> None:
     """
     from transformers import PreTrainedTokenizerFast
 
-    source = options.pairs or next(ROOT.glob("examples/gsm8k/results/*/pairs.jsonl"))
+    source = options.pairs or ROOT / "examples/gsm8k/results/qwen05/pairs.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()][: options.batch * options.steps]
     if len(rows) < options.batch * options.steps:
         sys.exit(f"error: {source} has {len(rows)} pairs, but {options.batch * options.steps} are needed")
