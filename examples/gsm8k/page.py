@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from examples.common import write_text
-from examples.gsm8k.study import CONTROL, LONGER, SAMPLING_TEMPERATURE, all_runs
+from examples.gsm8k.study import CONTROL, LONGER, LOSSES, SAMPLING_TEMPERATURE, SCHEDULES, all_runs
 from megatron_spo.evaluate.scores import Estimate, difference, estimate
 from megatron_spo.report import figures
 
@@ -29,7 +29,7 @@ def write(folder: Path) -> str:
     with matplotlib.rc_context(figures.STYLE):
         figure, (left, right) = figures.new_figure(2)
         figure.set_size_inches(2 * figures.SIZE[0], 1.6 + 0.3 * (len(groups) + 1))
-        rows = {"base": [base], **{f"{name}, lr {lr:g}": ones for (name, lr), ones in groups.items()}}
+        rows = {BASE: [base], **{f"{name}, lr {rate(lr)}": ones for (name, lr), ones in groups.items()}}
         plot_accuracy(left, rows)
         plot_shifts(right, rows)
         write_text(folder / "runs.svg", figures.file_svg(figure))
@@ -37,13 +37,25 @@ def write(folder: Path) -> str:
 
 
 def read(folder: Path) -> tuple[Result, dict[tuple[str, float], list[Result]]]:
-    """Returns the result of the base, and by method and learning rate those of the seeds."""
+    """Returns the result of the base, and by method and learning rate those of the seeds, similar runs together."""
     groups: dict[tuple[str, float], list[Result]] = {}
     for run in all_runs():
         path = folder / f"{run.key}.json"
         if path.is_file():
             groups.setdefault((run.name, float(run.lr)), []).append(json.loads(path.read_text()))
-    return json.loads((folder / f"{BASE}.json").read_text()), groups
+    ordered = sorted(groups, key=lambda key: (key[1], order(key[0])))
+    return json.loads((folder / f"{BASE}.json").read_text()), {key: groups[key] for key in ordered}
+
+
+def order(name: str) -> tuple[int, int]:
+    """Returns the place of a method among those of a learning rate: the control, then loss after loss."""
+    loss, mark, rest = name.partition("+")
+    return list(LOSSES).index(loss) if loss in LOSSES else -1, list(SCHEDULES).index(mark + rest)
+
+
+def rate(lr: float) -> str:
+    """Returns a learning rate as one writes it: 5e-6."""
+    return f"{lr:g}".replace("e-0", "e-")
 
 
 def tables(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:
@@ -64,7 +76,7 @@ def limit_row(one: Result) -> dict[str, str]:
     answers = one["answers"]
     count = len(answers["longer"]["right"])
     cells = {
-        "run": f"{one['name']}, lr {one['lr']:g}, seed {one['seed']}" if "lr" in one else BASE,
+        "run": f"{one['name']}, lr {rate(one['lr'])}, seed {one['seed']}" if "lr" in one else BASE,
         "problems": str(count),
     }
     for field in ("right", "malformed"):
@@ -80,7 +92,7 @@ def trace(one: Result, base: Result) -> list[dict[str, str]]:
     after = {str(one["held_out"][-1]["step"]): one["answers"]["greedy"]}
     return [
         {
-            "run": f"{one['name']}, lr {one['lr']:g}",
+            "run": f"{one['name']}, lr {rate(one['lr'])}",
             "step": step,
             "problems": str(count),
             "right": str(answers["right"][:count].count("1")),
@@ -93,23 +105,36 @@ def trace(one: Result, base: Result) -> list[dict[str, str]]:
 
 def table(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:
     """Returns a Markdown table with a row for the base and one for every method and learning rate."""
-    rows = [row(BASE, "", [base], base, None)]
+    rows = [row(BASE, "", [base], base, {})]
     for (name, lr), ones in groups.items():
-        control = groups.get((CONTROL, lr)) if name != CONTROL else None
-        rows.append(row(name, f"{lr:g}", ones, base, control))
+        loss, spo, _ = name.partition("+")
+        others = {"base": [base], "control": groups.get((CONTROL, lr)), "loss alone": groups.get((loss, lr))}
+        if name == CONTROL:
+            del others["control"]
+        if not spo:
+            del others["loss alone"]
+        rows.append(row(name, rate(lr), ones, base, others))
     return markdown(rows)
 
 
-def row(name: str, lr: str, ones: Sequence[Result], base: Result, control: Sequence[Result] | None) -> dict[str, str]:
-    """Returns the cells of a row; intervals are 95%, over the problems, after averaging over the seeds."""
+def row(
+    name: str, lr: str, ones: Sequence[Result], base: Result, others: Mapping[str, Sequence[Result] | None]
+) -> dict[str, str]:
+    """Returns the cells of a row; intervals are 95%, over the problems, after averaging over the seeds.
+
+    `others`: The runs that these are compared with, by the name of the comparison.
+    """
     right, sampled = per_problem(ones), "sampled" in ones[0]["answers"]
+    less = {
+        f"minus {other}": shown(difference(right, per_problem(them)), "+") if (them := others.get(other)) else ""
+        for other in ("base", "control", "loss alone")
+    }
     cells = {
         "run": name,
         "lr": lr,
         "seeds": str(len(ones)),
         "accuracy": shown(estimate(right)),
-        "minus base": shown(difference(right, per_problem([base])), "+") if ones[0] is not base else "",
-        "minus control": shown(difference(right, per_problem(control)), "+") if control else "",
+        **less,
         f"T={SAMPLING_TEMPERATURE:g}": shown(estimate(per_problem(ones[:1], "sampled"))) if sampled else "",
         "malformed": f"{mean(per_problem(ones, field='malformed')):.2f}",
         "other questions": f"{mean(per_problem(ones, 'other')):.2f}",

@@ -80,15 +80,17 @@ def result(right: str, **more: object) -> dict:
 
 def test_differences_are_paired_by_problem_and_averaged_over_seeds() -> None:
     base = {"answers": result("1100")["answers"], "rejected_tokens": 60}
-    groups = {("sft_on_chosen", 2e-5): [result("1110")], ("dpo", 2e-5): [result("1000"), result("0000", alarms=[])]}
+    groups = {("sft_on_chosen", 2e-5): [result("1110")], ("dpo", 2e-5): [result("1000"), result("0000", alarms=[])],
+              ("dpo+spo", 2e-5): [result("1100")]}  # fmt: skip
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.table(base, groups).splitlines()]
-    header, (first, control, dpo) = lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    header, (first, control, dpo, spo) = lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
     assert first["minus base"] == "" and first["first alarm"] == "" and "ranked right" in header
     assert control["minus base"].startswith("+0.250 [+0.000") and control["minus control"] == ""
     assert dpo["accuracy"].startswith("0.125") and dpo["minus base"].startswith("-0.375")
     assert dpo["minus control"].startswith("-0.625") and dpo["seeds"] == "2"
     assert dpo["chosen, nats per token"] == "-0.250" and dpo["rejected, nats per token"] == "-0.500"
     assert dpo["first alarm"] == "displacement at 5 (1 of 2 seeds)"
+    assert dpo["minus loss alone"] == "" and spo["minus loss alone"].startswith("+0.375")
     np.testing.assert_allclose(page.per_problem(groups["dpo", 2e-5]), [0.5, 0, 0, 0])
 
 
@@ -106,7 +108,7 @@ def test_a_higher_limit_of_tokens_is_compared_on_the_same_problems() -> None:
     run["answers"]["longer"] = {"right": "11", "malformed": "01", "words": [20, 30]}
     _, limits = page.tables(base, {("dpo", 1e-6): [run]}).split("\n\n")
     cells = [cell.strip() for cell in limits.splitlines()[2].split("|")[1:-1]]
-    assert cells == ["dpo, lr 1e-06, seed 1", "2", "1", "2", "0", "1"]
+    assert cells == ["dpo, lr 1e-6, seed 1", "2", "1", "2", "0", "1"]
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in RESULTS.glob("*/base.json")], ids=lambda path: path.name)
@@ -118,6 +120,24 @@ def test_the_shipped_table_follows_from_the_result_files(folder: Path) -> None:
         assert one["pairs"] == pairs and len(one["answers"]["greedy"]["right"]) == len(
             base["answers"]["greedy"]["right"]
         )
+
+
+def rows_of_tables(text: str) -> list[dict[str, str]]:
+    """Returns the rows of all Markdown tables that have a column `malformed`."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        if "malformed" in header:
+            found += [dict(zip(header, line, strict=True)) for line in lines]
+    return found
+
+
+def test_the_tables_in_the_readmes_are_part_of_the_shipped_table() -> None:
+    shipped = [row.items() for row in rows_of_tables((RESULTS / "qwen05/table.md").read_text())]
+    for readme, tables in ((run.HERE / "README.md", 3), (run.HERE.parents[1] / "README.md", 1)):
+        quoted = rows_of_tables(readme.read_text())
+        assert len({tuple(row) for row in quoted}) == tables
+        assert not [row for row in quoted if not any(row.items() <= one for one in shipped)]
 
 
 @pytest.mark.slow
