@@ -4,6 +4,7 @@ The output layer is split over the tensor-parallel group by vocabulary. Logits e
 time; the backward pass recomputes them with the stored log-normaliser.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,25 +41,39 @@ def _products_of(weight: Tensor) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _factor(matrix: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Returns a factor for `_product`: on a CPU in fp32 (in `buffer` if it is given), as bf16 products with a result in
-    fp32 need a GPU."""
-    if matrix.is_cuda or matrix.dtype == torch.float32:
-        return matrix
-    return matrix.float() if buffer is None else buffer.copy_(matrix)
+KEPT: dict[str, Tensor] = {}
+"""Memory of the last row on a CPU, for the next one."""
 
 
-def _product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Returns the fp32 [n, m] product of two factors, [n, k] and [k, m]; in `buffer` [n or more, m] if it is given."""
+def _memory(name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Returns memory [*shape] on the device of `like`; on a CPU that of the last call with this name, if it suffices.
+
+    The allocator of a CPU returns large blocks to the system, and getting new ones takes longer than filling them.
+    """
+    if like.is_cuda:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    size, kept = math.prod(shape), KEPT.get(name)
+    if kept is None or len(kept) < size or kept.dtype != dtype:
+        with torch.inference_mode(False):  # a forward pass without gradients may be the first call
+            kept = KEPT[name] = torch.empty(size, dtype=dtype)
+    return kept[:size].view(shape)
+
+
+def _converted(matrix: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Returns a matrix in `dtype`, itself or a copy in the memory `name`."""
+    return matrix if matrix.dtype == dtype else _memory(name, matrix, dtype, *matrix.shape).copy_(matrix)
+
+
+def _factor(matrix: Tensor, name: str) -> Tensor:
+    """Returns a factor for `_product`: on a CPU in fp32, as bf16 products with a result in fp32 need a GPU."""
+    return matrix if matrix.is_cuda else _converted(matrix, torch.float32, name)
+
+
+def _product(left: Tensor, right: Tensor, name: str) -> Tensor:
+    """Returns the fp32 [n, m] product of two factors, [n, k] and [k, m]; on a CPU in the memory `name`."""
     if left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right if buffer is None else torch.mm(left, right, out=buffer[: len(left)])
-
-
-def _buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Returns a buffer for the logits of a chunk on a CPU, where new memory for every chunk takes time; else None."""
-    size = max((part.stop - part.start for part in _chunks(hidden, weight)), default=0)
-    return None if hidden.is_cuda else torch.empty(size, len(weight))
+    return torch.mm(left, right, out=_memory(name, left, left.dtype, len(left), right.shape[1]))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -66,7 +81,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == torch.float32:
         torch.addmm(total, left, right, out=total)
     else:
-        total += _product(left, right)
+        total += torch.mm(left, right, out_dtype=torch.float32)
 
 
 class VocabParallelLogProb(torch.autograd.Function):
@@ -87,11 +102,10 @@ class VocabParallelLogProb(torch.autograd.Function):
         from `first_row` on) and targets [E]."""
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normaliser, entropies = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        rows = _factor(weight)  # converted once for both passes, as this costs as much as half a chunk
-        buffer, second_buffer = _buffer(hidden, weight), _buffer(hidden, weight)
+        rows = _factor(weight, "rows")
         with _products_of(weight):
             for part in _chunks(hidden, weight):
-                logits = _capped(_product(_factor(hidden[part]), rows.t(), buffer), softcap)
+                logits = _capped(_product(_factor(hidden[part], "states"), rows.t(), "logits"), softcap)
                 peak = logits.amax(-1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
                 if group is not None:
                     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -100,7 +114,7 @@ class VocabParallelLogProb(torch.autograd.Function):
                     local, here = _local(targets[part], first_row, len(weight))
                     target_logit = torch.where(here, logits.gather(1, local)[:, 0], 0.0)
                 logits.sub_(peak[:, None])
-                shares = logits.exp() if second_buffer is None else torch.exp(logits, out=second_buffer[: len(logits)])
+                shares = torch.exp(logits, out=_memory("shares", logits, logits.dtype, *logits.shape))
                 sums = torch.stack([shares.sum(-1), target_logit, logits.mul_(shares).sum(-1)])
                 if group is not None:
                     dist.all_reduce(sums, group=group)
@@ -109,7 +123,7 @@ class VocabParallelLogProb(torch.autograd.Function):
                 entropies[part] = sums[0].log() - sums[2] / sums[0]
                 del logits, shares  # before the logits of the next chunk exist
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.rows, ctx.first_row, ctx.group, ctx.softcap = rows, first_row, group, softcap
+        ctx.first_row, ctx.group, ctx.softcap = first_row, group, softcap
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -117,14 +131,13 @@ class VocabParallelLogProb(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        rows, ctx.rows = ctx.rows, None  # ctx itself lives until the whole backward pass is over
-        buffer = _buffer(hidden, weight)
+        d_weight = _zeros(weight) if ctx.needs_input_grad[1] else None
+        rows = _factor(weight, "rows")  # again: other rows, and other models, may have been computed since
         with _products_of(weight):
             for part in _chunks(hidden, weight):
                 scale = gradients[0][part]
-                states = _factor(hidden[part])
-                logits = _capped(_product(states, rows.t(), buffer), ctx.softcap)
+                states = _factor(hidden[part], "states")
+                logits = _capped(_product(states, rows.t(), "logits"), ctx.softcap)
                 slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()  # of c tanh(x / c)
                 d_logits = logits.sub_(normaliser[part, None]).exp_().mul_(-scale[:, None])
                 if len(weight):
@@ -132,14 +145,22 @@ class VocabParallelLogProb(torch.autograd.Function):
                     d_logits.scatter_(1, local, d_logits.gather(1, local) + torch.where(here, scale, 0.0)[:, None])
                 if slope is not None:
                     d_logits.mul_(slope)
-                lowered = d_logits.to(weight.dtype)
+                lowered = _converted(d_logits, weight.dtype, "lowered")
                 d_hidden[part] = lowered @ weight
                 if d_weight is not None:
-                    _add_product(d_weight, _factor(lowered, d_logits).t(), states)
+                    _add_product(d_weight, _factor(lowered, "logits").t(), states)
                 del logits, slope, d_logits, lowered  # before the logits of the next chunk exist
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """Returns the start of the fp32 sum of a weight's gradients; for an fp32 weight it is new memory, as it becomes the
+    gradient itself."""
+    if weight.dtype == torch.float32:
+        return torch.zeros_like(weight)
+    return _memory("d_weight", weight, torch.float32, *weight.shape).zero_()
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

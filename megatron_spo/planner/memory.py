@@ -93,15 +93,14 @@ def stage_memory(setting: Setting, stage: int, row: RowSize, rows: int) -> Memor
     head = _head_buffers(setting, row) if stage == topology.pipeline - 1 else 0
     copy, spec = 4 * shard, config.spo.spec
     schedule = copy * spec.gradients_kept
-    # After the rows: a gradient of each pass. On a CPU, torch's AdamW also holds the roots of all second moments.
-    update = copy * ((spec.passes if spec.passes > 1 else 0) + (setting.kernels == "cpu")) - schedule
+    update = copy * (spec.passes if spec.passes > 1 else 0) - schedule  # after the rows: a gradient of each pass
     return Memory(
         weights=setting.item * held.held + _quantized_weights(setting, stage),
         gradients=4 * held.trained,
         optimizer=state * shard,
         activations=activations,
         head=head,
-        buffers=max(_layer_buffers(setting, row), update - activations - head),
+        buffers=max(_layer_buffers(setting, row), update - activations - (0 if setting.kernels == "cpu" else head)),
         schedule=schedule,
         reserved=RESERVED[setting.kernels],
     )
@@ -275,12 +274,14 @@ def _layer_buffers(setting: Setting, row: RowSize) -> float:
 
 
 def _head_buffers(setting: Setting, row: RowSize) -> float:
-    """Returns the bytes of the log-prob head: two chunks of logits, gradients of hidden states, and the weight gradient
-    and that of one chunk; in fp32, plus copies in bf16 for a bf16 model (on a GPU, only of the logits)."""
+    """Returns the bytes of the log-prob head: two chunks of logits and their copy in bf16, gradients of hidden states,
+    and the fp32 weight gradient with that of one chunk. On a CPU the latter is added in place, and a bf16 model also
+    needs an fp32 copy of the weight and a bf16 one of its gradient."""
     hidden, tensor = setting.shape.hidden, setting.topology.tensor
     rows = padded_vocabulary(setting.shape, tensor) // tensor
     entries = row.entries / setting.topology.context
     chunk = min(entries, max(16, LOGITS_PER_CHUNK[setting.kernels] // rows))
     each = 8 + (2 if setting.item == 2 else 0)
-    weight = 0 if setting.config.lora.rank else rows * hidden * (each if setting.kernels == "cpu" else 8)
+    gradient, copy = (8, 0) if setting.kernels != "cpu" else (6, 4) if setting.item == 2 else (4, 0)
+    weight = rows * hidden * (copy + (0 if setting.config.lora.rank else gradient))
     return chunk * rows * each + entries * hidden * setting.item + weight

@@ -53,9 +53,9 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     largest = 0
     original = logprobs._product
 
-    def watched(left: torch.Tensor, right: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    def watched(left: torch.Tensor, right: torch.Tensor, name: str) -> torch.Tensor:
         nonlocal largest
-        product = original(left, right, buffer)
+        product = original(left, right, name)
         largest = max(largest, product.numel())
         return product
 
@@ -64,6 +64,40 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     weight = torch.randn(1000, 4, requires_grad=True)
     logprobs.VocabParallelLogProb.apply(hidden, weight, torch.arange(500), 0, None)[0].sum().backward()
     assert largest == 64 * 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_is_used_again_mixes_no_rows_and_no_models(monkeypatch, dtype):
+    """As in a pipeline, two rows are computed before the backward pass of the first; here by two models, the second
+    with a smaller vocabulary. The first pass is one without gradients."""
+    one_process()
+    from megatron_spo.model import logprobs
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for entries, vocab in ((40, 60), (30, 50)):
+        hidden, weight = (
+            torch.randn(size, 8, generator=generator).to(dtype).requires_grad_() for size in (entries, vocab)
+        )
+        rows.append((hidden, weight, torch.randint(0, vocab, (entries,), generator=generator), 0, None))
+
+    def backward(row, logprob):
+        return torch.autograd.grad(logprob.sum(), row[:2])
+
+    alone = []
+    for row in rows:
+        monkeypatch.setattr(logprobs, "KEPT", {})
+        alone.append(backward(row, logprobs.VocabParallelLogProb.apply(*row)[0]))
+    monkeypatch.setattr(logprobs, "KEPT", {})
+    with torch.inference_mode():
+        logprobs.VocabParallelLogProb.apply(*rows[0])
+    first, second = (logprobs.VocabParallelLogProb.apply(*row)[0] for row in rows)
+    found = [backward(rows[0], first), backward(rows[1], second)]
+    torch.testing.assert_close(found, alone, rtol=0, atol=0)
+    kept = {name: memory.data_ptr() for name, memory in logprobs.KEPT.items()}
+    assert set(kept) >= {"logits", "shares"} and ("d_weight" in kept) == (dtype == torch.bfloat16)
+    backward(rows[0], logprobs.VocabParallelLogProb.apply(*rows[0])[0])
+    assert kept == {name: memory.data_ptr() for name, memory in logprobs.KEPT.items()}
 
 
 def test_no_scored_tokens(tmp_path):

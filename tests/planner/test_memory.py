@@ -167,5 +167,6 @@ def test_schedules_that_keep_gradients_need_room_for_them() -> None:
         for schedule in ("penalty", "lookahead", "barrier")
     )
     assert lookahead.schedule == 2 * barrier.schedule > 0 == plain.schedule
-    # on a CPU and with these short rows, the optimizer step after the passes needs most: with gradients of both passes
-    assert lookahead.total == barrier.total == pytest.approx(plain.total + 2 * barrier.schedule)
+    assert lookahead.total == plain.total + lookahead.schedule
+    # with these short rows, barrier needs most after the passes: its second gradient is larger than the activations
+    assert barrier.activations + barrier.buffers == barrier.schedule and plain.buffers < barrier.buffers

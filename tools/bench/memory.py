@@ -88,6 +88,7 @@ def _reset_peak() -> None:
 
 def _ours(config: str, output: str) -> list[float]:
     """Returns the bytes by which the last step exceeds the memory resident before it."""
+    from megatron_spo.model import logprobs
     from megatron_spo.train.run_directory import RunDirectory
 
     above: list[float] = []
@@ -98,6 +99,7 @@ def _ours(config: str, output: str) -> list[float]:
         nonlocal before
         log(self, kind, step, metrics)
         above.append(resident("VmHWM") - before)
+        logprobs.KEPT.clear()
         before = resident("VmRSS")
         _reset_peak()
 
