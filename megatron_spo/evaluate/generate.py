@@ -28,6 +28,8 @@ LOG = logging.getLogger(__name__)
 
 SEGMENT = 32
 """Tokens generated before finished responses leave the batch."""
+CPU_PREFILL = 2048
+"""Tokens of prompts in one forward pass on a CPU; memory for the results of more tokens takes longer than they do."""
 BLOCK = 512
 """Tokens of the vocabulary that are summed at once when a token is sampled."""
 BELOW_ONE = 1 - 1e-9
@@ -163,7 +165,7 @@ def respond(
         noise = torch.from_numpy(np.stack(numbers))
     ids, mask = ids.to(model.device), mask.to(model.device)
     rows, name, width = [row for row, _ in jobs], _cache_name(model), ids.shape[1]
-    cache = shared_cache(model, ids, mask, rows) if len(set(rows)) < len(rows) and width > 1 else None
+    cache = prompt_cache(model, ids, mask, rows) if width > 1 else None
     stops = torch.tensor(model.generation_config.eos_token_id or [])
     found: list[list[int]] = [[] for _ in jobs]
     left = torch.arange(len(jobs))
@@ -193,24 +195,29 @@ def _cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def shared_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int]) -> Any:
-    """Returns the KV cache of all prompt tokens but the last.
+def prompt_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int]) -> Any:
+    """Returns the KV cache of all prompt tokens but the last, computed from left to right in parts.
 
     Equal `rows` have equal prompts, whose tokens are computed once.
     """
     first = list(dict.fromkeys(rows))
     where = [rows.index(row) for row in first]
+    ids, mask = ids[where, :-1], mask[where, :-1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(
-        input_ids=ids[where, :-1],
-        attention_mask=mask[where, :-1],
-        position_ids=positions[where, :-1],
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = output[_cache_name(model)]
-    cache.batch_select_indices(torch.tensor([first.index(row) for row in rows]))
-    return cache
+    name, done = _cache_name(model), dict[str, Any]()
+    for part in torch.arange(ids.shape[1]).split(ids.shape[1] if ids.is_cuda else max(1, CPU_PREFILL // len(ids))):
+        output = model(
+            input_ids=ids[:, part],
+            attention_mask=mask[:, : part[-1] + 1],
+            position_ids=positions[:, part],
+            use_cache=True,
+            logits_to_keep=1,
+            **done,
+        )
+        done = {name: output[name]}
+    if len(first) < len(rows):
+        done[name].batch_select_indices(torch.tensor([first.index(row) for row in rows]))
+    return done[name]
 
 
 class TemperatureSampler(LogitsProcessor):
