@@ -57,11 +57,15 @@ class _NoStream:
         return None
 
 
-def _reduce_scatter(output: torch.Tensor, whole: torch.Tensor, *, group: Any, **options: Any) -> Any:
-    """Sums over the processes of `group`; of one process, `output` is `whole` itself."""
-    if torch.distributed.get_world_size(group) == 1 and output.data_ptr() == whole.data_ptr():
-        return None
-    return torch.distributed.reduce_scatter_tensor(output, whole, group=group, **options)
+def _unless_alone(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a collective operation of Megatron that does nothing for one process if its output is its input."""
+
+    def call(output: torch.Tensor, given: torch.Tensor, *, group: Any, **options: Any) -> Any:
+        if torch.distributed.get_world_size(group) == 1 and output.data_ptr() == given.data_ptr():
+            return None
+        return operation(output, given, group=group, **options)
+
+    return call
 
 
 def _scale(chunk_size: int, overflow: Any, tensors: list[list[torch.Tensor]], factor: float) -> None:
@@ -108,11 +112,17 @@ BRIDGED = (
         lambda *a, **k: torch.get_rng_state(),
         "random-number tracker",
     ),
-    Bridged(
-        "megatron.core.distributed.param_and_grad_buffer",
-        "dist_reduce_scatter_func",
-        _reduce_scatter,
-        "gloo copies all gradients, also if there is one process (a fifth of a step of a model of 0.6B parameters)",
+    *(
+        Bridged(
+            "megatron.core.distributed.param_and_grad_buffer",
+            name,
+            _unless_alone(operation),
+            "gloo copies all weights or gradients, also if there is one process (a fifth of a step of 0.6B parameters)",
+        )
+        for name, operation in (
+            ("dist_reduce_scatter_func", torch.distributed.reduce_scatter_tensor),
+            ("dist_all_gather_func", torch.distributed.all_gather_into_tensor),
+        )
     ),
     Bridged(
         "megatron.core.optimizer.clip_grads",

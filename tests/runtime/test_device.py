@@ -12,6 +12,7 @@ from megatron_spo.config.schema import PrecisionConfig
 from megatron_spo.errors import UserError
 from megatron_spo.runtime import cpu_bridge, device, env, processes
 from megatron_spo.runtime.device import check_device, to_device, uses_transformer_engine
+from tests.support.megatron import one_process
 from tests.support.processes import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -62,6 +63,17 @@ def test_bf16_on_a_gpu_requires_its_attention_kernel(monkeypatch: pytest.MonkeyP
         check_device(PrecisionConfig(dtype="bf16", layers="torch"))
     check_device(PrecisionConfig(dtype="fp32", layers="torch"))
     assert not device.can_compile()  # without Triton
+
+
+@pytest.mark.parametrize("name", ["dist_all_gather_func", "dist_reduce_scatter_func"])
+def test_one_process_exchanges_neither_weights_nor_gradients_with_itself(name: str) -> None:
+    one_process()
+    from megatron.core.distributed import param_and_grad_buffer
+
+    operation, whole, other = getattr(param_and_grad_buffer, name), torch.ones(8), torch.zeros(8)
+    assert operation(whole, whole, group=dist.group.WORLD, async_op=True) is None
+    operation(other, whole, group=dist.group.WORLD)
+    assert torch.equal(other, whole)
 
 
 def test_packages_of_gpu_kernels_are_hidden_without_a_gpu(tmp_path: Path) -> None:
