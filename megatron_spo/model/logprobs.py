@@ -131,7 +131,7 @@ class VocabParallelLogProb(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = _zeros(weight) if ctx.needs_input_grad[1] else None
+        d_weight = _sum_of_gradients(weight) if ctx.needs_input_grad[1] else None
         rows = _factor(weight, "rows")  # again: other rows, and other models, may have been computed since
         with _products_of(weight):
             for part in _chunks(hidden, weight):
@@ -152,15 +152,34 @@ class VocabParallelLogProb(torch.autograd.Function):
                 del logits, slope, d_logits, lowered  # before the logits of the next chunk exist
         if ctx.group is not None:
             dist.all_reduce(d_hidden, group=ctx.group)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        return d_hidden, None if d_weight is None else _gradient(d_weight, weight), None, None, None, None
 
 
-def _zeros(weight: Tensor) -> Tensor:
-    """Returns the start of the fp32 sum of a weight's gradients; for an fp32 weight it is new memory, as it becomes the
-    gradient itself."""
+def mark_added_on_cpu(weight: Any) -> None:
+    """Declares that a hook adds each gradient of this weight, dense or sparse, to its `main_grad`."""
+    weight.added_on_cpu = True
+
+
+def adds_on_cpu(weight: Tensor) -> bool:
+    return getattr(weight, "added_on_cpu", False)
+
+
+def _sum_of_gradients(weight: Any) -> Tensor:
+    """Returns where the fp32 gradients of the chunks are added: on a CPU, Megatron's buffer if possible, without memory
+    for a gradient of this row; for an fp32 weight new memory, as it becomes the gradient itself."""
+    if adds_on_cpu(weight):
+        return weight.main_grad
     if weight.dtype == torch.float32:
         return torch.zeros_like(weight)
     return _memory("d_weight", weight, torch.float32, *weight.shape).zero_()
+
+
+def _gradient(total: Tensor, weight: Tensor) -> Tensor:
+    """Returns the gradient for autograd: without entries if it was added to Megatron's buffer."""
+    if adds_on_cpu(weight):
+        nowhere = torch.empty(1, 0, dtype=torch.long)
+        return torch.sparse_coo_tensor(nowhere, weight.new_empty(0, *weight.shape[1:]), weight.shape)
+    return total.to(weight.dtype)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

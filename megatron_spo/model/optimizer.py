@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
 from megatron_spo.config.schema import OptimizerConfig
 from megatron_spo.model.adamw import keep_step_in_group
 from megatron_spo.model.build import PairModel
+from megatron_spo.model.logprobs import adds_on_cpu, mark_added_on_cpu
 
 GRADIENT_PIECE = 2**18
 """Numbers of a gradient that a CPU converts at a time; 1 MiB in fp32 stays in its cache."""
@@ -83,22 +87,40 @@ def make_trainable(
     return Trainable(chunks, wrapped, made, config)
 
 
-def _add_gradients_by_pieces(chunk: torch.nn.Module) -> None:
-    """Lets a CPU add each bf16 gradient to Megatron's fp32 buffer piece by piece.
+def _add_gradients_by_pieces(chunk: PairModel) -> None:
+    """Lets a CPU add each bf16 gradient to Megatron's fp32 buffer piece by piece, and that of the embedding by rows.
 
     Megatron adds it with one operation, for which torch converts the whole gradient into new memory; it takes ten times
     as long. The sums are the same. As with a gradient that a matrix product has added, Megatron then adds nothing.
     """
 
     def add(parameter: Any) -> None:
-        pieces = parameter.main_grad.view(-1).split(GRADIENT_PIECE)
-        for total, piece in zip(pieces, parameter.grad.reshape(-1).split(GRADIENT_PIECE), strict=True):
-            total.add_(piece.float())
+        total, gradient = parameter.main_grad, parameter.grad
+        if gradient.is_sparse:
+            total.index_add_(0, gradient._indices()[0], gradient._values().float())
+        else:
+            pieces = gradient.reshape(-1).split(GRADIENT_PIECE)
+            for part, piece in zip(total.view(-1).split(GRADIENT_PIECE), pieces, strict=True):
+                part.add_(piece.float())
         parameter.grad_added_to_main_grad = True
 
     for parameter in chunk.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu":
             parameter.register_post_accumulate_grad_hook(add)
+            mark_added_on_cpu(parameter)
+            parameter.zero_out_wgrad = False  # set for tied weights; Megatron would add their gradients once more
+    if chunk.pre_process and adds_on_cpu(chunk.embedding.word_embeddings.weight):
+        chunk.embedding.word_embeddings.__class__ = EmbeddingByRows
+
+
+class EmbeddingByRows(VocabParallelEmbedding):
+    """Embedding with a sparse gradient, unless the vocabulary is split: one of the whole vocabulary takes memory and
+    time even for a few tokens."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        if self.tp_group.size() > 1:
+            return super().forward(input_)
+        return F.embedding(input_, self.weight, sparse=True)
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:

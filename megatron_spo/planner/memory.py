@@ -275,13 +275,15 @@ def _layer_buffers(setting: Setting, row: RowSize) -> float:
 
 def _head_buffers(setting: Setting, row: RowSize) -> float:
     """Returns the bytes of the log-prob head: two chunks of logits and their copy in bf16, gradients of hidden states,
-    and the fp32 weight gradient with that of one chunk. On a CPU the latter is added in place, and a bf16 model also
-    needs an fp32 copy of the weight and a bf16 one of its gradient."""
+    and the fp32 weight gradient with that of one chunk. A CPU adds the latter in place, a bf16 model that of the whole
+    vocabulary, and has an fp32 copy of a bf16 weight."""
     hidden, tensor = setting.shape.hidden, setting.topology.tensor
     rows = padded_vocabulary(setting.shape, tensor) // tensor
     entries = row.entries / setting.topology.context
     chunk = min(entries, max(16, LOGITS_PER_CHUNK[setting.kernels] // rows))
     each = 8 + (2 if setting.item == 2 else 0)
-    gradient, copy = (8, 0) if setting.kernels != "cpu" else (6, 4) if setting.item == 2 else (4, 0)
+    gradient, copy = (8, 0) if setting.kernels != "cpu" else (4, 0) if setting.item == 4 else (0, 4)
+    if copy and rows * tensor > setting.shape.vocab:  # padded, so that a slice has the gradient
+        gradient = 6
     weight = rows * hidden * (copy + (0 if setting.config.lora.rank else gradient))
     return chunk * rows * each + entries * hidden * setting.item + weight
