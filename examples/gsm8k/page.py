@@ -124,16 +124,13 @@ def row(
 
     `others`: The runs that these are compared with, by the name of the comparison.
     """
-    right, sampled = per_problem(ones), "sampled" in ones[0]["answers"]
-    less = {
-        f"minus {other}": shown(difference(right, per_problem(them)), "+") if (them := others.get(other)) else ""
-        for other in ("base", "control", "loss alone")
-    }
+    sampled = "sampled" in ones[0]["answers"]
+    less = {f"minus {other}": minus(ones, others.get(other)) for other in ("base", "control", "loss alone")}
     cells = {
         "run": name,
         "lr": lr,
         "seeds": str(len(ones)),
-        "accuracy": shown(estimate(right)),
+        "accuracy": shown(estimate(per_problem(ones))),
         **less,
         f"T={SAMPLING_TEMPERATURE:g}": shown(estimate(per_problem(ones[:1], "sampled"))) if sampled else "",
         "malformed": f"{mean(per_problem(ones, field='malformed')):.2f}",
@@ -141,6 +138,16 @@ def row(
         "words": f"{mean(one['answers']['greedy']['words'] for one in ones):.0f}",
     }
     return {**cells, **held_out_cells(ones, base)}
+
+
+def minus(ones: Sequence[Result], others: Sequence[Result] | None) -> str:
+    """Returns the difference in accuracy to other runs, with those seeds that both have (the base has none)."""
+    if not others or ones[0] is others[0]:
+        return ""
+    common = {one.get("seed") for one in ones} & {one.get("seed") for one in others}
+    if common:
+        ones, others = ([one for one in runs if one.get("seed") in common] for runs in (ones, others))
+    return shown(difference(per_problem(ones), per_problem(others)), "+")
 
 
 def held_out_cells(ones: Sequence[Result], base: Result) -> dict[str, str]:

@@ -94,6 +94,13 @@ def test_differences_are_paired_by_problem_and_averaged_over_seeds() -> None:
     np.testing.assert_allclose(page.per_problem(groups["dpo", 2e-5]), [0.5, 0, 0, 0])
 
 
+def test_runs_are_compared_with_the_seeds_that_both_have() -> None:
+    one, two = result("1100", seed=0), result("1111", seed=1)
+    assert page.minus([one], [one | {}, two]).startswith("+0.000 [+0.000, +0.000")
+    assert page.minus([one, two], [result("0000", seed=1)]).startswith("+1.000")
+    assert page.minus([one, two], [result("0000")]).startswith("+0.750") and page.minus([one], None) == ""
+
+
 def test_checkpoints_are_compared_on_the_same_problems() -> None:
     base = {"answers": result("1100")["answers"]}
     during = {"4": {"right": "11", "malformed": "00", "words": [20, 30]}}
