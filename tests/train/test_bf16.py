@@ -10,7 +10,7 @@ import torch
 from megatron_spo.cli import main
 from megatron_spo.model import optimizer
 from megatron_spo.train import run as run_module
-from tests.support.processes import read_metrics
+from tests.support.processes import read_metrics, run_jobs
 from tests.support.tiny import tiny_run
 
 STEPS = 20
@@ -89,3 +89,17 @@ def test_gradients_added_on_a_cpu_are_those_that_megatron_adds(
         scale = ours.abs().max() if of_vocabulary else 0
         torch.testing.assert_close(ours, buffers["megatron"][key], rtol=0, atol=float(scale) / 100)
         assert scale > 0 or not of_vocabulary
+
+
+def test_layouts_agree_up_to_rounding(tmp_path: Path) -> None:
+    """With tied embeddings, whose gradients come from two places and, in a pipeline, from two processes."""
+    shape = {"vocab_size": 384, "tie_word_embeddings": True}
+    config = str(tiny_run(tmp_path, pairs=16, shape=shape, precision={"dtype": "bf16"}, training={"steps": 2}))
+    layouts = {"dp2": [], "tp2": ["parallel.tensor=2"], "pp2": ["parallel.pipeline=2"]}
+    run_jobs([("reference", config, []), ("train", config, [f"output={tmp_path}/one"])], 1)
+    run_jobs([("train", config, [f"output={tmp_path}/{name}", *keys]) for name, keys in layouts.items()], 2)
+    one = read_metrics(tmp_path / "one")
+    for name in layouts:
+        for key, line in read_metrics(tmp_path / name).items():
+            for metric in ("loss", "grad_norm"):
+                assert line[metric] == pytest.approx(one[key][metric], rel=0.01), (name, key, metric)
