@@ -59,26 +59,45 @@ def rate(lr: float) -> str:
 
 
 def tables(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) -> str:
-    """Returns the table of all runs, one of answers with a higher limit of tokens, and one of the checkpoints of the
-    runs that answered problems during training."""
+    """Returns the table of all methods, one of answers with a higher limit of tokens, one of the checkpoints of the
+    runs that answered problems during training, and one of the alarms of every run."""
     runs = [one for ones in groups.values() for one in ones]
     limits = [limit_row(one) for one in (base, *runs) if "longer" in one["answers"]]
     traces = [row for one in runs if one.get("during") for row in trace(one, base)]
-    return "\n\n".join([table(base, groups), *(markdown(rows) for rows in (limits, traces) if rows)])
+    alarms = [alarm_row(one) for one in sorted(runs, key=lambda one: chosen_shift(one["held_out"][-1]))]
+    return "\n\n".join([table(base, groups), *(markdown(rows) for rows in (limits, traces, alarms) if rows)])
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
+def label(one: Result) -> str:
+    """Returns the name of one run, with learning rate and seed."""
+    return f"{one['name']}, lr {rate(one['lr'])}, seed {one['seed']}" if "lr" in one else BASE
+
+
+def alarm_row(one: Result) -> dict[str, str]:
+    """Returns the cells of a run's alarms: the first step of each, on training batches and on held-out pairs."""
+    first: dict[tuple[bool, str], int] = {}
+    for alarm in one["alarms"]:
+        first.setdefault((alarm["data"] == "train", alarm["alarm"]), alarm["step"])
+    return {
+        "run": label(one),
+        "chosen, nats per token": f"{chosen_shift(one['held_out'][-1]):+.3f}",
+        "displacement": str(first.get((True, "displacement"), "none")),
+        "displacement, held-out": str(first.get((False, "displacement"), "none")),
+        "both_down": str(first.get((True, "both_down"), "none")),
+        "both_down, held-out": str(first.get((False, "both_down"), "none")),
+        "accuracy": f"{mean(per_problem([one])):.3f}",
+    }
+
+
 def limit_row(one: Result) -> dict[str, str]:
     """Returns the cells of a run's answers to the same problems with the usual limit of tokens and a higher one."""
     answers = one["answers"]
     count = len(answers["longer"]["right"])
-    cells = {
-        "run": f"{one['name']}, lr {rate(one['lr'])}, seed {one['seed']}" if "lr" in one else BASE,
-        "problems": str(count),
-    }
+    cells = {"run": label(one), "problems": str(count)}
     for field in ("right", "malformed"):
         cells[field] = str(answers["greedy"][field][:count].count("1"))
         cells[f"{field}, {LONGER} times the tokens"] = str(answers["longer"][field].count("1"))

@@ -111,11 +111,11 @@ def test_checkpoints_are_compared_on_the_same_problems() -> None:
 
 def test_a_higher_limit_of_tokens_is_compared_on_the_same_problems() -> None:
     base = result("1100", rejected_tokens=60)
-    run = result("1011", name="dpo", lr=1e-6, seed=1)
-    run["answers"]["longer"] = {"right": "11", "malformed": "01", "words": [20, 30]}
-    _, limits = page.tables(base, {("dpo", 1e-6): [run]}).split("\n\n")
-    cells = [cell.strip() for cell in limits.splitlines()[2].split("|")[1:-1]]
-    assert cells == ["dpo, lr 1e-6, seed 1", "2", "1", "2", "0", "1"]
+    one = result("1011", name="dpo", lr=1e-6, seed=1)
+    one["answers"]["longer"] = {"right": "11", "malformed": "01", "words": [20, 30]}
+    _, (limits,), (alarms,) = rows_of_tables(page.tables(base, {("dpo", 1e-6): [one]}) + "\n")
+    assert list(limits.values()) == ["dpo, lr 1e-6, seed 1", "2", "1", "2", "0", "1"]
+    assert list(alarms.values()) == ["dpo, lr 1e-6, seed 1", "-0.250", "5", "none", "none", "none", "0.750"]
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in RESULTS.glob("*/base.json")], ids=lambda path: path.name)
@@ -129,22 +129,27 @@ def test_the_shipped_table_follows_from_the_result_files(folder: Path) -> None:
         )
 
 
-def rows_of_tables(text: str) -> list[dict[str, str]]:
-    """Returns the rows of all Markdown tables that have a column `malformed`."""
+def rows_of_tables(text: str) -> list[list[dict[str, str]]]:
+    """Returns the rows of each Markdown table."""
     found = []
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        if "malformed" in header:
-            found += [dict(zip(header, line, strict=True)) for line in lines]
+        found.append([dict(zip(header, line, strict=True)) for line in lines])
     return found
 
 
-def test_the_tables_in_the_readmes_are_part_of_the_shipped_table() -> None:
-    shipped = [row.items() for row in rows_of_tables((RESULTS / "qwen05/table.md").read_text())]
-    for readme, tables in ((run.HERE / "README.md", 3), (run.HERE.parents[1] / "README.md", 1)):
-        quoted = rows_of_tables(readme.read_text())
-        assert len({tuple(row) for row in quoted}) == tables
-        assert not [row for row in quoted if not any(row.items() <= one for one in shipped)]
+@pytest.mark.parametrize(
+    ("page_of_docs", "count"), [("README.md", 1), ("examples/gsm8k/README.md", 3), ("docs/monitoring.md", 1)]
+)
+def test_tables_in_the_documentation_are_part_of_the_shipped_ones(page_of_docs: str, count: int) -> None:
+    shipped = rows_of_tables((RESULTS / "qwen05/table.md").read_text())
+    quoted = 0
+    for table in rows_of_tables((run.HERE.parents[1] / page_of_docs).read_text()):
+        sources = [rows for rows in shipped if set(table[0]) <= set(rows[0]) and "run" in table[0]]
+        for row in table if sources else ():
+            assert any(row.items() <= one.items() for rows in sources for one in rows), row
+        quoted += bool(sources)
+    assert quoted == count
 
 
 @pytest.mark.slow
