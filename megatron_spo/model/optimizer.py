@@ -105,7 +105,7 @@ def _add_gradients_by_pieces(chunk: PairModel) -> None:
         parameter.grad_added_to_main_grad = True
 
     for parameter in chunk.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu":
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and not parameter.is_cuda:
             parameter.register_post_accumulate_grad_hook(add)
             mark_added_on_cpu(parameter)
             parameter.zero_out_wgrad = False  # set for tied weights; Megatron would add their gradients once more
