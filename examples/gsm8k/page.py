@@ -126,12 +126,8 @@ def table(base: Result, groups: Mapping[tuple[str, float], Sequence[Result]]) ->
     """Returns a Markdown table with a row for the base and one for every method and learning rate."""
     rows = [row(BASE, "", [base], base, {})]
     for (name, lr), ones in groups.items():
-        loss, spo, _ = name.partition("+")
+        loss = name.partition("+")[0]
         others = {"base": [base], "control": groups.get((CONTROL, lr)), "loss alone": groups.get((loss, lr))}
-        if name == CONTROL:
-            del others["control"]
-        if not spo:
-            del others["loss alone"]
         rows.append(row(name, rate(lr), ones, base, others))
     return markdown(rows)
 
@@ -160,7 +156,8 @@ def row(
 
 
 def minus(ones: Sequence[Result], others: Sequence[Result] | None) -> str:
-    """Returns the difference in accuracy to other runs, with those seeds that both have (the base has none)."""
+    """Returns the difference in accuracy to other runs, if there are any, with those seeds that both have (the base has
+    none)."""
     if not others or ones[0] is others[0]:
         return ""
     common = {one.get("seed") for one in ones} & {one.get("seed") for one in others}
