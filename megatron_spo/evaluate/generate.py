@@ -165,7 +165,8 @@ def respond(
         noise = torch.from_numpy(np.stack(numbers))
     ids, mask = ids.to(model.device), mask.to(model.device)
     rows, name, width = [row for row, _ in jobs], _cache_name(model), ids.shape[1]
-    cache = prompt_cache(model, ids, mask, rows) if width > 1 else None
+    ahead = len(set(rows)) < len(rows) or _faster_in_parts(model, ids)
+    cache = prompt_cache(model, ids, mask, rows) if ahead and width > 1 else None
     stops = torch.tensor(model.generation_config.eos_token_id or [])
     found: list[list[int]] = [[] for _ in jobs]
     left = torch.arange(len(jobs))
@@ -193,6 +194,12 @@ def respond(
 def _cache_name(model: Any) -> str:
     # transformers 5 renamed `past_key_values`, in one of its minor versions
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _faster_in_parts(model: Any, ids: torch.Tensor) -> bool:
+    """Whether prompts are computed in parts before the first token: on a CPU, if the forward pass allows it."""
+    keys = inspect.signature(model.forward).parameters
+    return not ids.is_cuda and ids.numel() > CPU_PREFILL and {"position_ids", "logits_to_keep"} <= set(keys)
 
 
 def prompt_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int]) -> Any:

@@ -39,7 +39,12 @@ def segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(generate, "SEGMENT", request.param)
 
 
-def test_greedy_equals_one_by_one(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [generate.CPU_PREFILL, 20])
+def test_greedy_equals_one_by_one(
+    tokens: int, model_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where prompts are computed in parts, here of 5 tokens."""
+    monkeypatch.setattr(generate, "CPU_PREFILL", tokens)
     out = tmp_path / "deep" / "out.jsonl"
     generate_file(model_dir, prompts, out, max_new_tokens=12, batch_size=4)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
