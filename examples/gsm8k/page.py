@@ -28,7 +28,7 @@ def write(folder: Path) -> str:
     write_text(folder / "table.md", text + "\n")
     with matplotlib.rc_context(figures.STYLE):
         figure, (left, right) = figures.new_figure(2)
-        figure.set_size_inches(2 * figures.SIZE[0], 1.6 + 0.3 * (len(groups) + 1))
+        figure.set_size_inches(2 * figures.SIZE[0], 1.6 + 0.24 * (len(groups) + 1))
         rows = {BASE: [base], **{f"{name}, lr {rate(lr)}": ones for (name, lr), ones in groups.items()}}
         plot_accuracy(left, rows)
         plot_shifts(right, rows)
