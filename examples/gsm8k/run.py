@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (results / "base.json").is_file():
         base(study)
     for run in wanted if options.runs is None else wanted[: options.runs]:
-        train(study, run, unused)
+        train(study, run)
     print("\n" + page.write(results) + "\n")
     stages.say(f"done: {results / 'table.md'}")
 
@@ -181,7 +181,13 @@ def identify(study: Study) -> None:
 def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
     """Trains the model on solutions of problems from which no pair is made; returns the folder of the trained model."""
     stages, scale = study.stages, study.scale
-    write_solutions(study, "sft", problems, study.sft_steps * scale.sft_batch)
+    wanted = max(1, min(len(problems), study.sft_steps * scale.sft_batch))
+    rows = []
+    for one in draw(problems, wanted, study.seed, "SFT"):
+        prompt = prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt)["prompt"]
+        answer = [{"role": "assistant", "content": one.solution}] if study.chat else f" {one.solution}"
+        rows.append({"prompt": prompt, "completion": answer})
+    write_jsonl(stages.file("sft"), rows)
     overrides = [
         f"model.path={study.model}",
         f"data.train={stages.file('sft')}",
@@ -192,17 +198,6 @@ def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
     ]
     stages.train("sft", HERE / "sft.yaml", overrides)
     return stages.export("sft")
-
-
-def write_solutions(study: Study, name: str, problems: Sequence[Problem], count: int) -> Path:
-    """Writes SFT rows of at most `count` problems, at least one; returns the file."""
-    rows = []
-    for one in draw(problems, max(1, min(len(problems), count)), study.seed, "SFT"):
-        prompt = prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt)["prompt"]
-        answer = [{"role": "assistant", "content": one.solution}] if study.chat else f" {one.solution}"
-        rows.append({"prompt": prompt, "completion": answer})
-    write_jsonl(path := study.stages.file(name), rows)
-    return path
 
 
 def make_pairs(study: Study) -> None:
@@ -255,11 +250,8 @@ def base(study: Study) -> None:
     write_result(study, "base", {"name": "base", "seconds": seconds, "rejected_tokens": tokens, "answers": answers})
 
 
-def train(study: Study, run: Run, unused: Sequence[Problem]) -> None:
-    """Trains a run, answers the problems, writes the result file, and deletes checkpoint and weights.
-
-    `unused`: Problems of the training file from which no pair is made.
-    """
+def train(study: Study, run: Run) -> None:
+    """Trains a run, answers the problems, writes the result file, and deletes checkpoint and weights."""
     stages, scale, begin = study.stages, study.scale, time.perf_counter()
     shared = [
         f"model.path={study.model}",
@@ -271,13 +263,8 @@ def train(study: Study, run: Run, unused: Sequence[Problem]) -> None:
         f"training.global_batch_size={scale.batch}",
         f"training.threads={stages.threads}",
     ]
-    config, cached = HERE / "preference.yaml", "reference"
-    if run.on_solutions:
-        solutions = write_solutions(study, "solutions", unused, scale.steps * scale.batch)
-        shared.append(f"spo.sft_data={solutions}")
-        cached = "reference-solutions"
-    filled = stages.out / f"{cached}-filled"
-    stages.command(cached, "reference", config, f"output={stages.out / 'reference-run'}", *shared,
+    config, filled = HERE / "preference.yaml", stages.out / "reference-filled"
+    stages.command("reference", "reference", config, f"output={stages.out / 'reference-run'}", *shared,
                    done=filled.is_file())  # fmt: skip
     filled.touch()
     traced = [f"checkpoint.every={scale.trace_every}", f"checkpoint.keep={scale.steps}"] if run.traced else []

@@ -30,13 +30,9 @@ SCHEDULES = {
     "+spo-0.1": (*PENALTY, "spo.lambda=0.1"),
     "+dual": ("spo.schedule=dual", "spo.lambda_unit=relative", "spo.lambda=0.1"),
     "+pair": (*PENALTY, "spo.lambda=1", "spo.constraint=pair"),
-    "+solutions": (*PENALTY, "spo.lambda=1"),
 }
-IDEAS = ("dpo+pair", "dpo+solutions", "sft+solutions")
-"""Runs at the learning rate that collapses: an SFT term only for the pairs that left the safe region; an SFT term on
-GSM8K's own solutions of other problems, and SFT on these alone."""
 CONTROL = "sft_on_chosen"
-LADDER = ("1e-6", "2e-6", "5e-6", "1e-5")
+LADDER = ("1e-6", "2e-6", "5e-6")
 """Learning rates at which dpo and simpo alone are run, to find one that helps and one that collapses."""
 RESULT = re.compile(r"\s*(####|A:)")
 """Start of the line of a solution that only has the result."""
@@ -126,11 +122,6 @@ class Run:
         """Whether checkpoints of the run also answer problems."""
         return self.name in TRACED and self.lr == COLLAPSES and self.seed == 0
 
-    @property
-    def on_solutions(self) -> bool:
-        """Whether the SFT term is on solutions, as `spo.sft_data`, instead of the chosen answers."""
-        return self.name.endswith("+solutions")
-
     def overrides(self) -> list[str]:
         """Returns what this run adds to preference.yaml."""
         loss, mark, rest = self.name.partition("+")
@@ -149,7 +140,7 @@ def all_runs() -> list[Run]:
         *(Run(name, COLLAPSES) for name in first),
         *ladder,
         *(Run(name, HELPS) for name in first),
-        *(Run(name, COLLAPSES) for name in (*IDEAS, *more)),
+        *(Run(name, COLLAPSES) for name in ("dpo+pair", *more)),
         *seeds,
         *(Run(name, COLLAPSES) for name in alpha),
         *(Run(name, HELPS) for name in [*more, *alpha]),
