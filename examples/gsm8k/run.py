@@ -39,6 +39,7 @@ from examples.gsm8k.study import (  # noqa: E402
     other_questions,
     prompt_row,
     read_problems,
+    solution_row,
 )
 from megatron_spo.evaluate.answers import read_answers  # noqa: E402
 from megatron_spo.evaluate.pretrained import load_tokenizer  # noqa: E402
@@ -182,12 +183,8 @@ def train_sft(study: Study, problems: Sequence[Problem]) -> Path:
     """Trains the model on solutions of problems from which no pair is made; returns the folder of the trained model."""
     stages, scale = study.stages, study.scale
     wanted = max(1, min(len(problems), study.sft_steps * scale.sft_batch))
-    rows = []
-    for one in draw(problems, wanted, study.seed, "SFT"):
-        prompt = prompt_row(one.question, one.right, chat=study.chat, prompt=study.prompt)["prompt"]
-        answer = [{"role": "assistant", "content": one.solution}] if study.chat else f" {one.solution}"
-        rows.append({"prompt": prompt, "completion": answer})
-    write_jsonl(stages.file("sft"), rows)
+    drawn = draw(problems, wanted, study.seed, "SFT")
+    write_jsonl(stages.file("sft"), [solution_row(one, chat=study.chat, prompt=study.prompt) for one in drawn])
     overrides = [
         f"model.path={study.model}",
         f"data.train={stages.file('sft')}",

@@ -189,6 +189,13 @@ def prompt_row(question: str, right: str, *, chat: bool, prompt: str = PROMPT) -
     return {"prompt": [{"role": "user", "content": asked}] if chat else asked, "answer": right}
 
 
+def solution_row(problem: Problem, *, chat: bool, prompt: str) -> dict[str, Any]:
+    """Returns an SFT row: the prompt of `prompt_row`, and the solution in the same form."""
+    asked = prompt_row(problem.question, problem.right, chat=chat, prompt=prompt)["prompt"]
+    answer = problem.solution
+    return {"prompt": asked, "completion": [{"role": "assistant", "content": answer}] if chat else f" {answer}"}
+
+
 def other_questions(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Yields (question, answer) of another kind than the training problems, half sums and half Python expressions."""
     rng = random.Random(f"other {seed}")

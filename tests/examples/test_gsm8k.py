@@ -152,6 +152,15 @@ def test_tables_in_the_documentation_are_part_of_the_shipped_ones(page_of_docs: 
     assert quoted == count
 
 
+def test_a_solution_is_text_or_messages_as_its_prompt_is() -> None:
+    problem = study.Problem("How many?", "5", "2+3=5\n#### 5")
+    text = study.solution_row(problem, chat=False, prompt=study.SHORT_PROMPT)
+    assert text == {"prompt": "Problem: How many?\nSolution:", "completion": " 2+3=5\n#### 5"}
+    chat = study.solution_row(problem, chat=True, prompt=study.SHORT_PROMPT)
+    assert chat["prompt"] == [{"role": "user", "content": text["prompt"]}]
+    assert chat["completion"] == [{"role": "assistant", "content": "2+3=5\n#### 5"}]
+
+
 @pytest.mark.slow
 def test_the_example_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model answers: with many end tokens (not digits) it often finishes, and is sometimes right by chance."""
