@@ -18,7 +18,7 @@ from megatron_spo.data.dataset import TokenizedSet, build_dataset
 from megatron_spo.data.tokenize import load_tokenizer
 from megatron_spo.errors import UserError
 from megatron_spo.planner.disk import checkpoint_bytes, disk_line, gigabytes, most_checkpoints
-from megatron_spo.planner.gpus import GIB, Gpu
+from megatron_spo.planner.gpus import GIB, Gpu, cpu_remark
 from megatron_spo.planner.layouts import PlannedRun, plan_layout, ranked
 from megatron_spo.planner.presets import shape_of
 from megatron_spo.planner.rows import lengths_of
@@ -166,9 +166,10 @@ def _memory(job: PlannedRun) -> Iterator[Finding]:
     if not plan.fits:
         return
     seconds = plan.speed.step.total
-    yield Finding(
-        "time", "ok", f"{seconds:.2g} s per step, {steps_of(job)} steps, {duration(run_hours(job, plan))}, computed"
-    )
+    text = f"{seconds:.2g} s per step, {steps_of(job)} steps, {duration(run_hours(job, plan))}, computed"
+    yield Finding("time", "ok", text)
+    if remark := cpu_remark(job.gpus):
+        yield Finding("this machine", "note", remark)
     fastest = next((one for one in fitting if not is_tight(job, one)), None)
     if fastest and fastest.speed and fastest.speed.step.total < BETTER * seconds:
         less = 1 - fastest.speed.step.total / seconds

@@ -1,5 +1,6 @@
 """Properties of GPU types, with one calibration number each."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -53,6 +54,13 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+
+def cpu_remark(gpus: int) -> str:
+    """Returns what this machine has instead of the GPU that a plan for one GPU is for; empty if it has one."""
+    if gpus > 1 or shutil.which("nvidia-smi"):
+        return ""
+    return "no GPU: a CPU takes some thousand times as long, and needs the memory in RAM"
 
 
 def find_gpu(name: str, changes: Mapping[str, float | int]) -> Gpu:

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_spo.config.yaml_text import inline
 from megatron_spo.data import hub
 from megatron_spo.errors import UserError
 from megatron_spo.planner.disk import checkpoint_bytes, gigabytes
-from megatron_spo.planner.gpus import GIB, Gpu, find_gpu
+from megatron_spo.planner.gpus import GIB, Gpu, cpu_remark, find_gpu
 from megatron_spo.planner.layouts import Plan, PlannedRun, ranked
 from megatron_spo.planner.presets import shape_of
 from megatron_spo.planner.rows import Lengths, measured_lengths
@@ -187,8 +186,8 @@ def _heading(request: Request, choice: Choice, values: dict[str, Any]) -> Iterat
     memory = f"{plan.memory.total / GIB:.0f} of {job.gpu.memory / GIB:.0f} GiB of memory"
     time = f"{plan.speed.step.total:.2g} s per step, {steps_of(job)} steps, {duration(run_hours(job, plan))}"
     yield f"# {memory}, {time}."
-    if job.gpus == 1 and shutil.which("nvidia-smi") is None:
-        yield "# This machine has no GPU: a CPU takes some thousand times as long, and needs the memory in RAM."
+    if remark := cpu_remark(job.gpus):
+        yield f"# This machine has {remark}."
     cached = bool(values["reference"].get("cache"))
     if job.gpus > job.gpu.per_node:
         nodes = -(-job.gpus // job.gpu.per_node)

@@ -82,6 +82,14 @@ def test_a_faster_layout_is_named(folder: Path, capsys: pytest.CaptureFixture[st
     assert "note   layout " in text and "less time: parallel.tensor=" in text
 
 
+def test_a_machine_without_a_gpu_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "note   this machine   no GPU: a CPU takes" in check(folder, capsys)[1]
+    assert "no GPU" not in check(folder, capsys, "--gpus", "2")[1]
+
+
 def test_gpus_belong_to_the_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(folder / "config.yaml"), "--gpus", "4"]) == 2
     assert "--gpus and --gpu are only used with --check" in capsys.readouterr().err
