@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -18,7 +19,7 @@ from megatron_spo.checkpoint import save as checkpoint
 from megatron_spo.cli import main
 from megatron_spo.train import loop
 from megatron_spo.train.stop import StopRequest
-from tests.support.processes import TIMES, Ranks, largest_difference, read_metrics, steps_done
+from tests.support.processes import TIMES, Ranks, largest_difference, launch, read_metrics, steps_done
 from tests.support.tiny import arithmetic_pairs, tiny_run, write_jsonl
 
 
@@ -71,6 +72,14 @@ def small_disk(where: Path, folder: Path, checkpoints: float) -> Iterator[Path]:
         yield where
     finally:
         subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def test_megatron_core_says_nothing_about_itself(folder: Path, tmp_path: Path) -> None:
+    """Each version deprecates something; a user cannot act on it."""
+    command = ["-m", "megatron_spo", "train", str(folder / "config.yaml"), f"output={tmp_path}/run", "training.steps=1"]
+    result = launch(command, 1)
+    assert result.returncode == 0 and "all 1 steps are done" in result.stdout
+    assert not re.search("deprecated|Callers should", result.stderr, re.IGNORECASE), result.stderr
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: Path, monkeypatch) -> None:
