@@ -77,13 +77,10 @@ class Signals:
         thread.start()
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._in_main_thread) for number in HANDLED}
-        global _active
-        _active = True
         try:
             yield
         finally:
             if self._mode is not _Mode.OVER or env.world_size() == 1:  # else a later signal could change the exit code
-                _active = False
                 self._restore(before, writer, thread)
 
     def _restore(self, before: dict[signal.Signals, Any], writer: socket.socket, thread: Thread) -> None:
@@ -141,7 +138,16 @@ def _name(number: int) -> str:
     return signal.Signals(number).name if number else "a signal"
 
 
-_active = False
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    """Holds signals back: Python forgets one that its handler receives in a child before `_in_forked_child`."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+
+
+def _in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _in_forked_child() -> None:
@@ -149,14 +155,15 @@ def _in_forked_child() -> None:
 
     The child ignores Ctrl-C and SLURM's warning: its parent decides when it ends.
     """
-    if _active:
+    if getattr(signal.getsignal(signal.SIGTERM), "__func__", None) is Signals._in_main_thread:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_forked_child)
 
 signals = Signals()
 """The signals of this process; a process has only one set of handlers."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_spo.runtime.signals import Signals
+from megatron_spo.runtime.signals import HANDLED, Signals
 
 
 def test_signals_are_read_where_many_files_are_open() -> None:
@@ -27,3 +27,26 @@ def test_signals_are_read_where_many_files_are_open() -> None:
         for descriptor in held:
             os.close(descriptor)
     assert signals.requested == signal.SIGUSR1
+
+
+def test_a_forked_child_can_be_terminated_after_handlers_were_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is about to exit keeps its handlers, and a later context then restores these. A child that inherited
+    them would ignore SIGTERM, and the pool of tokenisation would wait for it forever."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        for _ in range(2):
+            signals = Signals()
+            with signals.handled():
+                signals.over(2)
+            monkeypatch.setenv("WORLD_SIZE", "1")
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
