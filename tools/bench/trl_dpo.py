@@ -20,8 +20,6 @@ from measure import Turn, replaced
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-MICRO_BATCH = 8
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -60,6 +58,7 @@ def steps(
     batch: int,
     lr: float,
     precomputed: bool,
+    micro: int = 8,
     machine: Machine = CPU,
     **more: Any,
 ) -> Turn:
@@ -71,13 +70,14 @@ def steps(
         batch: Pairs per step.
         lr: Learning rate.
         precomputed: Whether TRL computes the reference's log-probs before training, instead of in every step.
+        micro: Pairs per micro-batch, at most.
         machine: Clock and precision.
         more: `peft_config`, which trains adapters; all others are settings of DPOConfig.
     """
     disable_progress_bars()
     adapters = more.pop("peft_config", None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype)
-    micro = min(batch, MICRO_BATCH)
+    micro = min(batch, micro)
     stamps = _Stamps(machine.clock)
     settings = DPOConfig(
         output_dir=f"{tempfile.gettempdir()}/trl",
