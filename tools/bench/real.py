@@ -44,7 +44,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="preference pairs, JSONL")
     parser.add_argument("--steps", type=int, default=5, help="steps, the first one being a warm-up [%(default)s]")
     parser.add_argument("--batch", type=int, default=4, help="pairs per step [%(default)s]")
-    parser.add_argument("--micro", type=int, default=4, help="TRL: pairs per micro-batch, at most [%(default)s]")
     parser.add_argument("--rounds", type=int, default=2, help="number of rounds [%(default)s]")
     parser.add_argument("--dtype", choices=list(APART), default="bf16", help="precision [%(default)s]")
     parser.add_argument("--kinds", nargs="+", choices=("full", "lora"), default=["full", "lora"], help="what to train")
@@ -117,9 +116,9 @@ def _as_text(row: Mapping[str, Any], tokenizer: Any) -> dict[str, str]:
 
 def _child(way: str, kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Runs a turn in its own process."""
+    given = {"model": options.model, "steps": options.steps, "batch": options.batch, "dtype": options.dtype}
     command = [sys.executable, __file__, "--child", way, kind, str(folder)]
-    for name in ("model", "steps", "batch", "micro", "dtype"):
-        command += [f"--{name}", str(getattr(options, name))]
+    command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -157,7 +156,6 @@ def _trl(kind: str, folder: Path, options: argparse.Namespace, *, precomputed: b
         options.model,
         pairs,
         batch=options.batch,
-        micro=options.micro,
         lr=LR,
         precomputed=precomputed,
         machine=trl_dpo.Machine(dtype=stored, autocast=mixed),

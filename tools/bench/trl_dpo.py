@@ -20,6 +20,8 @@ from measure import Turn, replaced
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+MICRO_BATCH = 8
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -58,7 +60,6 @@ def steps(
     batch: int,
     lr: float,
     precomputed: bool,
-    micro: int = 8,
     machine: Machine = CPU,
     **more: Any,
 ) -> Turn:
@@ -70,14 +71,13 @@ def steps(
         batch: Pairs per step.
         lr: Learning rate.
         precomputed: Whether TRL computes the reference's log-probs before training, instead of in every step.
-        micro: Pairs per micro-batch, at most.
         machine: Clock and precision.
         more: `peft_config`, which trains adapters; all others are settings of DPOConfig.
     """
     disable_progress_bars()
     adapters = more.pop("peft_config", None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype)
-    micro = min(batch, micro)
+    micro = min(batch, MICRO_BATCH)
     stamps = _Stamps(machine.clock)
     settings = DPOConfig(
         output_dir=f"{tempfile.gettempdir()}/trl",
